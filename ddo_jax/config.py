@@ -1,0 +1,205 @@
+"""The knobs of a run: typed, with unit, paper symbol and source beside each.
+
+A recipe in `configs/` returns a `Config` that differs from these defaults;
+`--config.x.y=v` overrides any field. A model's and a sampler's own dataclass
+stand beside their code.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+class UserError(ValueError):
+  """A mistake the user can mend; `main` prints it as one line."""
+
+
+def _knob(default: Any, *, science: bool = True) -> Any:
+  """A field. Science fields must not change inside one run's folder."""
+  metadata = {'science': science}
+  if dataclasses.is_dataclass(default):
+    value = lambda: dataclasses.replace(default)
+    return dataclasses.field(default_factory=value, metadata=metadata)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Data:
+  """Where real images come from (see `data.open_source`)."""
+
+  # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow), or the
+  # path of an .npz, or of a folder or zip of images with EDM's dataset.json.
+  source: str = _knob('digits')
+  train_split: str = _knob('train')
+  test_split: str = _knob('test')
+  # Where TFDS keeps prepared data; '' is TFDS's own default.
+  data_dir: str = _knob('', science=False)
+  # Folder of the downloaded files that a builder reads (fashion_mnist: the
+  # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz).
+  raw_dir: str = _knob('', science=False)
+
+
+@dataclasses.dataclass
+class Phase:
+  """One stretch of training: the pretraining, or each round.
+
+  Fields that are tuples hold one value a round; the last entry repeats.
+  """
+
+  objective: str = _knob('ddo')  # 'ddo' (eq. 13, 16) or 'mle' (the control)
+  images: int = _knob(1_500_000)  # real rows seen (Table 6: 1.5 M, CIFAR-10)
+  batch_size: int = _knob(512)  # real rows a step; as many fakes go with them
+  alpha: tuple[float, ...] = _knob((4.0,))  # α of eq. 13: weight of the fakes
+  beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
+  normalize: bool = _knob(False)  # divide by max(α, 1): VAR as published
+  learning_rate: tuple[float, ...] = _knob((1.5e-4,))  # peak
+  warmup_images: int = _knob(0)  # linear from 0; the paper: a whole round
+  decay: str = _knob('none')  # 'none' | 'linear' | 'inverse_sqrt'
+  # linear: length of the final descent to 0 [images];
+  # inverse_sqrt: images after which the rate falls as 1/√ (EDM2's t_ref·B).
+  decay_images: int = _knob(0)
+  adam_b1: float = _knob(0.9)
+  adam_b2: float = _knob(0.999)
+  adam_eps: float = _knob(1e-8)
+  clip_norm: float = _knob(0.0)  # global gradient norm; 0 = off
+  ema_halflife: tuple[float, ...] = _knob(())  # [images], one EMA profile each
+  p_mean: tuple[float, ...] = _knob((-1.2,))  # ln σ ~ N(p_mean, p_std²)
+  p_std: tuple[float, ...] = _knob((1.2,))
+  label_drop: float = _knob(0.0)  # share of rows trained without their label
+  pool_size: int = _knob(50_000)  # reference samples drawn before a round
+  eval_images: int = _knob(0)  # images between in-round evaluations; 0 = end
+  save_images: int = _knob(0, science=False)  # images between saves; 0 = evals
+  log_images: int = _knob(25_600, science=False)  # images between log lines
+
+  def steps(self) -> int:
+    """Number of optimizer steps of the phase."""
+    return -(-self.images // self.batch_size)
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """How much is sampled to choose a checkpoint, and to report one."""
+
+  metric: str = _knob('fd_train')  # selects checkpoints; lower is better
+  selection_samples: int = _knob(5_000)  # on one fixed seed of their own
+  samples: int = _knob(5_000)  # a reported number: each of `seeds` blocks
+  seeds: int = _knob(3)  # disjoint sample seeds: mean ± sd
+
+
+@dataclasses.dataclass
+class Executor:
+  """How a step runs on the devices; never changes what it computes."""
+
+  kind: str = _knob('pmap', science=False)  # 'pmap' | 'fsdp'
+  accumulate: int = _knob(1, science=False)  # microbatches a step
+  remat: bool = _knob(False, science=False)  # recompute activations
+  sample_batch: int = _knob(1_000, science=False)  # images a sampler call
+
+
+@dataclasses.dataclass
+class Config:
+  """A run."""
+
+  name: str = _knob('run', science=False)
+  seed: int = _knob(0)
+  rounds: int = _knob(1, science=False)
+  init_from: str = _knob('')  # a folder of params; '' pretrains first
+  model: Any = None  # a model's own dataclass, e.g. models.toy.ToyConfig
+  sampler: Any = None  # a sampler's own dataclass, e.g. samplers.heun.Heun
+  data: Data = _knob(Data())
+  pretrain: Phase = _knob(Phase(objective='mle'))
+  ddo: Phase = _knob(Phase())
+  evaluation: Evaluation = _knob(Evaluation())
+  executor: Executor = _knob(Executor())
+
+
+def pick(values: tuple[float, ...], round_index: int) -> float:
+  """The value of a round: one entry each, the last repeats."""
+  return float(values[min(round_index, len(values) - 1)])
+
+
+def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any, bool]]:
+  """Yields (dotted name, value, is science) of every leaf of a config."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    name = prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield f'{name}.kind', type(value).__name__, True
+      yield from flatten(value, name + '.')
+    else:
+      yield name, value, field.metadata.get('science', True)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+  """The config as plain JSON values under dotted names."""
+  leaves = {name: value for name, value, _ in flatten(config)}
+  return json.loads(json.dumps(leaves))
+
+
+def science_changes(config: Config, recorded: dict[str, Any]) -> list[str]:
+  """Lines 'name: recorded -> now' for science fields that differ."""
+  now = to_json(config)
+  lines = []
+  for name, _, science in flatten(config):
+    if science and recorded.get(name) != now[name]:
+      lines.append(f'{name}: {recorded.get(name)!r} -> {now[name]!r}')
+  lines += [f'{name}: {recorded[name]!r} -> gone' for name in recorded
+            if name not in now]
+  return lines
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+  if not condition:
+    raise UserError(f'config.{name} is {value!r}; it must be {wanted}')
+
+
+def _validate_phase(name: str, phase: Phase) -> None:
+  """Checks one phase; raises UserError that names the field."""
+  choices = {
+      'objective': ('ddo', 'mle'),
+      'decay': ('none', 'linear', 'inverse_sqrt'),
+  }
+  for field, allowed in choices.items():
+    value = getattr(phase, field)
+    _require(value in allowed, f'{name}.{field}', value, f'one of {allowed}')
+  for field in ('alpha', 'beta', 'learning_rate', 'p_std', 'ema_halflife'):
+    values = getattr(phase, field)
+    good = all(v > 0 and math.isfinite(v) for v in values)
+    good &= bool(values) or field == 'ema_halflife'
+    _require(good, f'{name}.{field}', values, 'positive, one value a round')
+  _require(bool(phase.p_mean), f'{name}.p_mean', phase.p_mean, 'not empty')
+  for field in ('images', 'batch_size', 'pool_size', 'log_images'):
+    value = getattr(phase, field)
+    _require(value > 0, f'{name}.{field}', value, 'a positive integer')
+  for field in ('warmup_images', 'decay_images', 'eval_images', 'clip_norm'):
+    value = getattr(phase, field)
+    _require(value >= 0, f'{name}.{field}', value, '0 or more')
+  drop = phase.label_drop
+  _require(0 <= drop < 1, f'{name}.label_drop', drop, 'in [0, 1)')
+  if phase.decay != 'none':
+    value = phase.decay_images
+    _require(value > 0, f'{name}.decay_images', value, 'positive to decay')
+
+
+def validate(config: Config) -> None:
+  """Raises UserError, naming the field, where a value makes no sense."""
+  _require(config.model is not None, 'model', None, "a model's dataclass")
+  _require(config.sampler is not None, 'sampler', None, "a sampler's dataclass")
+  _require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
+  _require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
+  _validate_phase('pretrain', config.pretrain)
+  _validate_phase('ddo', config.ddo)
+  objective = config.pretrain.objective
+  _require(objective == 'mle', 'pretrain.objective', objective, "'mle'")
+  evaluation, executor = config.evaluation, config.executor
+  for field in ('selection_samples', 'samples', 'seeds'):
+    value = getattr(evaluation, field)
+    _require(value > 0, f'evaluation.{field}', value, 'a positive integer')
+  kinds = ('pmap', 'fsdp')
+  _require(executor.kind in kinds, 'executor.kind', executor.kind,
+           f'one of {kinds}')
+  for field in ('accumulate', 'sample_batch'):
+    value = getattr(executor, field)
+    _require(value > 0, f'executor.{field}', value, 'a positive integer')
