@@ -5,10 +5,10 @@ A recipe in `configs/` returns a `Config` that differs from these defaults;
 stand beside their code.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 
@@ -41,7 +41,8 @@ class Data:
   raw_dir: str = _knob('', science=False)
 
 
-@dataclasses.dataclass
+# Mutable only so that `--config.ddo.x=v` can write it; hashed once it is read.
+@dataclasses.dataclass(unsafe_hash=True)
 class Phase:
   """One stretch of training: the pretraining, or each round.
 
@@ -76,6 +77,10 @@ class Phase:
   def steps(self) -> int:
     """Number of optimizer steps of the phase."""
     return -(-self.images // self.batch_size)
+
+  def static(self) -> 'Phase':
+    """What the compiled step depends on: the traced values left out."""
+    return dataclasses.replace(self, alpha=(), beta=(), learning_rate=())
 
 
 @dataclasses.dataclass
@@ -145,8 +150,11 @@ def science_changes(config: Config, recorded: dict[str, Any]) -> list[str]:
   for name, _, science in flatten(config):
     if science and recorded.get(name) != now[name]:
       lines.append(f'{name}: {recorded.get(name)!r} -> {now[name]!r}')
-  lines += [f'{name}: {recorded[name]!r} -> gone' for name in recorded
-            if name not in now]
+  lines += [
+    f'{name}: {recorded[name]!r} -> gone'
+    for name in recorded
+    if name not in now
+  ]
   return lines
 
 
@@ -158,8 +166,8 @@ def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
 def _validate_phase(name: str, phase: Phase) -> None:
   """Checks one phase; raises UserError that names the field."""
   choices = {
-      'objective': ('ddo', 'mle'),
-      'decay': ('none', 'linear', 'inverse_sqrt'),
+    'objective': ('ddo', 'mle'),
+    'decay': ('none', 'linear', 'inverse_sqrt'),
   }
   for field, allowed in choices.items():
     value = getattr(phase, field)
@@ -198,8 +206,9 @@ def validate(config: Config) -> None:
     value = getattr(evaluation, field)
     _require(value > 0, f'evaluation.{field}', value, 'a positive integer')
   kinds = ('pmap', 'fsdp')
-  _require(executor.kind in kinds, 'executor.kind', executor.kind,
-           f'one of {kinds}')
+  _require(
+    executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'
+  )
   for field in ('accumulate', 'sample_batch'):
     value = getattr(executor, field)
     _require(value > 0, f'executor.{field}', value, 'a positive integer')

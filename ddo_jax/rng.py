@@ -5,10 +5,17 @@ no key is stored, carried or saved, so a run needs no iterator state to resume
 and a row draws the same noise on any number of devices.
 """
 
+from collections.abc import Sequence
 import zlib
 
 import jax
-import jax.numpy as jnp
+
+
+def _fold(key: jax.Array, names: Sequence[str | int | jax.Array]) -> jax.Array:
+  for name in names:
+    data = zlib.crc32(name.encode()) if isinstance(name, str) else name
+    key = jax.random.fold_in(key, data)
+  return key
 
 
 def stream(seed: int, *names: str | int) -> jax.Array:
@@ -22,11 +29,7 @@ def stream(seed: int, *names: str | int) -> jax.Array:
   Returns:
     A typed PRNG key, shape [].
   """
-  key = jax.random.key(seed)
-  for name in names:
-    data = zlib.crc32(name.encode()) if isinstance(name, str) else name
-    key = jax.random.fold_in(key, data)
-  return key
+  return _fold(jax.random.key(seed), names)
 
 
 def per_example(key: jax.Array, ids: jax.Array) -> jax.Array:
@@ -34,7 +37,11 @@ def per_example(key: jax.Array, ids: jax.Array) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
-def split_rows(keys: jax.Array, name: str) -> jax.Array:
-  """Returns keys [B] of the purpose `name`, derived from the row keys [B]."""
-  data = jnp.uint32(zlib.crc32(name.encode()))
-  return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+def split_rows(keys: jax.Array, *names: str | int | jax.Array) -> jax.Array:
+  """Returns keys [B] of the named purpose, derived from the row keys [B]."""
+  return jax.vmap(lambda key: _fold(key, names))(keys)
+
+
+def order_seed(seed: int, *names: str) -> int:
+  """Returns the seed of a data order in [0, 2**32), for `data.batches`."""
+  return zlib.crc32('/'.join([str(seed), *names]).encode())

@@ -1,0 +1,100 @@
+"""Scores of images against the training and the held-out data."""
+
+from typing import Any
+
+import numpy as np
+
+from ddo_jax import config as config_lib
+from ddo_jax import data
+from ddo_jax import generate
+from ddo_jax import likelihood
+from ddo_jax import rng
+from ddo_jax.metrics import classifier
+from ddo_jax.metrics import frechet
+from ddo_jax.metrics import memorisation
+from ddo_jax.metrics import prdc
+
+Scores = dict[str, float]
+
+
+class Evaluator:
+  """Measures images in the features of a small classifier.
+
+  The classifier is trained on the training split, always to the same weights.
+  Scores: `fd_train`, `fd_test` (Fréchet distances to both splits), `accuracy`
+  (samples classified as their own label), `precision`, `recall`, `nn_ratio`
+  and `memorised` (see `metrics`).
+  """
+
+  def __init__(self, train: data.Source, test: data.Source):
+    """Reads both splits whole and fits the classifier.
+
+    Raises:
+      config.UserError: the data has no labels.
+    """
+    if train.num_classes < 2:
+      raise config_lib.UserError(
+        f'{train.name} has {train.num_classes} classes; evaluation fits a'
+        ' classifier and wants 2 or more: give the images labels'
+      )
+    self._train, labels = train.read(np.arange(len(train)))
+    self._test, _ = test.read(np.arange(len(test)))
+    self._classifier = classifier.fit(
+      self._train, labels, train.num_classes, train.levels
+    )
+    self._features, _ = self._classifier.apply(self._train)
+    test_features, _ = self._classifier.apply(self._test)
+    self._statistics = {
+      'fd_train': frechet.Statistics.of(self._features),
+      'fd_test': frechet.Statistics.of(test_features),
+    }
+
+  def scores(self, images: np.ndarray, labels: np.ndarray) -> Scores:
+    """Scores of images uint8 [N,H,W,C] drawn for the labels [N]."""
+    features, predicted = self._classifier.apply(images)
+    statistics = frechet.Statistics.of(features)
+    scores = {
+      name: frechet.distance(statistics, real)
+      for name, real in self._statistics.items()
+    }
+    scores['accuracy'] = float(np.mean(predicted == labels))
+    scores |= prdc.precision_recall(self._features, features)._asdict()
+    near = memorisation.compare(images, self._train, self._test)
+    return scores | near._asdict()
+
+
+def selection_scores(
+  evaluator: Evaluator,
+  generator: generate.Generator,
+  params: likelihood.Params,
+  config: config_lib.Config,
+) -> Scores:
+  """Scores on the one fixed seed by which checkpoints are compared."""
+  key = rng.stream(config.seed, 'select')
+  count = config.evaluation.selection_samples
+  return evaluator.scores(*generator.images(params, key, count, 'evaluate'))
+
+
+def report_scores(
+  evaluator: Evaluator,
+  generator: generate.Generator,
+  params: likelihood.Params,
+  config: config_lib.Config,
+) -> dict[str, Any]:
+  """Scores as {name: {'mean', 'sd', 'values'}} over disjoint fresh seeds.
+
+  No seed here ever selects a checkpoint; sd is the sample deviation, None
+  for a single seed.
+  """
+  blocks = []
+  for block in range(config.evaluation.seeds):
+    key = rng.stream(config.seed, 'report', block)
+    count = config.evaluation.samples
+    images, labels = generator.images(params, key, count, f'seed {block}')
+    blocks.append(evaluator.scores(images, labels))
+  summary = {}
+  for name in blocks[0]:
+    values = [block[name] for block in blocks]
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    summary[name] = {'mean': float(np.mean(values)), 'sd': sd, 'values': values}
+  return summary

@@ -1,0 +1,261 @@
+"""Models with a likelihood, as the objective sees them.
+
+`LikelihoodModel` is all that the step, the samplers' callers and the rounds
+know of a model. `Diffusion` serves every denoiser D(x; σ).
+"""
+
+import dataclasses
+import math
+from typing import Any
+from typing import Protocol
+
+import chex
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from ddo_jax.samplers import guidance
+
+Params = Any  # a pytree of arrays
+Frozen = dict[str, Params]  # weights neither trained nor the reference
+
+
+@struct.dataclass
+class Batch:
+  """Rows of one kind, real or fake; the leading axis is the example.
+
+  Attributes:
+    x: [B,H,W,C] float32 in model units, or [B,L] int32 tokens.
+    label: [B] int32; `num_classes` means "no label".
+    id: [B] uint32 position in the stream, step·B + row: the row's identity.
+  """
+
+  x: jax.Array
+  label: jax.Array
+  id: jax.Array
+
+
+class LikelihoodModel(Protocol):
+  """A hashable frozen dataclass, static under jit; it holds no arrays."""
+
+  example_shape: tuple[int, ...]  # of one row of raw data
+  num_classes: int  # 0: unconditional
+  num_levels: int  # bins of the diagnostics
+
+  def check_source(
+    self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
+  ) -> None:
+    """Raises UserError where a data source does not fit the model."""
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters."""
+
+  def project(self, params: Params) -> Params:
+    """Puts params back on their manifold; identity for most models."""
+
+  def log_prob(
+    self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
+  ) -> jax.Array:
+    """[B] log-likelihood in evaluation mode, deterministic given keys [B]."""
+
+  def log_ratio(
+    self,
+    params: Params,
+    reference: Params,
+    frozen: Frozen,
+    batch: Batch,
+    keys: jax.Array,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """[B] log p_θ − log p_ref, exactly 0 at θ = θ_ref, and per-row info."""
+
+  def mle_loss(
+    self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
+  ) -> jax.Array:
+    """[B] the family's own pretraining loss."""
+
+  def sample(
+    self,
+    params: Params,
+    frozen: Frozen,
+    label: jax.Array,
+    keys: jax.Array,
+    sampler: Any,
+  ) -> jax.Array:
+    """One sample a row of label [B], from its own key of keys [B]."""
+
+  def encode(
+    self, frozen: Frozen, raw: jax.Array, keys: jax.Array
+  ) -> jax.Array:
+    """Stored rows to model units."""
+
+  def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
+    """Model units to rows as the data stores them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+  """A denoiser trained on ln σ ~ N(p_mean, p_std²), as in EDM.
+
+  log p is replaced by the ELBO's integrand at one draw of (σ, n) a row:
+  −λ(σ) ‖D(x+n; σ) − x‖², a plain sum over H, W, C (the published α, β assume
+  it), λ(σ) = (σ² + σ_d²)/(σ σ_d)² (eq. 15).
+
+  Attributes:
+    denoiser: a Linen module, (x [B,H,W,C], sigma [B], label [B]) -> D.
+    example_shape: (H, W, C).
+    num_classes: 0 for an unconditional model.
+    sigma_data: σ_d, the data's standard deviation in model units.
+    p_mean: mean of ln σ in training.
+    p_std: standard deviation of ln σ in training.
+    levels: pixel values are 0 .. levels−1; x = 2 raw/(levels−1) − 1.
+    remat: recompute activations in the backward pass.
+  """
+
+  denoiser: nn.Module
+  example_shape: tuple[int, int, int]
+  num_classes: int
+  sigma_data: float
+  p_mean: float
+  p_std: float
+  levels: int = 256
+  remat: bool = False
+  num_levels: int = 8
+
+  def check_source(
+    self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
+  ) -> None:
+    """Raises UserError where a data source does not fit the model."""
+    got = (tuple(image_shape), levels)
+    wanted = (tuple(self.example_shape), self.levels)
+    if got != wanted or num_classes < self.num_classes:
+      raise config_lib.UserError(
+        f'{name} has images {got[0]} of {levels} levels in {num_classes}'
+        f' classes; the model takes {wanted[0]} of {self.levels} in'
+        f' {self.num_classes}: set config.model to the data'
+      )
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters."""
+    x = jnp.zeros((1, *self.example_shape))
+    label = jnp.zeros([1], jnp.int32)
+    return self.denoiser.init(key, x, jnp.ones([1]), label)['params']
+
+  def project(self, params: Params) -> Params:
+    """Identity: plain denoisers have no constraint on their weights."""
+    return params
+
+  def denoise(
+    self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
+  ) -> jax.Array:
+    """D(x; σ): the posterior mean of the clean image, shape of x."""
+
+    def apply(params, x, sigma, label):
+      return self.denoiser.apply({'params': params}, x, sigma, label)
+
+    if self.remat:
+      policy = jax.checkpoint_policies.dots_saveable
+      apply = jax.checkpoint(apply, policy=policy)
+    # A difference of two nearly equal networks: TF32 or bfloat16 drowns it.
+    with jax.default_matmul_precision('highest'):
+      return apply(params, x, sigma, label)
+
+  def _noisy(
+    self, batch: Batch, keys: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns σ [B], x + n [B,H,W,C] and λ(σ) [B], one draw a row."""
+    chex.assert_shape(batch.x, (None, *self.example_shape))
+
+    # One draw a row, split after: compilation grows with the calls.
+    size = 1 + math.prod(self.example_shape)
+    normal = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
+    log_sigma = self.p_mean + self.p_std * normal[:, 0]
+    noise = normal[:, 1:].reshape(batch.x.shape)
+    sigma = jnp.exp(log_sigma)
+    weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+    return sigma, batch.x + sigma[:, None, None, None] * noise, weight
+
+  def log_prob(
+    self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
+  ) -> jax.Array:
+    """[B] −λ(σ) ‖D(x+n; σ) − x‖² at one draw of (σ, n) a row."""
+    del frozen
+    sigma, noisy, weight = self._noisy(batch, keys)
+    error = self.denoise(params, noisy, sigma, batch.label) - batch.x
+    return -weight * jnp.sum(error**2, axis=(1, 2, 3))
+
+  def log_ratio(
+    self,
+    params: Params,
+    reference: Params,
+    frozen: Frozen,
+    batch: Batch,
+    keys: jax.Array,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Δ of eq. 15, [B], and per-row info for the diagnostics.
+
+    The difference of squares is formed as a product before the sum,
+    (D_θ − D_ref)(D_θ + D_ref − 2x): exactly 0 at θ = θ_ref, where the
+    difference of two sums of thousands of squares leaves rounding noise.
+    """
+    del frozen
+    sigma, noisy, weight = self._noisy(batch, keys)
+    ours = self.denoise(params, noisy, sigma, batch.label)
+    theirs = self.denoise(reference, noisy, sigma, batch.label)
+    theirs = jax.lax.stop_gradient(theirs)
+    product = (ours - theirs) * (ours + theirs - 2 * batch.x)
+    # Equal bins of ln σ over ±2 standard deviations; the outer ones are open.
+    z = (jnp.log(sigma) - self.p_mean) / self.p_std
+    level = jnp.floor((z + 2) / 4 * self.num_levels).astype(jnp.int32)
+    info = {
+      'level': jnp.clip(level, 0, self.num_levels - 1),
+      'mle_loss': weight * jnp.sum((ours - batch.x) ** 2, axis=(1, 2, 3)),
+    }
+    return -weight * jnp.sum(product, axis=(1, 2, 3)), info
+
+  def mle_loss(
+    self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
+  ) -> jax.Array:
+    """[B] EDM's training loss, λ(σ) ‖D(x+n; σ) − x‖²."""
+    return -self.log_prob(params, frozen, batch, keys)
+
+  def sample(
+    self,
+    params: Params,
+    frozen: Frozen,
+    label: jax.Array,
+    keys: jax.Array,
+    sampler: Any,
+  ) -> jax.Array:
+    """X [B,H,W,C]; guided where the sampler asks for it.
+
+    The guide is `frozen['guide']`, or else the model itself without labels
+    (classifier-free guidance).
+    """
+    chex.assert_equal_shape([label, keys])
+    denoise = lambda x, sigma: self.denoise(params, x, sigma, label)
+    if sampler.guidance != 1:
+      guide = frozen.get('guide', params)
+      weak = (
+        label if 'guide' in frozen else jnp.full_like(label, self.num_classes)
+      )
+      denoise = guidance.guided(
+        denoise,
+        lambda x, sigma: self.denoise(guide, x, sigma, weak),
+        sampler.guidance,
+      )
+    return sampler(denoise, self.example_shape, keys)
+
+  def encode(
+    self, frozen: Frozen, raw: jax.Array, keys: jax.Array
+  ) -> jax.Array:
+    """Stored pixels 0 .. levels−1 to [−1, 1], float32."""
+    del frozen, keys
+    return raw.astype(jnp.float32) * (2 / (self.levels - 1)) - 1
+
+  def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
+    """[−1, 1] to stored pixels, rounded to the nearest level, uint8."""
+    del frozen
+    top = self.levels - 1
+    raw = jnp.floor(jnp.clip(x * (top / 2) + (top / 2 + 0.5), 0, top))
+    return raw.astype(jnp.uint8)

@@ -1,0 +1,140 @@
+"""Small denoisers for small images: a residual MLP and a small U-Net."""
+
+import dataclasses
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddo_jax import likelihood
+from ddo_jax.models import layers
+
+
+@dataclasses.dataclass
+class ToyConfig:
+  """A denoiser that trains in seconds.
+
+  Attributes:
+    network: 'mlp' (images as flat vectors) or 'unet' (convolutions).
+    hidden: width of the MLP, or channels of the U-Net's first level.
+    blocks: residual blocks (the U-Net: a level).
+    image_shape: (H, W, C) of the data; the U-Net halves H, W once.
+    num_classes: classes of the data; 0 for an unconditional model.
+    sigma_data: σ_d, the data's standard deviation in [−1, 1] units.
+    levels: pixel values are 0 .. levels−1.
+  """
+
+  network: str = 'mlp'
+  hidden: int = 64
+  blocks: int = 2
+  image_shape: tuple[int, int, int] = (8, 8, 1)
+  num_classes: int = 10
+  sigma_data: float = 0.752
+  levels: int = 17
+
+
+class Condition(nn.Module):
+  """Noise level [B] and label [B] to one vector [B, features]."""
+
+  features: int
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, c_noise: jax.Array, label: jax.Array) -> jax.Array:
+    """Returns the embedding, [B, features]."""
+    h = layers.FourierEmbedding(32)(c_noise)
+    h = nn.Dense(self.features)(nn.silu(nn.Dense(self.features)(h)))
+    # One row more than classes: the last is "no label".
+    return nn.silu(h + nn.Embed(self.num_classes + 1, self.features)(label))
+
+
+class ResidualMLP(nn.Module):
+  """Pre-norm residual MLP whose norms are scaled and shifted by (σ, label)."""
+
+  hidden: int
+  blocks: int
+  num_classes: int
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, c_noise: jax.Array, label: jax.Array
+  ) -> jax.Array:
+    """X [B,H,W,C], c_noise [B], label [B] -> F [B,H,W,C]."""
+    condition = Condition(self.hidden, self.num_classes)(c_noise, label)
+    flat = x.reshape(x.shape[0], -1)
+    h = nn.Dense(self.hidden)(flat)
+    for _ in range(self.blocks):
+      scale, shift = jnp.split(nn.Dense(2 * self.hidden)(condition), 2, -1)
+      y = nn.LayerNorm(use_bias=False, use_scale=False)(h)
+      y = nn.silu(nn.Dense(self.hidden)(y * (1 + scale) + shift))
+      h = h + nn.Dense(self.hidden, kernel_init=nn.initializers.zeros)(y)
+    h = nn.LayerNorm()(h)
+    out = nn.Dense(flat.shape[1], kernel_init=nn.initializers.zeros)(h)
+    return out.reshape(x.shape)
+
+
+class ConvBlock(nn.Module):
+  """Pre-norm residual block of two 3×3 convolutions, conditioned by a shift."""
+
+  channels: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+    """X [B,H,W,C], condition [B,E] -> [B,H,W,channels]."""
+    # The fast variance loses everything where the mean is large.
+    norm = lambda: nn.GroupNorm(8, epsilon=1e-5, use_fast_variance=False)
+    h = nn.Conv(self.channels, (3, 3))(nn.silu(norm()(x)))
+    h = h + nn.Dense(self.channels)(condition)[:, None, None, :]
+    zeros = nn.initializers.zeros
+    h = nn.Conv(self.channels, (3, 3), kernel_init=zeros)(nn.silu(norm()(h)))
+    if x.shape[-1] != self.channels:
+      x = nn.Conv(self.channels, (1, 1))(x)
+    return x + h
+
+
+class SmallUNet(nn.Module):
+  """A U-Net of two resolutions."""
+
+  hidden: int
+  blocks: int
+  num_classes: int
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, c_noise: jax.Array, label: jax.Array
+  ) -> jax.Array:
+    """X [B,H,W,C] with even H, W; c_noise [B]; label [B] -> F [B,H,W,C]."""
+    condition = Condition(4 * self.hidden, self.num_classes)(c_noise, label)
+    h = nn.Conv(self.hidden, (3, 3))(x)
+    skips = []
+    for _ in range(self.blocks):
+      h = ConvBlock(self.hidden)(h, condition)
+      skips.append(h)
+    h = nn.Conv(2 * self.hidden, (2, 2), strides=(2, 2))(h)
+    for _ in range(2 * self.blocks):
+      h = ConvBlock(2 * self.hidden)(h, condition)
+    h = nn.ConvTranspose(self.hidden, (2, 2), strides=(2, 2))(h)
+    while skips:
+      h = ConvBlock(self.hidden)(
+        jnp.concatenate([h, skips.pop()], axis=-1), condition
+      )
+    return nn.Conv(x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros)(h)
+
+
+def build(
+  config: ToyConfig, p_mean: float, p_std: float, remat: bool
+) -> likelihood.Diffusion:
+  """The model under EDM preconditioning and a phase's noise law."""
+  network = {'mlp': ResidualMLP, 'unet': SmallUNet}[config.network](
+    config.hidden, config.blocks, config.num_classes
+  )
+  return likelihood.Diffusion(
+    denoiser=layers.EdmPrecond(network, config.sigma_data),
+    example_shape=tuple(config.image_shape),
+    num_classes=config.num_classes,
+    sigma_data=config.sigma_data,
+    p_mean=p_mean,
+    p_std=p_std,
+    levels=config.levels,
+    remat=remat,
+  )

@@ -1,0 +1,1 @@
+"""Samplers: frozen settings, called with a denoiser; they know no model."""
