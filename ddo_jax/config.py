@@ -163,6 +163,10 @@ def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
     raise UserError(f'config.{name} is {value!r}; it must be {wanted}')
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _validate_phase(name: str, phase: Phase) -> None:
   """Checks one phase; raises UserError that names the field."""
   choices = {
@@ -174,10 +178,11 @@ def _validate_phase(name: str, phase: Phase) -> None:
     _require(value in allowed, f'{name}.{field}', value, f'one of {allowed}')
   for field in ('alpha', 'beta', 'learning_rate', 'p_std', 'ema_halflife'):
     values = getattr(phase, field)
-    good = all(v > 0 and math.isfinite(v) for v in values)
+    good = all(_is_number(v) and v > 0 for v in values)
     good &= bool(values) or field == 'ema_halflife'
     _require(good, f'{name}.{field}', values, 'positive, one value a round')
-  _require(bool(phase.p_mean), f'{name}.p_mean', phase.p_mean, 'not empty')
+  good = bool(phase.p_mean) and all(map(_is_number, phase.p_mean))
+  _require(good, f'{name}.p_mean', phase.p_mean, 'numbers, one a round')
   for field in ('images', 'batch_size', 'pool_size', 'log_images'):
     value = getattr(phase, field)
     _require(value > 0, f'{name}.{field}', value, 'a positive integer')

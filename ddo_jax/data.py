@@ -73,7 +73,6 @@ class ArraySource:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """See `Source`."""
     return self.images.shape[1:]
 
   def __len__(self) -> int:
@@ -96,7 +95,6 @@ class EncodedSource:
 
   @functools.cached_property
   def image_shape(self) -> tuple[int, int, int]:
-    """See `Source`."""
     where, encoded, _ = self.fetch(0)
     return _decode(where, encoded).shape
 

@@ -15,6 +15,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ddo_jax import config as config_lib
 from ddo_jax.samplers import guidance
 
 Params = Any  # a pytree of arrays

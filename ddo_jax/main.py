@@ -1,27 +1,197 @@
-"""Command line: `python -m ddo_jax.main --config=… --workdir=…`."""
+"""Command line: `python -m ddo_jax.main --config=configs/digits.py`.
 
-import json
+Flags and dispatch only; a notebook calls `run` with a config of its own.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import logging
+import os
 import pathlib
+import signal
+import sys
+from typing import Any
 
 from absl import app
 from absl import flags
-from absl import logging
+from absl import logging as absl_logging
+import jax
 from ml_collections import config_flags
+import numpy as np
 
+from ddo_jax import config as config_lib
+from ddo_jax import evaluate
+from ddo_jax import generate
+from ddo_jax import models
+from ddo_jax import records
+from ddo_jax import report
+from ddo_jax import rng
 from ddo_jax import selfplay
+from ddo_jax import train
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A recipe; --config.x.y=v overrides any of its fields.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_MODE = flags.DEFINE_enum(
+  'mode',
+  'selfplay',
+  ['selfplay', 'pretrain', 'sample', 'evaluate', 'report'],
+  'selfplay: pretrain, play the rounds, report. The others: one part of it.',
+)
+_PARAMS = flags.DEFINE_string(
+  'params', None, 'sample, evaluate: a folder of params; default the newest.'
+)
+_NUM_SAMPLES = flags.DEFINE_integer(
+  'num_samples', 100, 'sample: how many images.', lower_bound=1
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'sample, evaluate: folder of the result; default workdir.'
+)
 
 
-def main(argv):
-  del argv
-  logging.set_verbosity(logging.INFO)
-  s = selfplay.play(_CONFIG.value, pathlib.Path(_WORKDIR.value))
-  print(json.dumps(s, indent=1)[:3000])
+def sample(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  params: pathlib.Path | None = None,
+  num_samples: int = 100,
+  output: pathlib.Path | None = None,
+) -> pathlib.Path:
+  """Draws class-balanced images: samples.npz and samples.png.
+
+  Args:
+    config: `config.sampler.guidance` guides by the model without labels.
+    workdir: of a run.
+    params: a folder of params; None takes the run's newest.
+    num_samples: images to draw.
+    output: folder of the result; None is the workdir.
+
+  Returns:
+    The path of samples.png.
+  """
+  run_ = selfplay.Run(config, workdir)
+  output = output or workdir
+  output.mkdir(parents=True, exist_ok=True)
+  model = models.build(config, config.ddo)
+  folder = params or selfplay.newest_params(workdir)
+  weights, _ = selfplay.load_params(folder, model, run_.executor)
+  images, labels = run_.generator(model).images(
+    weights, rng.stream(config.seed, 'sample'), num_samples
+  )
+  np.savez(output / 'samples.npz', image=images, label=labels)
+  generate.save_grid(output / 'samples.png', images, model.levels)
+  return output / 'samples.png'
+
+
+def evaluate_params(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  params: pathlib.Path | None = None,
+  output: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Scores params on the reporting seeds; writes and returns eval.json."""
+  run_ = selfplay.Run(config, workdir)
+  model = models.build(config, config.ddo)
+  folder = params or selfplay.newest_params(workdir)
+  weights, meta = selfplay.load_params(folder, model, run_.executor)
+  scores = evaluate.report_scores(
+    run_.evaluator, run_.generator(model), weights, config
+  )
+  result = {
+    'params': str(folder),
+    'sha256': meta['sha256'],
+    'sampler': dataclasses.asdict(config.sampler),
+    'samples': config.evaluation.samples,
+    'scores': scores,
+  }
+  records.write_json((output or workdir) / 'eval.json', result)
+  return result
+
+
+def run(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  mode: str = 'selfplay',
+  params: pathlib.Path | None = None,
+  num_samples: int = 100,
+  output: pathlib.Path | None = None,
+) -> Any:
+  """Runs one mode; see the flags."""
+  if mode == 'selfplay':
+    selfplay.play(config, workdir)
+    return workdir / 'report.html'
+  if mode == 'pretrain':
+    return selfplay.pretrain(selfplay.Run(config, workdir))
+  if mode == 'sample':
+    return sample(config, workdir, params, num_samples, output)
+  if mode == 'evaluate':
+    return evaluate_params(config, workdir, params, output)
+  return report.write(workdir)
+
+
+def _known_fields(override: str) -> str:
+  """What could stand in place of an override that names no field."""
+  path = override.split('=')[0].removeprefix('--').split('.')[1:]
+  holder, name = config_lib.Config(), 'config'
+  loaded = flags.FLAGS['config'].value
+  holder = loaded if dataclasses.is_dataclass(loaded) else holder
+  for part in path:
+    known = [field.name for field in dataclasses.fields(holder)]
+    if part not in known:
+      return f'{name} has no field {part!r}; it has: {", ".join(known)}'
+    holder, name = getattr(holder, part), f'{name}.{part}'
+    if not dataclasses.is_dataclass(holder):
+      return f'{name} is a value, not a group of fields'
+  return f'{name} is a group of fields; set one of them'
+
+
+def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
+  """Absl's parser, with one line in place of a traceback."""
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except Exception as error:
+    for arg in argv:
+      if arg.lstrip('-').startswith('config.') and 'not found' in str(error):
+        sys.exit(f'FATAL {arg}: {_known_fields(arg)}')
+    sys.exit(f'FATAL {error}')
+
+
+def _main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    sys.exit(f'FATAL unexpected argument {argv[1]!r}; flags start with --')
+  if not _WORKDIR.value or (_MODE.value != 'report' and not _CONFIG.value):
+    sys.exit(
+      'FATAL --config and --workdir are required, e.g.'
+      ' --config=configs/digits.py --workdir=runs/digits'
+    )
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger('ddo_jax').setLevel(logging.INFO)
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    cache = pathlib.Path('~/.cache/ddo_jax/xla').expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+  # Between training steps nothing needs saving: stages are whole or absent.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EX_TEMPFAIL))
+  path = lambda flag: pathlib.Path(flag).expanduser() if flag else None
+  try:
+    result = run(
+      _CONFIG.value,
+      path(_WORKDIR.value),
+      _MODE.value,
+      path(_PARAMS.value),
+      _NUM_SAMPLES.value,
+      path(_OUTPUT.value),
+    )
+  except config_lib.UserError as error:
+    sys.exit(f'FATAL {error}')
+  except KeyboardInterrupt:
+    sys.exit('interrupted; run the same command again to continue')
+  if isinstance(result, dict):
+    for name, score in result['scores'].items():
+      sd = '' if score['sd'] is None else f' ± {score["sd"]:.4f}'
+      print(f'{name:12} {score["mean"]:.4f}{sd}')
+  else:
+    print(result)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(_main, flags_parser=_parse_flags)

@@ -4,13 +4,14 @@ Each stage leaves its result on disk and returns at once if it is there, so
 resuming, and adding a round, are running the same command again.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+import logging
 import pathlib
 import time
 from typing import Any
 
-from absl import logging
 import jax
 import numpy as np
 
@@ -28,6 +29,7 @@ from ddo_jax import report
 from ddo_jax import rng
 from ddo_jax import train
 
+_LOGGER = logging.getLogger(__name__)
 GRID = 80  # images of a sample grid
 
 
@@ -59,6 +61,23 @@ def load_params(
   return checkpoint.load_params(folder, target)
 
 
+def newest_params(workdir: pathlib.Path) -> pathlib.Path:
+  """The folder of params that the last finished stage of a run left.
+
+  Raises:
+    config.UserError: no stage has finished.
+  """
+  folders = sorted(workdir.glob('round_*/promoted'))
+  folders = [workdir / 'pretrain' / 'params', *folders]
+  folders = [f for f in folders if (f.parent / 'done.json').exists()]
+  if not folders:
+    raise config_lib.UserError(
+      f'no finished stage in {workdir}; run --mode=selfplay first, or name'
+      ' --params'
+    )
+  return folders[-1]
+
+
 class Run:
   """What the stages of one run share; the costly parts when first needed."""
 
@@ -70,8 +89,11 @@ class Run:
     self.executor = parallel.Executor(config.executor)
     for phase in (config.pretrain, config.ddo):
       self.executor.check_batch(phase.batch_size, config.executor.accumulate)
-    claim_workdir(config, workdir)
-    self.log = records.MetricsLog(workdir)
+
+  @functools.cached_property
+  def log(self) -> records.MetricsLog:
+    """metrics.jsonl."""
+    return records.MetricsLog(self.workdir)
 
   @functools.cached_property
   def real(self) -> data.Source:
@@ -96,17 +118,33 @@ class Run:
       model, {}, self.config.sampler, self.executor, batch
     )
 
-  def job(self, **fields: Any) -> train.Job:
-    """A training job with the fields that all phases share."""
+  def job(
+    self,
+    folder: pathlib.Path,
+    phase: config_lib.Phase,
+    round_index: int,
+    model: likelihood.LikelihoodModel,
+    reference: likelihood.Params,
+    fake: data.Source | None,
+    score: Callable[[likelihood.Params], evaluate.Scores] | None,
+  ) -> train.Job:
+    """The training job of a stage; see `train.Job`."""
     return train.Job(
+      name=folder.name,
+      folder=folder,
       seed=self.config.seed,
+      phase=phase,
+      round_index=round_index,
+      model=model,
+      reference=reference,
       frozen={},
       real=self.real,
+      fake=fake,
       executor=self.executor,
       accumulate=self.config.executor.accumulate,
       log=self.log,
+      evaluate=score,
       metric=self.config.evaluation.metric,
-      **fields,
     )
 
 
@@ -116,6 +154,7 @@ def pretrain(run: Run) -> pathlib.Path:
   Returns:
     The folder of params that the first round starts from.
   """
+  claim_workdir(run.config, run.workdir)
   if run.config.init_from:
     return pathlib.Path(run.config.init_from).expanduser()
   folder, phase = run.workdir / 'pretrain', run.config.pretrain
@@ -126,22 +165,26 @@ def pretrain(run: Run) -> pathlib.Path:
   model = models.build(run.config, phase)
   key = rng.stream(run.config.seed, 'init')
   params = run.executor.place_state(jax.jit(model.init)(key))
-  promotion = train.run(
-    run.job(
-      name='pretrain',
-      folder=folder,
-      phase=phase,
-      round_index=0,
-      model=model,
-      reference=params,
-      fake=None,
-      evaluate=None,
-    )
-  )
+  job = run.job(folder, phase, 0, model, params, fake=None, score=None)
+  promotion = train.run(job)
   meta = {'stage': 'pretrain', 'config': config_lib.to_json(run.config)}
   checkpoint.save_params(params_folder, promotion.params, meta)
   records.write_json(done, {'seconds': time.perf_counter() - start})
   return params_folder
+
+
+def _reference(
+  run: Run,
+  folder: pathlib.Path,
+  origin: pathlib.Path,
+  model: likelihood.LikelihoodModel,
+) -> tuple[likelihood.Params, str]:
+  """The round's reference, copied from `origin` once, and its sha256."""
+  if not (folder / 'reference').exists():
+    params, meta = load_params(origin, model, run.executor)
+    checkpoint.save_params(folder / 'reference', params, meta)
+  params, meta = load_params(folder / 'reference', model, run.executor)
+  return params, meta['sha256']
 
 
 def _fake_pool(
@@ -164,15 +207,43 @@ def _fake_pool(
   return pool.source(run.real.num_classes, run.real.levels)
 
 
-def _save_grid(
+def _promote(
+  run: Run, folder: pathlib.Path, promotion: train.Promotion
+) -> dict[str, Any]:
+  """Saves the round's result; returns where in the round it comes from."""
+  chosen = {
+    'step': promotion.step,
+    'images': promotion.step * run.config.ddo.batch_size,
+    'profile': promotion.profile,
+    'selection': promotion.selection,
+  }
+  config = config_lib.to_json(run.config)
+  meta = {'stage': folder.name, 'promoted': chosen, 'config': config}
+  checkpoint.save_params(folder / 'promoted', promotion.params, meta)
+  return chosen
+
+
+def _report_scores(
   run: Run,
-  path: pathlib.Path,
+  folder: pathlib.Path,
   generator: generate.Generator,
-  params: likelihood.Params,
-) -> None:
-  key = rng.stream(run.config.seed, 'grid')
-  images, _ = generator.images(params, key, GRID, path.stem)
-  generate.save_grid(path, images, run.real.levels)
+  reference: likelihood.Params,
+  promotion: train.Promotion,
+  before: dict[str, Any] | None,
+) -> dict[str, Any]:
+  """Scores and sample grids of the round's start and end: eval.json."""
+  scores = functools.partial(
+    evaluate.report_scores, run.evaluator, generator, config=run.config
+  )
+  before = before or scores(reference)
+  after = scores(promotion.params) if promotion.step else before
+  for name, params in (('before', reference), ('after', promotion.params)):
+    key = rng.stream(run.config.seed, 'grid')
+    images, _ = generator.images(params, key, GRID, name)
+    generate.save_grid(folder / f'{name}.png', images, run.real.levels)
+  result = {'before': before, 'after': after}
+  records.write_json(folder / 'eval.json', result)
+  return result
 
 
 def play_round(
@@ -196,62 +267,28 @@ def play_round(
   done = folder / 'done.json'
   if done.exists():
     return records.read_json(done)
-  clock = [time.perf_counter()]
-  phase = run.config.ddo
+  clock, phase = [time.perf_counter()], run.config.ddo
   model = models.build(run.config, phase, index)
-  generator = run.generator(model)
-  if not (folder / 'reference').exists():
-    params, meta = load_params(origin, model, run.executor)
-    checkpoint.save_params(folder / 'reference', params, meta)
-  reference, meta = load_params(folder / 'reference', model, run.executor)
-  fake = None
+  generator, fake = run.generator(model), None
+  reference, sha256 = _reference(run, folder, origin, model)
   if phase.objective == 'ddo':
-    fake = _fake_pool(run, folder, generator, reference, meta['sha256'])
+    fake = _fake_pool(run, folder, generator, reference, sha256)
   clock.append(time.perf_counter())
-  promotion = train.run(
-    run.job(
-      name=folder.name,
-      folder=folder,
-      phase=phase,
-      round_index=index,
-      model=model,
-      reference=reference,
-      fake=fake,
-      evaluate=lambda params: evaluate.selection_scores(
-        run.evaluator, generator, params, run.config
-      ),
-    )
+  score = functools.partial(
+    evaluate.selection_scores, run.evaluator, generator, config=run.config
   )
-  chosen = {
-    'step': promotion.step,
-    'images': promotion.step * phase.batch_size,
-    'profile': promotion.profile,
-    'selection': promotion.selection,
-  }
-  meta = meta | {'stage': folder.name, 'promoted': chosen}
-  checkpoint.save_params(folder / 'promoted', promotion.params, meta)
+  job = run.job(folder, phase, index, model, reference, fake, score)
+  promotion = train.run(job)
+  chosen = _promote(run, folder, promotion)
   clock.append(time.perf_counter())
-  scores = functools.partial(
-    evaluate.report_scores, run.evaluator, generator, config=run.config
-  )
-  before = before or scores(reference)
-  after = scores(promotion.params) if promotion.step else before
-  _save_grid(run, folder / 'before.png', generator, reference)
-  _save_grid(run, folder / 'after.png', generator, promotion.params)
+  result = {'round': index, 'promoted': chosen}
+  result |= _report_scores(run, folder, generator, reference, promotion, before)
   clock.append(time.perf_counter())
-  records.write_json(folder / 'eval.json', {'before': before, 'after': after})
-  spent = dict(zip(('fakes', 'train', 'evaluate'), np.diff(clock).tolist()))
-  warnings = train.warnings(run.log.read(folder.name))
-  result = {
-    'round': index,
-    'before': before,
-    'after': after,
-    'promoted': chosen,
-    'warnings': warnings,
-    'seconds': spent,
-  }
-  for warning in warnings:
-    logging.warning('%s: %s', folder.name, warning)
+  stages, spent = ('fakes', 'train', 'evaluate'), np.diff(clock).tolist()
+  result['seconds'] = dict(zip(stages, spent, strict=True))
+  result['warnings'] = train.warnings(run.log.read(folder.name))
+  for warning in result['warnings']:
+    _LOGGER.warning('%s: %s', folder.name, warning)
   records.write_json(done, result)
   return result
 
@@ -270,7 +307,7 @@ def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     origin = workdir / f'round_{index:03d}' / 'promoted'
     before = result['after']
     metric = config.evaluation.metric
-    logging.info(
+    _LOGGER.info(
       'round %d: %s %.4g -> %.4g (step %d promoted)',
       index,
       metric,

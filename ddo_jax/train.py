@@ -4,13 +4,13 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import signal
 import threading
 import time
 from typing import Any
 
-from absl import logging
 import jax
 import numpy as np
 import tqdm
@@ -25,6 +25,7 @@ from ddo_jax import rng
 from ddo_jax import train_state
 from ddo_jax import train_step
 
+_LOGGER = logging.getLogger(__name__)
 EX_TEMPFAIL = 75  # exit status: interrupted, run the same command again
 _TOLERANCE = 1e-3  # of |βΔ| at step 0: what rounding may leave
 
@@ -291,7 +292,7 @@ def run(job: Job) -> Promotion:
     start = checkpoints.latest_step() or 0
     if start:
       state = checkpoints.restore(start, target)
-      logging.info('%s resumes at step %d of %d', job.name, start, steps)
+      _LOGGER.info('%s resumes at step %d of %d', job.name, start, steps)
     job.log.rewind(job.name, start)
     evaluated = {
       r['step'] for r in job.log.read(job.name) if r['kind'] == 'eval'
@@ -321,7 +322,7 @@ def run(job: Job) -> Promotion:
           logger.restart_clock()
         if terminated.is_set():
           checkpoints.wait()
-          logging.warning('%s: SIGTERM; saved step %d', job.name, step)
+          _LOGGER.warning('%s: SIGTERM; saved step %d', job.name, step)
           raise SystemExit(EX_TEMPFAIL)
         if last:
           break

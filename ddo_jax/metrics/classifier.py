@@ -39,10 +39,10 @@ class Network(nn.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Maps x [B, D] to (features [B, 32], logits [B, num_classes])."""
     dense = functools.partial(nn.Dense, precision='highest')
-    # SiLU, not ReLU: a dead unit would be a feature of variance 0.
-    x = nn.silu(dense(_HIDDEN)(x))
-    features = nn.silu(dense(FEATURES)(x))
-    return features, dense(self.num_classes)(features)
+    # Features before their activation: a unit that is off for nearly all images
+    # would be one of almost no variance, normalised to an outlier detector.
+    features = dense(FEATURES)(nn.silu(dense(_HIDDEN)(x)))
+    return features, dense(self.num_classes)(nn.silu(features))
 
 
 def _inputs(images: jax.Array, levels: jax.Array) -> jax.Array:
@@ -221,8 +221,8 @@ def fit(
   """Trains a classifier, in a few seconds on CPU.
 
   An MLP (256 and 32 hidden units) by AdamW, 1,000 steps of 256 noisy images
-  drawn with replacement. The same bits every time on one machine with one number
-  of devices: XLA's order of summation on CPU follows its number of threads.
+  drawn with replacement. The same bits every time on one machine with one
+  number of devices (XLA sums in an order that follows its number of threads).
 
   Args:
     images: uint8 [N, ...], the training split, raw values 0 .. levels-1.
