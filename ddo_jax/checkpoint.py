@@ -68,11 +68,12 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path):
     """Opens or creates `folder`."""
     self.folder = folder.absolute()
+    selection = lambda metrics: metrics[_METRIC]
     keep = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(1),
         checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics[_METRIC],
+          get_metric_fn=selection,
           reverse=True,
           n=1,
           keep_checkpoints_without_metrics=False,
@@ -80,7 +81,10 @@ class Checkpoints:
       ]
     )
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=keep, cleanup_tmp_directories=True
+      preservation_policy=keep,
+      best_fn=selection,  # or else no metric is written to disk
+      best_mode='min',
+      cleanup_tmp_directories=True,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
 

@@ -164,7 +164,8 @@ def _main(argv: Sequence[str]) -> None:
       'FATAL --config and --workdir are required, e.g.'
       ' --config=configs/digits.py --workdir=runs/digits'
     )
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  # Orbax's voice; ours is the logger below, jax has its own.
+  absl_logging.set_verbosity(absl_logging.ERROR)
   logging.getLogger('ddo_jax').setLevel(logging.INFO)
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     cache = pathlib.Path('~/.cache/ddo_jax/xla').expanduser()

@@ -100,7 +100,7 @@ def _termination() -> Iterator[threading.Event]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _batches(job: Job, start: int) -> Iterator[Any]:
+def batches(job: Job, start: int) -> Iterator[Any]:
   """Yields (real, fake) on the devices, from step `start` on."""
   phase, steps = job.phase, job.phase.steps()
 
@@ -306,8 +306,8 @@ def run(job: Job) -> Promotion:
       unit_scale=True,
       disable=None,
     )
-    batches = _batches(job, start)
-    with bar, contextlib.closing(batches):
+    rows = batches(job, start)
+    with bar, contextlib.closing(rows):
       for step in range(start, steps + 1):
         last, metric = step == steps, None
         due = last or _due(step, phase.eval_images, phase.batch_size)
@@ -327,7 +327,7 @@ def run(job: Job) -> Promotion:
         if last:
           break
         with executor.no_implicit_transfers():
-          real, fake = next(batches)
+          real, fake = next(rows)
           state, metrics = step_fn(
             state, job.reference, job.frozen, real, fake, hyper, key
           )

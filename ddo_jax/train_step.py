@@ -162,9 +162,9 @@ def train_step(
   factor = train_state.learning_rate_factor(phase, seen)
   learning_rate = hyper.learning_rate * factor
   metrics['learning_rate'] = learning_rate
-  metrics['grad_norm'] = optax.global_norm(grads)
+  metrics['grad_norm'] = optax.tree.norm(grads)
   away = jax.tree.map(jnp.subtract, state.params, reference)
-  metrics['reference_distance'] = optax.global_norm(away)
+  metrics['reference_distance'] = optax.tree.norm(away)
   if rows:
     metrics['mle_loss'] = jnp.mean(rows.pop('mle_loss'))
     metrics |= ddo.diagnostics(
