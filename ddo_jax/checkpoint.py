@@ -1,5 +1,6 @@
 """The only file that knows Orbax: a phase's checkpoints, folders of params."""
 
+from collections.abc import Callable
 import hashlib
 import pathlib
 from typing import Any
@@ -59,6 +60,20 @@ def _check_shapes(stored: Any, target: Any, where: pathlib.Path) -> None:
     )
 
 
+def _guarded(folder: pathlib.Path, call: Callable, *args, **kwargs) -> Any:
+  """Runs a call that writes; says what survives where the disk is full."""
+  try:
+    return call(*args, **kwargs)
+  except (OSError, ValueError) as error:
+    signs = ('No space left', 'RESOURCE_EXHAUSTED', 'Disk quota')
+    if not any(sign in str(error) for sign in signs):
+      raise
+    raise config_lib.UserError(
+      f'disk full while saving in {folder}; what was saved before is whole:'
+      ' free some space and run the same command again'
+    ) from error
+
+
 class Checkpoints:
   """Numbered checkpoints of one phase: the newest, and the best so far.
 
@@ -92,26 +107,11 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    self._guarded(self._manager.close)
+    _guarded(self.folder, self._manager.close)
 
   def latest_step(self) -> int | None:
     """The newest complete step, or None."""
     return self._manager.latest_step()
-
-  def _guarded(self, call, *args, **kwargs):
-    """Runs a call that writes; says what survives where the disk is full."""
-    try:
-      return call(*args, **kwargs)
-    except (OSError, ValueError) as error:
-      text = str(error)
-      full = ('No space left', 'RESOURCE_EXHAUSTED', 'Disk quota')
-      if not any(sign in text for sign in full):
-        raise
-      steps = sorted(self._manager.all_steps(read=True))
-      raise config_lib.UserError(
-        f'disk full while saving under {self.folder}; steps {steps} there'
-        ' are complete: free some space and run the same command again'
-      ) from error
 
   def save(self, state: Any, step: int, metric: float | None = None) -> None:
     """Starts saving a TrainState; `metric` (lower is better) may rank it."""
@@ -119,7 +119,8 @@ class Checkpoints:
     saved = {'state': ocp.args.StandardSave({'step': state.step, **items})}
     if state.ema:
       saved['ema'] = ocp.args.StandardSave(state.ema)
-    self._guarded(
+    _guarded(
+      self.folder,
       self._manager.save,
       step,
       args=ocp.args.Composite(**saved),
@@ -129,7 +130,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until the saves under way are whole on disk."""
-    self._guarded(self._manager.wait_until_finished)
+    _guarded(self.folder, self._manager.wait_until_finished)
 
   def restore(self, step: int, target: Any) -> Any:
     """Returns the TrainState of a step.
@@ -179,7 +180,7 @@ def save_params(folder: pathlib.Path, params: Any, meta: dict) -> None:
     params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
   )
   with _checkpointer() as writer:
-    writer.save(folder, args=items, force=True)
+    _guarded(folder, writer.save, folder, args=items, force=True)
 
 
 def load_meta(folder: pathlib.Path) -> dict:

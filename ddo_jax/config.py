@@ -207,6 +207,13 @@ def validate(config: Config) -> None:
   objective = config.pretrain.objective
   _require(objective == 'mle', 'pretrain.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
+  metrics = ('fd_train', 'fd_test')
+  _require(
+    evaluation.metric in metrics,
+    'evaluation.metric',
+    evaluation.metric,
+    f'one of {metrics}',
+  )
   for field in ('selection_samples', 'samples', 'seeds'):
     value = getattr(evaluation, field)
     _require(value > 0, f'evaluation.{field}', value, 'a positive integer')

@@ -91,11 +91,11 @@ class EncodedSource:
   length: int
   num_classes: int
   levels: int
-  fetch: Callable[[int], tuple[str, bytes, int]]  # -> where, image file, label
+  fetch: Callable[[list[int]], list[datasets.Row]]
 
   @functools.cached_property
   def image_shape(self) -> tuple[int, int, int]:
-    where, encoded, _ = self.fetch(0)
+    ((where, encoded, _),) = self.fetch([0])
     return _decode(where, encoded).shape
 
   def __len__(self) -> int:
@@ -106,15 +106,14 @@ class EncodedSource:
     shape, limit = self.image_shape, max(self.num_classes, 1)
     images = np.empty((len(index), *shape), np.uint8)
     labels = np.empty(len(index), np.int32)
-    for row, i in enumerate(index):
-      where, encoded, label = self.fetch(int(i))
+    for i, (where, encoded, label) in enumerate(self.fetch(index.tolist())):
       image = _decode(where, encoded)
       if image.shape != shape or not 0 <= label < limit:
         raise config.UserError(
           f'{where} is {list(image.shape)}, label {label}; wanted {list(shape)}'
           f' [H,W,C] as the first image, label 0 .. {limit - 1}'
         )
-      images[row], labels[row] = image, label
+      images[i], labels[i] = image, label
     return images, labels
 
 
@@ -223,7 +222,7 @@ def _open_files(path: pathlib.Path) -> EncodedSource:
     raise config.UserError(f'{path / deep[0]} must be at the top: move it up')
   num_classes = max(labels, default=-1) + 1
   labels = labels or [0] * len(images)
-  fetch = lambda index: (*read(images[index]), labels[index])
+  fetch = lambda index: [(*read(images[i]), labels[i]) for i in index]
   return EncodedSource(str(path), len(images), num_classes, 256, fetch)
 
 
@@ -318,18 +317,15 @@ def batches(
   Args:
     source: the images.
     seed: see `order`.
-    batch_size: B, rows of a step over all processes.
-    start_step: first step.
-    stop_step: one past the last step.
-    process_index: which b = B / process_count consecutive rows to read.
-    process_count: number of processes.
+    batch_size: B, rows of a step over all processes; of these a process reads
+      b = B / process_count consecutive ones.
 
   Returns:
     Iterator of 'image' uint8 [b,H,W,C], 'label' int32 [b] and 'id' uint32 [b]:
     the rows' global positions step * B + row, modulo 2**32.
 
   Raises:
-    UserError: B does not divide over the processes; later, a failed read.
+    UserError: b is no integer; later, a failed read.
   """
   if batch_size % process_count:
     raise config.UserError(

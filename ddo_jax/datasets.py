@@ -24,6 +24,7 @@ from ddo_jax import config
 
 # Split name -> (images uint8 [N,H,W,C], labels [N]).
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+Row = tuple[str, bytes, int]  # where it stands, image file, label
 
 # Train images and labels, test images and labels; of the uncompressed content,
 # because the .gz differ with who compressed them.
@@ -306,7 +307,7 @@ class Split:
   length: int
   num_classes: int  # 0: no labels
   levels: int  # pixel values are 0 .. levels-1
-  fetch: Callable[[int], tuple[str, bytes, int]]  # -> where, image file, label
+  fetch: Callable[[list[int]], list[Row]]
 
 
 def open_split(
@@ -317,30 +318,33 @@ def open_split(
   Args:
     name: a key of SPECS, or the TFDS name of a set prepared before.
     split: 'train', or a slice such as 'train[:90%]'.
-    data_dir: where TFDS keeps prepared data; '' is TFDS's own default.
-    raw_dir: folder of the downloaded files, read on first use.
+    data_dir: see `prepare`.
+    raw_dir: see `prepare`.
 
   Raises:
-    UserError: unknown name or split, a set that is not prepared, damaged or in
-      another format, and what `prepare` raises. `fetch` raises it, too.
+    UserError: unknown name or split; a set not prepared, damaged (by `fetch`,
+      too) or in another format; what `prepare` raises.
   """
   builder = _open_builder(name, data_dir, raw_dir)
   rows, files = _rows(builder, split)
   ends = np.cumsum([file.take for file in files])
   label = dict(builder.info.features.items()).get('label')
-  num_classes = getattr(label, 'num_classes', 0)  # only a ClassLabel has it
+  num_classes = getattr(label, 'num_classes', 0)  # a ClassLabel has it
 
-  def fetch(index: int) -> tuple[str, bytes, int]:
-    file = files[np.searchsorted(ends, index, side='right')].filename
+  def fetch(index: list[int]) -> list[Row]:
+    where = [files[i].filename for i in np.searchsorted(ends, index, 'right')]
     try:
-      row = rows[index]
-    except Exception as error:  # array_record's errors name no file
+      found = rows.__getitems__(index)
+    except Exception as error:
+      if len(index) > 1:  # the error names no file: look at the rows singly
+        return [row for i in index for row in fetch([i])]
       raise config.UserError(
-        f'{file} is damaged ({error}): delete {builder.data_path} and prepare'
-        ' the set again'
+        f'{where[0]} is damaged ({error}): delete its folder, prepare again'
       ) from error
-    where = f'{file}, row {index} of {split}'
-    return where, row['image'], row['label'] if num_classes else 0
+    return [
+      (f'{file}, row {i}', row['image'], row['label'] if num_classes else 0)
+      for file, i, row in zip(where, index, found, strict=True)
+    ]
 
   spec = SPECS.get(builder.name)
   return Split(len(rows), num_classes, spec.levels if spec else 256, fetch)

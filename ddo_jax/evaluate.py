@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddo_jax import config as config_lib
@@ -49,18 +50,34 @@ class Evaluator:
       'fd_test': frechet.Statistics.of(test_features),
     }
 
-  def scores(self, images: np.ndarray, labels: np.ndarray) -> Scores:
-    """Scores of images uint8 [N,H,W,C] drawn for the labels [N]."""
+  def scores(self, images: np.ndarray, labels: np.ndarray | None) -> Scores:
+    """Scores of images uint8 [N,H,W,C] drawn for the labels [N].
+
+    Without labels (an unconditional model) there is no `accuracy`.
+    """
     features, predicted = self._classifier.apply(images)
     statistics = frechet.Statistics.of(features)
     scores = {
       name: frechet.distance(statistics, real)
       for name, real in self._statistics.items()
     }
-    scores['accuracy'] = float(np.mean(predicted == labels))
+    if labels is not None:
+      scores['accuracy'] = float(np.mean(predicted == labels))
     scores |= prdc.precision_recall(self._features, features)._asdict()
     near = memorisation.compare(images, self._train, self._test)
     return scores | near._asdict()
+
+
+def _scores(
+  evaluator: Evaluator,
+  generator: generate.Generator,
+  params: likelihood.Params,
+  key: jax.Array,
+  count: int,
+) -> Scores:
+  images, labels = generator.images(params, key, count, 'evaluate')
+  conditional = generator.model.num_classes > 0
+  return evaluator.scores(images, labels if conditional else None)
 
 
 def selection_scores(
@@ -72,7 +89,7 @@ def selection_scores(
   """Scores on the one fixed seed by which checkpoints are compared."""
   key = rng.stream(config.seed, 'select')
   count = config.evaluation.selection_samples
-  return evaluator.scores(*generator.images(params, key, count, 'evaluate'))
+  return _scores(evaluator, generator, params, key, count)
 
 
 def report_scores(
@@ -90,8 +107,7 @@ def report_scores(
   for block in range(config.evaluation.seeds):
     key = rng.stream(config.seed, 'report', block)
     count = config.evaluation.samples
-    images, labels = generator.images(params, key, count, f'seed {block}')
-    blocks.append(evaluator.scores(images, labels))
+    blocks.append(_scores(evaluator, generator, params, key, count))
   summary = {}
   for name in blocks[0]:
     values = [block[name] for block in blocks]

@@ -127,13 +127,14 @@ class Diffusion:
     self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
   ) -> None:
     """Raises UserError where a data source does not fit the model."""
-    got = (tuple(image_shape), levels)
-    wanted = (tuple(self.example_shape), self.levels)
-    if got != wanted or num_classes < self.num_classes:
+    got = (tuple(image_shape), levels, num_classes)
+    wanted = (tuple(self.example_shape), self.levels, self.num_classes)
+    if not self.num_classes:  # labels, if there are any, go unused
+      got = (*got[:2], 0)
+    if got != wanted:
       raise config_lib.UserError(
-        f'{name} has images {got[0]} of {levels} levels in {num_classes}'
-        f' classes; the model takes {wanted[0]} of {self.levels} in'
-        f' {self.num_classes}: set config.model to the data'
+        f'{name} has (image shape, levels, classes) {got}, the model takes'
+        f' {wanted}: set config.model to the data'
       )
 
   def init(self, key: jax.Array) -> Params:

@@ -70,14 +70,14 @@ def sample(
     The path of samples.png.
   """
   run_ = selfplay.Run(config, workdir)
-  output = output or workdir
-  output.mkdir(parents=True, exist_ok=True)
   model = models.build(config, config.ddo)
   folder = params or selfplay.newest_params(workdir)
   weights, _ = selfplay.load_params(folder, model, run_.executor)
   images, labels = run_.generator(model).images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
+  output = output or workdir
+  output.mkdir(parents=True, exist_ok=True)
   np.savez(output / 'samples.npz', image=images, label=labels)
   generate.save_grid(output / 'samples.png', images, model.levels)
   return output / 'samples.png'

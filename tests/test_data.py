@@ -1,8 +1,11 @@
 """Sources on disk and in memory, the order, the batches."""
 
+from concurrent import futures
+import dataclasses
 import io
 import json
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -15,11 +18,15 @@ from ddo_jax import data
 SHAPE = (4, 6, 3)
 
 
-def encode(pixels, kind='PNG'):
-  """An image file of uint8 pixels [H,W,C]."""
+def save(image, kind='PNG'):
+  """The bytes of an image file."""
   file = io.BytesIO()
-  Image.fromarray(pixels.squeeze()).save(file, kind)
+  image.save(file, kind)
   return file.getvalue()
+
+
+def encode(pixels, kind='PNG'):
+  return save(Image.fromarray(pixels.squeeze()), kind)
 
 
 def make_images(count, shape=SHAPE):
@@ -32,12 +39,8 @@ def edm_files(count=7, shape=SHAPE):
   """File name -> bytes in EDM's layout; labels are listed in reverse order."""
   images, labels = make_images(count, shape)
   names = [f'{i % 2:05d}/img{i:08d}.png' for i in range(count)]
-  files = {
-    name: encode(image) for name, image in zip(names, images, strict=True)
-  }
-  entries = [[name, int(k)] for name, k in zip(names, labels, strict=True)][
-    ::-1
-  ]
+  files = dict(zip(names, map(encode, images), strict=True))
+  entries = [*zip(names, labels.tolist(), strict=True)][::-1]
   files['dataset.json'] = json.dumps({'labels': entries}).encode()
   return files
 
@@ -55,8 +58,8 @@ def write(path, files):
   return path
 
 
-def open_path(path, split='train'):
-  return data.open_source(config.Data(source=str(path)), split)
+def open_path(path):
+  return data.open_source(config.Data(source=str(path)), 'train')
 
 
 def read_all(source):
@@ -70,12 +73,8 @@ def refusal(path, read=True):
     if read:
       read_all(source)
   line = str(caught.value)
-  assert '\n' not in line
-  assert str(path) in line
+  assert '\n' not in line and str(path) in line
   return line
-
-
-# The order.
 
 
 def test_every_epoch_is_another_permutation():
@@ -97,9 +96,6 @@ def test_order_stays_the_same_for_good():
   # A resumed run relies on these numbers; they must survive any update.
   assert data.order(0, np.arange(8), 8).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]
   assert data.order(0, np.arange(8, 16), 8).tolist() == [0, 5, 6, 1, 3, 2, 4, 7]
-
-
-# Batches.
 
 
 @pytest.fixture
@@ -157,25 +153,17 @@ def test_ids_wrap_and_the_order_does_not(in_memory):
   np.testing.assert_array_equal(batch['image'], in_memory.images[index])
 
 
-class CountedFetch:
-  """Fetches from a folder's source; counts, and may fail at one image."""
-
-  def __init__(self, fetch, bad=None):
-    self.fetch, self.bad, self.count = fetch, bad, 0
-    self.lock = threading.Lock()
-
-  def __call__(self, index):
-    with self.lock:
-      self.count += 1
-    if index == self.bad:
-      raise config.UserError('that one')
-    return self.fetch(index)
-
-
 def counted(path, bad=None):
-  source = open_path(write(path, edm_files()))
-  fetch = CountedFetch(source.fetch, bad)
-  return data.dataclasses.replace(source, fetch=fetch), fetch
+  """A source on disk that notes what it reads and may fail at one image."""
+  source, seen = open_path(write(path, edm_files())), []
+
+  def fetch(index):
+    seen.extend(index)
+    if bad in index:
+      raise config.UserError('that one')
+    return source.fetch(index)
+
+  return dataclasses.replace(source, fetch=fetch), seen
 
 
 def test_reading_ahead_changes_nothing(tmp_path):
@@ -186,18 +174,19 @@ def test_reading_ahead_changes_nothing(tmp_path):
 
 
 def test_reading_ahead_is_bounded_and_ends_with_the_iterator(tmp_path):
-  source, fetch = counted(tmp_path / 'set')
+  source, seen = counted(tmp_path / 'set')
   _ = source.image_shape
-  before, fetch.count = threading.active_count(), 0
+  seen.clear()
+  before = threading.active_count()
   stream = data.batches(source, 1, 1, 0, 10**9)
   next(stream)
   next(stream)
-  assert threading.active_count() > before
+  for _ in range(2000):  # the two taken, and those ahead of them
+    time.sleep(0.01 if len(seen) < 2 + data._AHEAD else 1e-4)
+  assert len(seen) == 2 + data._AHEAD and threading.active_count() > before
   stream.close()
   assert threading.active_count() == before
-  assert 2 <= fetch.count <= 2 + data._AHEAD
-  seen = fetch.count
-  assert list(stream) == [] and fetch.count == seen
+  assert list(stream) == [] and len(seen) == 2 + data._AHEAD
 
 
 def test_a_failed_read_surfaces_at_its_step(tmp_path):
@@ -212,9 +201,6 @@ def test_a_failed_read_surfaces_at_its_step(tmp_path):
   assert threading.active_count() == before
 
 
-# Folders and zips in EDM's format.
-
-
 @pytest.mark.parametrize('name', ['set', 'set.zip'])
 @pytest.mark.parametrize('shape', [SHAPE, (5, 4, 1)])
 def test_folder_and_zip_give_pixels_and_labels_back(tmp_path, name, shape):
@@ -227,8 +213,8 @@ def test_folder_and_zip_give_pixels_and_labels_back(tmp_path, name, shape):
   assert (got.dtype, got_labels.dtype) == (np.uint8, np.int32)
   assert (len(source), source.image_shape, source.levels) == (7, shape, 256)
   assert source.num_classes == labels.max() + 1
-  some, _ = source.read(np.array([5, 5, 0]))
-  np.testing.assert_array_equal(some, got[[5, 5, 0]])
+  again = source.read(np.array([5, 5, 0]))[0]
+  np.testing.assert_array_equal(again, got[[5, 5, 0]])
 
 
 @pytest.mark.parametrize('manifest', [b'{"labels": null}', None])
@@ -292,12 +278,6 @@ def test_a_dataset_json_out_of_place_is_refused(tmp_path):
   assert 'cifar/dataset.json must be at the top' in line
 
 
-def save(image):
-  file = io.BytesIO()
-  image.save(file, 'PNG')
-  return file.getvalue()
-
-
 GOOD = encode(make_images(4)[0][3])
 BLANK = Image.new('RGB', (6, 4))
 
@@ -349,10 +329,19 @@ def test_a_file_that_vanished_is_named(tmp_path):
     read_all(source)
 
 
-def test_a_zip_is_read_from_many_threads(tmp_path):
-  source = open_path(write(tmp_path / 'set.zip', edm_files(60)))
+def test_a_zip_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
+  source = open_path(write(tmp_path / 'set.zip', edm_files(20)))
   images, _ = read_all(source)
-  with data.futures.ThreadPoolExecutor(8) as pool:
-    rows = [np.random.default_rng(i).permutation(60) for i in range(16)]
+  read, busy = zipfile.ZipFile.read, threading.Lock()
+
+  def alone(*args):
+    assert busy.acquire(blocking=False)
+    time.sleep(1e-3)
+    busy.release()
+    return read(*args)
+
+  monkeypatch.setattr(zipfile.ZipFile, 'read', alone)
+  rows = [np.random.default_rng(i).permutation(20) for i in range(8)]
+  with futures.ThreadPoolExecutor(8) as pool:
     for row, (got, _) in zip(rows, pool.map(source.read, rows), strict=True):
       np.testing.assert_array_equal(got, images[row])
