@@ -1,0 +1,1 @@
+"""Metrics: networks and formulas over arrays; `evaluate` wires them."""
