@@ -131,7 +131,7 @@ def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any, bool]]:
     value = getattr(config, field.name)
     name = prefix + field.name
     if dataclasses.is_dataclass(value):
-      yield f'{name}.kind', type(value).__name__, True
+      yield f'{name}.type', type(value).__name__, True
       yield from flatten(value, name + '.')
     else:
       yield name, value, field.metadata.get('science', True)

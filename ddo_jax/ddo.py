@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of β·r in `diagnostics`; the first and the last bin are open.
-HISTOGRAM_EDGES = np.linspace(-6, 6, 49)
+# Of β·r in `diagnostics`: one bin is centred on 0, where every round starts;
+# the first and the last bin are open.
+HISTOGRAM_EDGES = np.linspace(-6.125, 6.125, 50)
 
 
 def row_weights(

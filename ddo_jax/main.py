@@ -45,6 +45,9 @@ _PARAMS = flags.DEFINE_string(
 _NUM_SAMPLES = flags.DEFINE_integer(
   'num_samples', 100, 'sample: how many images.', lower_bound=1
 )
+_CONTROL = flags.DEFINE_string(
+  'control', None, 'report: the workdir of a run whose curve is drawn beside.'
+)
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'sample, evaluate: folder of the result; default workdir.'
 )
@@ -115,6 +118,7 @@ def run(
   params: pathlib.Path | None = None,
   num_samples: int = 100,
   output: pathlib.Path | None = None,
+  control: pathlib.Path | None = None,
 ) -> Any:
   """Runs one mode; see the flags."""
   if mode == 'selfplay':
@@ -126,7 +130,7 @@ def run(
     return sample(config, workdir, params, num_samples, output)
   if mode == 'evaluate':
     return evaluate_params(config, workdir, params, output)
-  return report.write(workdir)
+  return report.write(workdir, control)
 
 
 def _known_fields(override: str) -> str:
@@ -181,6 +185,7 @@ def _main(argv: Sequence[str]) -> None:
       path(_PARAMS.value),
       _NUM_SAMPLES.value,
       path(_OUTPUT.value),
+      path(_CONTROL.value),
     )
   except config_lib.UserError as error:
     sys.exit(f'FATAL {error}')

@@ -153,6 +153,12 @@ class Executor:
       yield fetch(fn(params, part))[: total - start]
 
 
+def environment() -> dict[str, str]:
+  """What a number was measured with: {'jax', 'devices'}."""
+  kind = jax.devices()[0].device_kind
+  return {'jax': jax.__version__, 'devices': f'{jax.device_count()} × {kind}'}
+
+
 def fetch(tree: Any) -> Any:
   """Global arrays to numpy, on every process."""
   if jax.process_count() > 1:

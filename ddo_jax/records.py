@@ -42,6 +42,20 @@ def _plain(value: Any) -> Any:
   return value
 
 
+def read_log(
+  workdir: pathlib.Path, stage: str | None = None
+) -> list[dict[str, Any]]:
+  """The records of metrics.jsonl, of one stage or all, in order."""
+  path = workdir / 'metrics.jsonl'
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      break  # cut off while writing: what follows is made again
+  return [r for r in records if stage in (None, r['stage'])]
+
+
 class MetricsLog:
   """metrics.jsonl: one JSON object a line, TensorBoard beside if installed.
 
@@ -61,16 +75,8 @@ class MetricsLog:
       self._board = None
 
   def read(self, stage: str | None = None) -> list[dict[str, Any]]:
-    """The records, of one stage or all, in order; a cut-off line is dropped."""
-    if not self.path.exists():
-      return []
-    records = []
-    for line in self.path.read_text().splitlines():
-      try:
-        records.append(json.loads(line))
-      except ValueError:
-        break  # killed while writing: what follows is made again
-    return [r for r in records if stage in (None, r['stage'])]
+    """See `read_log`."""
+    return read_log(self.path.parent, stage)
 
   def rewind(self, stage: str, step: int) -> None:
     """Drops what a stage that resumes at `step` will write again."""

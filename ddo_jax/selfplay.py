@@ -261,7 +261,8 @@ def play_round(
     before: report scores of those params; None to measure them.
 
   Returns:
-    {'round', 'before', 'after', 'promoted', 'warnings', 'seconds'}.
+    {'round', 'before', 'after', 'promoted', 'warnings', 'seconds',
+    'environment'}.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
@@ -282,6 +283,7 @@ def play_round(
   chosen = _promote(run, folder, promotion)
   clock.append(time.perf_counter())
   result = {'round': index, 'promoted': chosen}
+  result['environment'] = parallel.environment()
   result |= _report_scores(run, folder, generator, reference, promotion, before)
   clock.append(time.perf_counter())
   stages, spent = ('fakes', 'train', 'evaluate'), np.diff(clock).tolist()

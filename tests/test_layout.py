@@ -1,0 +1,138 @@
+"""The shape of the code: import floors, seams, sizes, light imports."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import ddo_jax
+
+PACKAGE = pathlib.Path(ddo_jax.__file__).parent
+FILES = sorted(PACKAGE.rglob('*.py'))
+
+# Imports go strictly downward; the members of a folder may import each other.
+FLOORS = {
+  0: ('config', 'rng'),
+  1: ('ddo', 'parallel', 'checkpoint', 'records', 'metrics', 'samplers'),
+  2: ('likelihood',),
+  3: ('models',),
+  4: ('train_state', 'data', 'datasets', 'convert'),
+  5: ('fakes', 'train_step'),
+  6: ('generate',),
+  7: ('evaluate',),
+  8: ('train', 'report', 'figures'),
+  9: ('selfplay',),
+  10: ('main',),
+}
+# Pages are drawn, and sets are prepared, in two files each; these may also
+# import inside their own floor.
+PAIRS = {('report', 'figures'), ('data', 'datasets')}
+
+
+def name_of(path):
+  """'models.toy' of ddo_jax/models/toy.py; 'models' of its __init__.py."""
+  parts = path.relative_to(PACKAGE).with_suffix('').parts
+  return '.'.join(parts).removesuffix('.__init__').removesuffix('__init__')
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def floor_of(name):
+  """The floor of a module, by its own name or by its folder's."""
+  if name == 'models.layers':
+    return 1
+  top = name.split('.')[0]
+  return next(floor for floor, tops in FLOORS.items() if top in tops)
+
+
+def imports_of(path):
+  """Full names of what a file imports, at its top or inside functions."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}: a relative import'
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return names
+
+
+def internal(path):
+  """The modules of the package that a file imports, as in MODULES."""
+  inside = (n for n in imports_of(path) if n.startswith('ddo_jax.'))
+  for name in inside:
+    name = name.removeprefix('ddo_jax.')
+    # `from ddo_jax import rng` and, were it used, `from ddo_jax.rng import f`.
+    yield name if name in MODULES else name.rsplit('.', 1)[0]
+
+
+@pytest.mark.parametrize('name', [name for name in MODULES if name])
+def test_imports_go_strictly_downward(name):
+  for other in internal(MODULES[name]):
+    folder = name.split('.')[0]
+    same_folder = (PACKAGE / folder).is_dir() and other.split('.')[0] == folder
+    if same_folder or (name, other) in PAIRS:
+      continue
+    assert floor_of(other) < floor_of(name), f'{name} imports {other}'
+
+
+def users_of(library):
+  """The modules that import a library or a part of it."""
+  return {
+    name
+    for name, path in MODULES.items()
+    if any(f'{n}.'.startswith(f'{library}.') for n in imports_of(path))
+  }
+
+
+def test_orbax_is_known_to_checkpoint_alone():
+  assert users_of('orbax') == {'checkpoint'}
+
+
+def test_devices_are_known_to_parallel_alone():
+  words = {'pmap', 'Mesh', 'make_mesh', 'NamedSharding', 'shard_map'}
+
+  def speaks(path):
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    said = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    return words & (said | {n.id for n in nodes if isinstance(n, ast.Name)})
+
+  assert {name for name, path in MODULES.items() if speaks(path)} == {
+    'parallel'
+  }
+
+
+@pytest.mark.parametrize('library', ['torch', 'tensorflow'])
+def test_no_other_framework(library):
+  assert users_of(library) == set()
+
+
+def test_importing_a_run_is_light():
+  heavy = ['tensorflow', 'torch', 'tensorflow_datasets']
+  code = (
+    'import sys, ddo_jax.selfplay;'
+    f' print(sorted(set({heavy}) & sys.modules.keys()))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == '[]\n'
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_files_and_functions_are_small(name):
+  text = MODULES[name].read_text()
+  assert len(text.splitlines()) <= 350
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.FunctionDef):
+      limit = 100 if (name, node.name) == ('train', 'run') else 40
+      # A docstring is reading matter, not code to keep in mind.
+      first = (
+        node.body[0].end_lineno if ast.get_docstring(node) else node.lineno
+      )
+      lines = node.end_lineno - first
+      assert lines <= limit, f'{node.name} has {lines} lines'
