@@ -81,8 +81,8 @@ def optimal_density(
   """Theorem 3.3: the population optimum of eq. 13 on a grid, and its α.
 
   Args:
-    p_reference: [K] probabilities of the reference, sum 1.
-    p_data: [K] probabilities of the data, sum 1.
+    p_reference: [K] probabilities of the reference, all > 0, sum 1.
+    p_data: [K] probabilities of the data, all > 0, sum 1.
     beta: β > 0. Below 1 the optimum overshoots the data.
 
   Returns:

@@ -1,0 +1,153 @@
+"""Step time and the share of the loop that waits for the host.
+
+python experiments/bench/step_time.py
+
+Two configurations: the digits MLP and a CIFAR-shaped small U-Net. For each,
+after warm-up and as the median of several blocks: the pure step (arrays
+already on the devices), the loop with its data pipeline and logging, their
+ratio, and the DDO step against the MLE step of the same batch.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+
+from absl import app
+from absl import flags
+import jax
+import numpy as np
+
+from configs import digits
+from ddo_jax import config as config_lib
+from ddo_jax import data
+from ddo_jax import models
+from ddo_jax import parallel
+from ddo_jax import records
+from ddo_jax import rng
+from ddo_jax import train
+from ddo_jax import train_state
+from ddo_jax import train_step
+from ddo_jax.models import toy
+
+_BLOCKS = flags.DEFINE_integer('blocks', 5, 'Timed blocks; median reported.')
+_OUTPUT = flags.DEFINE_string(
+  'output', 'experiments/results/step_time.json', 'Result.'
+)
+
+
+def cifar_shaped() -> config_lib.Config:
+  """A small U-Net on random 32×32×3 images."""
+  config = digits.get_config()
+  config.name = 'cifar_shaped'
+  config.model = toy.ToyConfig(
+    network='unet',
+    hidden=16,
+    blocks=1,
+    image_shape=(32, 32, 3),
+    sigma_data=0.5,
+    levels=256,
+  )
+  for phase in (config.pretrain, config.ddo):
+    phase.batch_size = 32
+  return config
+
+
+def make_job(
+  config: config_lib.Config, objective: str, folder: pathlib.Path, steps: int
+) -> train.Job:
+  """A training job on random images, without evaluation."""
+  phase = dataclasses.replace(
+    config.ddo,
+    objective=objective,
+    images=steps * config.ddo.batch_size,
+    eval_images=0,
+    log_images=25 * config.ddo.batch_size,
+  )
+  model = models.build(config, phase)
+  executor = parallel.Executor(config.executor)
+  draw = np.random.RandomState(0)
+  images = draw.randint(0, model.levels, (2_000, *model.example_shape))
+  labels = np.arange(2_000, dtype=np.int32) % 10
+  source = data.ArraySource(
+    'random', images.astype(np.uint8), labels, 10, model.levels
+  )
+  return train.Job(
+    name=f'{objective}_{steps}',
+    folder=folder / f'{objective}_{steps}',
+    seed=0,
+    phase=phase,
+    round_index=0,
+    model=model,
+    reference=executor.place_state(jax.jit(model.init)(rng.stream(0))),
+    frozen={},
+    real=source,
+    fake=source if objective == 'ddo' else None,
+    executor=executor,
+    accumulate=1,
+    log=records.MetricsLog(folder),
+    evaluate=None,
+    metric='',
+  )
+
+
+def pure_step(job: train.Job, steps: int, blocks: int) -> list[float]:
+  """Seconds a step with everything on the devices, one value a block."""
+  step_fn = job.executor.compile_step(
+    train_step.train_step,
+    model=job.model,
+    phase=job.phase.static(),
+    accumulate=1,
+  )
+  state = job.executor.place_state(train_state.create(job.reference, job.phase))
+  real, fake = next(train.batches(job, 0))
+  hyper, key = job.executor.replicate(
+    (train_state.Hyper.of(job.phase, 0), rng.stream(0))
+  )
+  seconds = []
+  for _ in range(blocks + 1):
+    start = time.perf_counter()
+    for _ in range(steps):
+      state, _ = step_fn(state, job.reference, {}, real, fake, hyper, key)
+    jax.block_until_ready(state)
+    seconds.append((time.perf_counter() - start) / steps)
+  return seconds[1:]
+
+
+def loop(job: train.Job) -> float:
+  """Seconds a step of the real loop, from its own records."""
+  train.run(job)
+  rates = [r['images_per_second'] for r in job.log.read(job.name)]
+  return job.phase.batch_size / float(np.median(rates[2:]))
+
+
+def measure(config: config_lib.Config, steps: int) -> dict[str, float]:
+  """All figures of one configuration."""
+  result, batch = {}, config.ddo.batch_size
+  with tempfile.TemporaryDirectory() as folder:
+    for objective in ('mle', 'ddo'):
+      job = make_job(config, objective, pathlib.Path(folder), steps)
+      pure = float(np.median(pure_step(job, steps // 4, _BLOCKS.value)))
+      looped = loop(job)
+      result[f'{objective}_step_ms'] = pure * 1e3
+      result[f'{objective}_images_per_second'] = batch / pure
+      result[f'{objective}_loop_ms'] = looped * 1e3
+      result[f'{objective}_host_share'] = max(0.0, 1 - pure / looped)
+  result['ddo_over_mle'] = result['ddo_step_ms'] / result['mle_step_ms']
+  return result
+
+
+def main(_) -> None:
+  results = {
+    'digits': measure(digits.get_config(), 400),
+    'cifar_shaped': measure(cifar_shaped(), 100),
+  }
+  device = jax.devices()[0].device_kind
+  results['versions'] = {'jax': jax.__version__, 'device': device}
+  records.write_json(pathlib.Path(_OUTPUT.value), results)
+  print(json.dumps(results, indent=1))
+
+
+if __name__ == '__main__':
+  app.run(main)
