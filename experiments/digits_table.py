@@ -1,6 +1,6 @@
 """The digits table: DDO against continued MLE and guidance, 3 seeds.
 
-python experiments/digits_table.py --workdir=runs/digits_table
+python -m experiments.digits_table --workdir=runs/digits_table
 
 A seed pretrains once and plays its rounds. From the same weights the control
 goes on by MLE for the same training compute, at the best of three learning
@@ -9,20 +9,21 @@ selection seed, all numbers are measured on the reporting seeds.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from absl import app
 from absl import flags
-import jax
+from absl import logging as absl_logging
 import numpy as np
 
 from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax import evaluate
 from ddo_jax import models
+from ddo_jax import parallel
 from ddo_jax import records
+from ddo_jax import report
 from ddo_jax import selfplay
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/digits_table', 'Folder.')
@@ -56,8 +57,12 @@ def digits_config(seed: int) -> config_lib.Config:
 
 def control(
   config: config_lib.Config, workdir: pathlib.Path, params: pathlib.Path
-) -> list[dict[str, Any]]:
-  """Rounds of continued MLE at the learning rate the selection seed prefers."""
+) -> tuple[pathlib.Path, list[dict[str, Any]]]:
+  """Continued MLE at the learning rate the selection seed prefers.
+
+  Returns:
+    The workdir and the rounds of that run.
+  """
   runs = []
   for rate in LEARNING_RATES:
     mle = dataclasses.replace(
@@ -74,9 +79,10 @@ def control(
     again = dataclasses.replace(
       config, name='continued MLE', ddo=mle, init_from=str(params)
     )
-    summary = selfplay.play(again, workdir / f'mle_{rate:g}')
-    runs.append(summary['rounds'])
-  return min(runs, key=lambda rounds: rounds[-1]['promoted']['selection'])
+    folder = workdir / f'mle_{rate:g}'
+    runs.append((folder, selfplay.play(again, folder)['rounds']))
+  selection = lambda run: run[1][-1]['promoted']['selection']
+  return min(runs, key=selection)
 
 
 def guided(
@@ -108,7 +114,8 @@ def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
   """Every row of the table for one pretraining seed: {row: {metric: mean}}."""
   rounds = selfplay.play(digits_config(seed), workdir / 'ddo')['rounds']
   params = workdir / 'ddo' / 'pretrain' / 'params'
-  mle = control(digits_config(seed), workdir, params)
+  folder, mle = control(digits_config(seed), workdir, params)
+  report.write(workdir / 'ddo', control=folder)
   guidance = guided(digits_config(seed), workdir, params)
   rows = {'reference (MLE)': rounds[0]['before']}
   for index, result in enumerate(mle):
@@ -141,17 +148,15 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(_) -> None:
+  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax's voice
   folder = pathlib.Path(_WORKDIR.value)
   results = [
     one_seed(seed, folder / f'seed_{seed}') for seed in range(_SEEDS.value)
   ]
   text = table(results)
   print(text)
-  device = jax.devices()[0].device_kind
-  output = pathlib.Path(_OUTPUT.value)
-  versions = {'jax': jax.__version__, 'device': device}
-  records.write_json(output, {'results': results, 'versions': versions})
-  print(json.dumps(versions))
+  made = {'results': results, 'environment': parallel.environment()}
+  records.write_json(pathlib.Path(_OUTPUT.value), made)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ A dispersed reference covers a mixture of narrow modes. DDO (eq. 13) at α = α*
 turns it into p_ref^(1−1/β) p_data^(1/β) / Z: once as a free density on a grid
 under exact expectations, once as a smooth network that sees only samples.
 
-  python experiments/figure1_toy.py --out=experiments/results/figure1
+  python -m experiments.figure1_toy --out=experiments/results/figure1
 
 Half a minute on 2 CPU cores. Expected total variation to the theorem: below
 1e-3 on the grid; from samples 0.02 at β = 1, 0.03 at 1/2, 0.06 at 1/4. Another

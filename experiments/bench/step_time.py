@@ -1,6 +1,6 @@
 """Step time and the share of the loop that waits for the host.
 
-python experiments/bench/step_time.py
+python -m experiments.bench.step_time
 
 Two configurations: the digits MLP and a CIFAR-shaped small U-Net. For each,
 after warm-up and as the median of several blocks: the pure step (arrays
@@ -143,8 +143,7 @@ def main(_) -> None:
     'digits': measure(digits.get_config(), 400),
     'cifar_shaped': measure(cifar_shaped(), 100),
   }
-  device = jax.devices()[0].device_kind
-  results['versions'] = {'jax': jax.__version__, 'device': device}
+  results['environment'] = parallel.environment()
   records.write_json(pathlib.Path(_OUTPUT.value), results)
   print(json.dumps(results, indent=1))
 
