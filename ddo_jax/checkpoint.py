@@ -101,7 +101,12 @@ class Checkpoints:
       best_mode='min',
       cleanup_tmp_directories=True,
     )
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    handlers = {
+      name: ocp.StandardCheckpointHandler() for name in ('state', 'ema')
+    }
+    self._manager = ocp.CheckpointManager(
+      self.folder, options=options, item_handlers=handlers
+    )
 
   def __enter__(self) -> 'Checkpoints':
     return self
