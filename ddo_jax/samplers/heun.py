@@ -69,17 +69,15 @@ class Heun:
     def slope(x, sigma):
       return (x - denoise(x, jnp.full([batch], sigma, x.dtype))) / sigma
 
-    def churned(x, sigma, hat, step):
+    def churned(x, extra, step):
       if not self.churn:
         return x
       fresh = normal(rng.split_rows(keys, 'churn', step))
-      # Clipped at 0: rounding can leave −1e-9 where nothing is churned.
-      extra = jnp.sqrt(jnp.maximum(hat**2 - sigma**2, 0.0))
       return x + extra * self.churn_noise * fresh
 
     def heun_step(x, now):
-      sigma, hat, following, step = now
-      x = churned(x, sigma, hat, step)
+      hat, extra, following, step = now
+      x = churned(x, extra, step)
       d = slope(x, hat)
       euler = x + (following - hat) * d
       average = (d + slope(euler, following)) / 2
@@ -90,10 +88,12 @@ class Heun:
     hats = sigmas * (1 + gamma * inside)
     x = normal(rng.split_rows(keys, 'start')) * sigmas[0].astype(np.float32)
     steps = np.arange(self.num_steps)
-    grid = (sigmas[:-1], hats[:-1], sigmas[1:])
+    # In float64: fused multiply-adds would leave √ε where nothing is churned.
+    extras = np.sqrt(hats**2 - sigmas**2)
+    grid = (hats[:-1], extras[:-1], sigmas[1:])
     grid = (*(jnp.asarray(g, x.dtype) for g in grid), jnp.asarray(steps))
     x, _ = jax.lax.scan(heun_step, x, jax.tree.map(lambda g: g[:-1], grid))
     # The last step lands on σ = 0, where Euler gives D itself.
-    sigma, hat, _, step = jax.tree.map(lambda g: g[-1], grid)
-    x = churned(x, sigma, hat, step)
+    hat, extra, _, step = jax.tree.map(lambda g: g[-1], grid)
+    x = churned(x, extra, step)
     return denoise(x, jnp.full([batch], hat, x.dtype))
