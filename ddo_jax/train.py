@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import signal
 import threading
@@ -295,7 +296,9 @@ def run(job: Job) -> Promotion:
       _LOGGER.info('%s resumes at step %d of %d', job.name, start, steps)
     job.log.rewind(job.name, start)
     evaluated = {
-      r['step'] for r in job.log.read(job.name) if r['kind'] == 'eval'
+      r['step']: r['selection']
+      for r in job.log.read(job.name)
+      if r['kind'] == 'eval'
     }
     logger = _Logger(job)
     bar = tqdm.tqdm(
@@ -309,16 +312,19 @@ def run(job: Job) -> Promotion:
     rows = batches(job, start)
     with bar, contextlib.closing(rows):
       for step in range(start, steps + 1):
-        last, metric = step == steps, None
+        last, metric, rank = step == steps, None, None
         due = last or _due(step, phase.eval_images, phase.batch_size)
         if job.evaluate and due and step not in evaluated:
           logger.flush()
           metric = _evaluate(job, state, step)['selection']
+          if metric < min(evaluated.values(), default=math.inf):
+            rank = metric  # of equals the first one is kept
+          evaluated[step] = metric
           bar.set_postfix({job.metric: f'{metric:.4g}'})
         save = last or _due(step, phase.save_images, phase.batch_size)
         if (save or metric is not None or terminated.is_set()) and step > start:
           logger.flush()
-          checkpoints.save(state, step, metric)
+          checkpoints.save(state, step, rank)
           logger.restart_clock()
         if terminated.is_set():
           checkpoints.wait()
