@@ -1,4 +1,11 @@
-"""Eight simulated devices and strict rank promotion for every test."""
+"""Eight simulated devices, strict rank promotion, quick compilation."""
+
+import os
+
+# Tests compile much and compute little. Before jax is imported, or too late.
+os.environ['XLA_FLAGS'] = ' '.join(
+  [os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0']
+)
 
 import jax
 

@@ -24,10 +24,14 @@ def make_params(value=0.0, width=3):
 
 
 def make_state(step=0, width=3, phase=PHASE):
-  """A state whose every leaf depends on the step."""
+  """A state whose every leaf depends on the step, whose averages differ."""
   state = train_state.create(make_params(width=width), phase)
   state = jax.tree.map(lambda leaf: leaf + step, state)
-  return state.replace(step=jnp.int32(step))
+  ema = {
+    name: jax.tree.map(lambda leaf, i=i: leaf + i, params)
+    for i, (name, params) in enumerate(state.ema.items(), 1)
+  }
+  return state.replace(step=jnp.int32(step), ema=ema)
 
 
 def abstract(tree):

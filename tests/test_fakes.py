@@ -31,8 +31,8 @@ def test_labels_are_balanced_by_id():
   labels = fakes.balanced_labels(np.arange(31), 3)
   assert np.bincount(labels).tolist() == [11, 10, 10]
   assert labels.dtype == np.int32
-  half = fakes.balanced_labels(np.arange(15, 31), 3)
-  np.testing.assert_array_equal(half, labels[15:])
+  half = fakes.balanced_labels(np.arange(16, 31), 3)
+  np.testing.assert_array_equal(half, labels[16:])
   assert not fakes.balanced_labels(np.arange(5), 0).any()
 
 

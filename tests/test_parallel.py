@@ -1,5 +1,6 @@
 """Placing arrays on devices; samples that do not depend on them."""
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 
 from ddo_jax import config
 from ddo_jax import generate
+from ddo_jax import likelihood
 from ddo_jax import parallel
 from ddo_jax import rng
-from ddo_jax.models import toy
 from ddo_jax.samplers import heun
 
 TREE = {
   'matrix': np.arange(48, dtype=np.float32).reshape(3, 16),
+  'wide': np.arange(128, dtype=np.float32).reshape(8, 16),
   'vector': np.arange(5, dtype=np.float32),
   'number': np.float32(3),
 }
@@ -50,10 +52,11 @@ def test_a_placed_state_is_the_same_in_new_buffers(kind):
 def test_fsdp_splits_what_divides_over_the_devices():
   placed = executor('fsdp').place_state(TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, placed)
-  assert shapes == {'matrix': (3, 2), 'vector': (5,), 'number': ()}
+  split = {'matrix': (3, 2), 'wide': (8, 2), 'vector': (5,), 'number': ()}
+  assert shapes == split
   whole = executor('pmap').place_state(TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, whole)
-  assert shapes == {'matrix': (3, 16), 'vector': (5,), 'number': ()}
+  assert shapes == jax.tree.map(np.shape, TREE)
 
 
 @pytest.mark.parametrize(
@@ -122,18 +125,28 @@ def test_rows_are_mapped_in_order_and_all(batch):
   assert sizes == [-(-batch // 8) * 8]
 
 
+class Denoiser(nn.Module):
+  """Small, for the sampler is compiled four times."""
+
+  @nn.compact
+  def __call__(self, x, sigma, label):
+    variance = (sigma**2)[:, None, None, None]
+    flat = x.reshape(x.shape[0], -1) + nn.Embed(4, 16)(label)
+    mixed = nn.Dense(16)(flat).reshape(x.shape)
+    return (x + 0.1 * mixed) * 0.25 / (0.25 + variance)
+
+
 def test_law_3_an_image_depends_on_its_id_alone():
-  model = toy.build(
-    toy.ToyConfig(hidden=8, blocks=1, image_shape=(4, 4, 1), num_classes=3),
+  model = likelihood.Diffusion(
+    denoiser=Denoiser(),
+    example_shape=(4, 4, 1),
+    num_classes=3,
+    sigma_data=0.5,
     p_mean=-0.5,
     p_std=1.2,
-    remat=False,
+    levels=17,
   )
-  shapes = jax.eval_shape(model.init, rng.stream(0))
-  numbers = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32), shapes
-  )
+  params = model.init(rng.stream(0))
   sampler = heun.Heun(3, 0.02, 5.0)
   ids = np.arange(24)
 

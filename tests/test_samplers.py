@@ -27,6 +27,10 @@ def keys(count):
   return rng.per_example(rng.stream(0), jnp.arange(count, dtype=jnp.uint32))
 
 
+def sample(sampler, rows):
+  return jax.jit(lambda rows: sampler(denoise, SHAPE, rows))(rows)
+
+
 def start(rows):
   """The unit normal numbers that a sampler starts from."""
   draw = jax.vmap(lambda key: jax.random.normal(key, SHAPE))
@@ -40,7 +44,7 @@ def test_heun_is_of_second_order():
     rows = keys(4)
     # dx/dσ = xσ/(S² + σ²): x shrinks as √(S² + σ²).
     exact = 10 * start(rows) * S / np.sqrt(S**2 + 10**2)
-    return float(jnp.abs(sampler(denoise, SHAPE, rows) - exact).max())
+    return float(jnp.abs(sample(sampler, rows) - exact).max())
 
   with jax.enable_x64(True):
     errors = np.array([error(n) for n in (32, 64, 128)])
@@ -57,9 +61,8 @@ def test_the_grid_of_noise_levels():
   np.testing.assert_allclose(np.diff(sigmas[:18] ** (1 / 7), 2), 0, atol=1e-12)
 
 
-@pytest.mark.parametrize('num_steps', [2, 5])
-def test_nfe(num_steps):
-  calls = []
+def test_nfe():
+  calls, num_steps = [], 4
 
   def counted(x, sigma):
     calls.append(float(sigma[0]))
@@ -78,7 +81,7 @@ def test_nfe(num_steps):
 @pytest.mark.parametrize('churn', [0.0, 10.0, 1e9])
 def test_samples_keep_the_deviation_of_the_data(churn):
   sampler = heun.Heun(80, 0.002, 20.0, 7.0, churn=churn)
-  x = jax.jit(lambda rows: sampler(denoise, SHAPE, rows))(keys(4096))
+  x = sample(sampler, keys(4096))
   # 16,384 numbers: their deviation is known to 0.6 %.
   assert float(x.std()) == pytest.approx(S, rel=0.025)
   assert float(x.mean()) == pytest.approx(0, abs=0.02)
@@ -89,15 +92,16 @@ def test_churn_stays_between_its_limits():
   plain = heun.Heun(6)
   outside = dataclasses.replace(plain, churn=20.0, churn_min=81.0)
   inside = dataclasses.replace(plain, churn=20.0, churn_min=0.05, churn_max=50)
-  x = plain(denoise, SHAPE, rows)
-  np.testing.assert_array_equal(outside(denoise, SHAPE, rows), x)
-  assert float(jnp.abs(inside(denoise, SHAPE, rows) - x).max()) > 0.1
+  x = sample(plain, rows)
+  # Another program may round otherwise; noise would show.
+  np.testing.assert_allclose(sample(outside, rows), x, rtol=1e-5)
+  assert float(jnp.abs(sample(inside, rows) - x).max()) > 0.1
 
 
 def test_a_sample_depends_on_its_own_key_alone():
   sampler, rows = heun.Heun(6, churn=20.0), keys(8)
-  x = sampler(denoise, SHAPE, rows)
-  halves = [sampler(denoise, SHAPE, half) for half in (rows[:4], rows[4:])]
+  x = sample(sampler, rows)
+  halves = [sample(sampler, half) for half in (rows[:4], rows[4:])]
   np.testing.assert_allclose(np.concatenate(halves), x, rtol=1e-5)
   assert len({float(row.ravel()[0]) for row in np.asarray(x)}) == 8
 
@@ -136,9 +140,9 @@ PARAMS, GUIDE = (MODEL.init(rng.stream(seed)) for seed in range(2))
 LABELS, NONE = [0, 1, 2, 0], [3, 3, 3, 3]
 
 
-def draw(scale, labels, frozen):
+def draw(scale, labels, frozen, params=PARAMS):
   sampler = heun.Heun(3, 0.02, 5.0, guidance=scale)
-  return MODEL.sample(PARAMS, frozen, jnp.array(labels), keys(4), sampler)
+  return MODEL.sample(params, frozen, jnp.array(labels), keys(4), sampler)
 
 
 def test_a_guidance_of_one_is_the_model_itself():
@@ -149,14 +153,18 @@ def test_a_guidance_of_one_is_the_model_itself():
   np.testing.assert_allclose(same, x, rtol=1e-4, atol=1e-5)
 
 
+# This model is affine in its shift, and so is what it draws.
+
+
 def test_the_guide_is_the_model_without_labels():
-  x, none = draw(1.0, LABELS, {}), draw(1.0, NONE, {})
-  # This model is affine in its shift, and so is what it draws.
+  x, weak = draw(1.0, LABELS, {}), draw(1.0, NONE, {})
   guided = draw(3.0, LABELS, {})
-  np.testing.assert_allclose(guided, none + 3 * (x - none), rtol=1e-4)
-  assert float(jnp.abs(guided - x).max()) > 0.1
+  np.testing.assert_allclose(guided, weak + 3 * (x - weak), rtol=1e-3)
+  assert float(jnp.abs(x - weak).max()) > 0.1
 
 
 def test_a_guide_of_its_own_comes_before_that():
-  own, none = draw(3.0, LABELS, {'guide': GUIDE}), draw(3.0, LABELS, {})
-  assert float(jnp.abs(own - none).max()) > 0.1
+  x, weak = draw(1.0, LABELS, {}), draw(1.0, LABELS, {}, GUIDE)
+  guided = draw(3.0, LABELS, {'guide': GUIDE})
+  np.testing.assert_allclose(guided, weak + 3 * (x - weak), rtol=1e-3)
+  assert float(jnp.abs(x - weak).max()) > 0.1
