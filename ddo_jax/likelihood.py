@@ -111,6 +111,9 @@ class Diffusion:
     p_std: standard deviation of ln σ in training.
     levels: pixel values are 0 .. levels−1; x = 2 raw/(levels−1) − 1.
     remat: recompute activations in the backward pass.
+    num_levels: bins of σ in the diagnostics.
+    guide: the guide's module, of the denoiser's signature; None where it is
+      the denoiser's own.
   """
 
   denoiser: nn.Module
@@ -122,6 +125,7 @@ class Diffusion:
   levels: int = 256
   remat: bool = False
   num_levels: int = 8
+  guide: nn.Module | None = None
 
   def check_source(
     self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
@@ -231,22 +235,41 @@ class Diffusion:
   ) -> jax.Array:
     """X [B,H,W,C]; guided where the sampler asks for it.
 
-    The guide is `frozen['guide']`, or else the model itself without labels
-    (classifier-free guidance).
+    The guide is `frozen['guide']`, weights of the module `guide`, with the
+    same labels (autoguidance; classifier-free where it ignores them), or else
+    the model itself without labels (classifier-free guidance).
+
+    Raises:
+      config.UserError: guidance is asked for and there is nothing to guide.
     """
     chex.assert_equal_shape([label, keys])
     denoise = lambda x, sigma: self.denoise(params, x, sigma, label)
     if sampler.guidance != 1:
-      guide = frozen.get('guide', params)
-      weak = (
-        label if 'guide' in frozen else jnp.full_like(label, self.num_classes)
-      )
       denoise = guidance.guided(
         denoise,
-        lambda x, sigma: self.denoise(guide, x, sigma, weak),
+        self._guide(params, frozen, label),
         sampler.guidance,
+        sampler.guidance_min,
+        sampler.guidance_max,
       )
     return sampler(denoise, self.example_shape, keys)
+
+  def _guide(
+    self, params: Params, frozen: Frozen, label: jax.Array
+  ) -> guidance.Denoise:
+    """The weaker denoiser, see `sample`."""
+    if 'guide' in frozen:
+      module = self.denoiser if self.guide is None else self.guide
+      model = dataclasses.replace(self, denoiser=module)
+      weights = frozen['guide']
+      return lambda x, sigma: model.denoise(weights, x, sigma, label)
+    if not self.num_classes:
+      raise config_lib.UserError(
+        'guidance is not 1, but the model has no labels to leave out and no'
+        ' guide was given: set config.sampler.guidance=1'
+      )
+    none = jnp.full_like(label, self.num_classes)
+    return lambda x, sigma: self.denoise(params, x, sigma, none)
 
   def encode(
     self, frozen: Frozen, raw: jax.Array, keys: jax.Array
