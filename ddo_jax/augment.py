@@ -179,7 +179,9 @@ def _warp(x: jax.Array, inverse: jax.Array, offset: jax.Array) -> jax.Array:
   return jnp.einsum('hi,cij,wj->hwc', down_y, jax.vmap(sample)(fine), down_x)
 
 
-def apply(x: jax.Array, draws: Draws, p: float) -> tuple[jax.Array, jax.Array]:
+def apply(
+  x: jax.Array, draws: Draws, p: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Augments images.
 
   Args:

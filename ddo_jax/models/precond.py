@@ -38,7 +38,8 @@ class VPPrecond(layers.Precond):
 
   def time(self, sigma: jax.Array) -> jax.Array:
     """Time t of σ, the inverse of `sigma`."""
-    root = self.beta_min**2 + 2 * self.beta_d * jnp.log1p(sigma**2)
+    # As released; log1p would differ by 3e-11 at σ = 0.002, even in float64.
+    root = self.beta_min**2 + 2 * self.beta_d * jnp.log(1 + sigma**2)
     return (jnp.sqrt(root) - self.beta_min) / self.beta_d
 
   @property
@@ -101,7 +102,6 @@ def iddpm_sigmas(
   """
   j = np.arange(steps + 1, dtype=np.float32)
   alpha_bar = np.sin(np.float32(np.pi / 2) * j / steps / (1 + c_2)) ** 2
-  alpha_bar = alpha_bar.astype(np.float32)
   u = np.zeros(steps + 1, np.float32)
   for j in range(steps, 0, -1):
     ratio = max(alpha_bar[j - 1] / alpha_bar[j], np.float32(c_1))
