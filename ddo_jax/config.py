@@ -66,6 +66,9 @@ class Phase:
   adam_eps: float = _knob(1e-8)
   clip_norm: float = _knob(0.0)  # global gradient norm; 0 = off
   ema_halflife: tuple[float, ...] = _knob(())  # [images], one EMA profile each
+  ema_rampup: float = _knob(0.0)  # half-life ≤ this · images seen; EDM: 0.05
+  # σ_rel of power-function EMA profiles, one each (EDM2 tracks 0.05, 0.10).
+  ema_width: tuple[float, ...] = _knob(())
   p_mean: tuple[float, ...] = _knob((-1.2,))  # ln σ ~ N(p_mean, p_std²)
   p_std: tuple[float, ...] = _knob((1.2,))
   label_drop: float = _knob(0.0)  # share of rows trained without their label
@@ -186,7 +189,10 @@ def _validate_phase(name: str, phase: Phase) -> None:
   for field in ('images', 'batch_size', 'pool_size', 'log_images'):
     value = getattr(phase, field)
     _require(value > 0, f'{name}.{field}', value, 'a positive integer')
-  for field in ('warmup_images', 'decay_images', 'eval_images', 'clip_norm'):
+  good = all(0 < width < 0.288 for width in phase.ema_width)
+  _require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
+  amounts = ('warmup_images', 'decay_images', 'eval_images')
+  for field in (*amounts, 'clip_norm', 'ema_rampup'):
     value = getattr(phase, field)
     _require(value >= 0, f'{name}.{field}', value, '0 or more')
   drop = phase.label_drop

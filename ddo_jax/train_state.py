@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ddo_jax import config as config_lib
+from ddo_jax import ema as ema_lib
 from ddo_jax import likelihood
 
 Params = likelihood.Params
@@ -52,7 +53,21 @@ class Hyper:
 
 def profile_names(phase: config_lib.Phase) -> tuple[str, ...]:
   """The EMA profiles of a phase, as they are named on disk."""
-  return tuple(f'halflife_{half:g}' for half in phase.ema_halflife)
+  halflives = tuple(f'halflife_{half:g}' for half in phase.ema_halflife)
+  return halflives + tuple(f'power_{width:.3f}' for width in phase.ema_width)
+
+
+def _ema_weights(phase: config_lib.Phase, step: jax.Array) -> list[jax.Array]:
+  """Of the new params in each profile, at `step` steps before this one."""
+  batch = phase.batch_size
+  seen = step.astype(jnp.result_type(float)) * batch
+  return [
+    ema_lib.halflife_weight(half, batch, seen, phase.ema_rampup)
+    for half in phase.ema_halflife
+  ] + [
+    ema_lib.power_weight(width, batch, seen + batch)
+    for width in phase.ema_width
+  ]
 
 
 def make_optimizer(phase: config_lib.Phase) -> optax.GradientTransformation:
@@ -68,8 +83,8 @@ def learning_rate_factor(
   phase: config_lib.Phase, images_seen: jax.Array
 ) -> jax.Array:
   """[] in [0, 1]: the schedule at `images_seen` real rows before the step."""
-  seen = images_seen.astype(jnp.float32)
-  factor = jnp.float32(1)
+  seen = images_seen.astype(jnp.result_type(float))
+  factor = jnp.ones_like(seen)
   if phase.warmup_images:
     factor *= jnp.minimum(seen / phase.warmup_images, 1)
   if phase.decay == 'linear':
@@ -104,9 +119,9 @@ def apply_gradients(
   )
   update = jax.tree.map(lambda d: -learning_rate * d, direction)
   params = model.project(optax.apply_updates(state.params, update))
-  ema = {}
-  for name, half in zip(profile_names(phase), phase.ema_halflife, strict=True):
-    decay = 0.5 ** (phase.batch_size / half)
-    mixed = optax.incremental_update(params, state.ema[name], 1 - decay)
-    ema[name] = model.project(mixed)
+  weights = _ema_weights(phase, state.step)
+  ema = {
+    name: model.project(ema_lib.update(state.ema[name], params, weight))
+    for name, weight in zip(profile_names(phase), weights, strict=True)
+  }
   return TrainState(state.step + 1, params, ema, opt_state)

@@ -2,6 +2,8 @@
 
 from ddo_jax import config as config_lib
 from ddo_jax import likelihood
+from ddo_jax.models import edm
+from ddo_jax.models import edm2
 from ddo_jax.models import toy
 
 
@@ -15,8 +17,15 @@ def build(
   """
   p_mean = config_lib.pick(phase.p_mean, round_index)
   p_std = config_lib.pick(phase.p_std, round_index)
+  arguments = (config.model, p_mean, p_std, config.executor.remat)
   match config.model:
     case toy.ToyConfig():
-      return toy.build(config.model, p_mean, p_std, config.executor.remat)
-  got = type(config.model).__name__
-  raise config_lib.UserError(f'config.model is a {got}; known: ToyConfig')
+      return toy.build(*arguments)
+    case edm.EdmConfig():
+      return edm.build(*arguments)
+    case edm2.Edm2Config():
+      return edm2.build(*arguments)
+  raise config_lib.UserError(
+    f'config.model is a {type(config.model).__name__}; known: ToyConfig,'
+    ' EdmConfig, Edm2Config'
+  )

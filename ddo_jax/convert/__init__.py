@@ -1,0 +1,1 @@
+"""Released weights to Flax params, and back."""

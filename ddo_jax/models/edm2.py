@@ -1,0 +1,349 @@
+"""EDM2's magnitude-preserving U-Net (Karras et al. 2024), exactly.
+
+Activations keep unit magnitude because weights do: the forward pass
+normalises every weight, and training puts the stored ones back on the sphere
+(`Edm2.project`). Submodules bear the released checkpoints' names.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import likelihood
+from ddo_jax import rng
+from ddo_jax.models import layers
+
+CLIP = 256.0  # of a block's output: keeps float16 in range
+RESIDUAL = 0.3  # share of a branch in its sum with the main path
+TAPS = (1, 1)
+
+
+def normalize(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:
+  """X scaled to root mean square 1 over `axes`."""
+  rms = jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True))
+  return x / (1e-4 + rms)
+
+
+def normalize_kernel(kernel: jax.Array) -> jax.Array:
+  """[..., out] with the weights of each output scaled to RMS 1."""
+  return normalize(kernel, tuple(range(kernel.ndim - 1)))
+
+
+def mp_silu(x: jax.Array) -> jax.Array:
+  """SiLU that keeps the magnitude of unit normal input (eq. 81)."""
+  return nn.silu(x) / 0.596
+
+
+def mp_sum(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
+  """(1−t) a + t b, of unit magnitude where a, b are so (eq. 88)."""
+  return (a + t * (b - a)) / math.hypot(1 - t, t)
+
+
+def mp_cat(a: jax.Array, b: jax.Array, t: float = 0.5) -> jax.Array:
+  """Joins the channels of a and b, which contribute (1−t) : t (eq. 103)."""
+  widths = (a.shape[-1], b.shape[-1])
+  scale = math.sqrt(sum(widths)) / math.hypot(1 - t, t)
+  parts = [
+    x * (scale * share / math.sqrt(width))
+    for x, share, width in zip((a, b), (1 - t, t), widths, strict=True)
+  ]
+  return jnp.concatenate(parts, axis=-1)
+
+
+class MPFourier(nn.Module):
+  """Random Fourier features of a scalar, of unit magnitude (eq. 75).
+
+  Frequencies and phases stand among the params because a checkpoint must hold
+  them; they have no gradient.
+
+  Attributes:
+    features: width of the output.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, value: jax.Array) -> jax.Array:
+    """Value [B] -> [B, features]."""
+    shape = (self.features,)
+    freqs = self.param('freqs', nn.initializers.normal(2 * np.pi), shape)
+    phases = self.param('phases', nn.initializers.uniform(2 * np.pi), shape)
+    freqs, phases = jax.lax.stop_gradient((freqs, phases))
+    angle = value[:, None] * freqs[None, :] + phases[None, :]
+    return math.sqrt(2) * jnp.cos(angle)
+
+
+class MPConv(nn.Module):
+  """A convolution, or a linear layer, with normalised weights, no bias.
+
+  Attributes:
+    features: width of the output.
+    kernel: side of the convolution; None for a linear layer.
+  """
+
+  features: int
+  kernel: int | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
+    """X [B,...,C] -> [B,...,features], times `gain`."""
+    window = (self.kernel, self.kernel) if self.kernel else ()
+    shape = (*window, x.shape[-1], self.features)
+    kernel = self.param('kernel', nn.initializers.normal(1.0), shape)
+    kernel = normalize_kernel(kernel)
+    kernel = kernel * (gain / math.sqrt(math.prod(shape[:-1])))
+    if not self.kernel:
+      return x @ kernel
+    layout = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), 'SAME', dimension_numbers=layout
+    )
+
+
+class MPBlock(nn.Module):
+  """Magnitude-preserving residual block.
+
+  Attributes:
+    channels: of the output.
+    encoder: whether it is of the encoder's flavour, which normalises pixels.
+    resample: 'keep', 'down' or 'up', first of all.
+    heads: of the self-attention; 0 for none.
+    dropout: rate, in training.
+  """
+
+  channels: int
+  encoder: bool
+  resample: str = 'keep'
+  heads: int = 0
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, embedding: jax.Array, train: bool = False
+  ) -> jax.Array:
+    """X [B,H,W,C], embedding [B,E] -> [B,H',W',channels]."""
+    channels = self.channels
+    x = layers.resample(x, self.resample, TAPS)
+    new_width = x.shape[-1] != channels
+    if self.encoder:
+      if new_width:
+        x = MPConv(channels, 1, name='conv_skip')(x)
+      x = normalize(x, -1)
+    y = MPConv(channels, 3, name='conv_res0')(mp_silu(x))
+    gain = self.param('emb_gain', nn.initializers.zeros, ())
+    scale = MPConv(channels, name='emb_linear')(embedding, gain) + 1
+    y = mp_silu(y * scale[:, None, None, :])
+    y = nn.Dropout(self.dropout, deterministic=not train)(y)
+    y = MPConv(channels, 3, name='conv_res1')(y)
+    if new_width and not self.encoder:
+      x = MPConv(channels, 1, name='conv_skip')(x)
+    x = mp_sum(x, y, RESIDUAL)
+    if self.heads:
+      x = mp_sum(x, self._attention(x), RESIDUAL)
+    return jnp.clip(x, -CLIP, CLIP)
+
+  def _attention(self, x: jax.Array) -> jax.Array:
+    qkv = MPConv(3 * self.channels, 1, name='attn_qkv')(x)
+    qkv = [normalize(v, -1) for v in layers.split_heads(qkv, self.heads)]
+    y = nn.dot_product_attention(*qkv).reshape(x.shape)
+    return MPConv(self.channels, 1, name='attn_proj')(y)
+
+
+class UNet(nn.Module):
+  """EDM2's network, configuration G.
+
+  Attributes:
+    num_classes: 0 for an unconditional network.
+    model_channels: unit of width.
+    channel_mult: width of each level, in model_channels.
+    num_blocks: of each encoder level.
+    attn_resolutions: where all blocks have self-attention.
+    channels_per_head: of the attention.
+    dropout: rate, in training.
+  """
+
+  num_classes: int
+  model_channels: int = 192
+  channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+  num_blocks: int = 3
+  attn_resolutions: tuple[int, ...] = (16, 8)
+  channels_per_head: int = 64
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    c_noise: jax.Array,
+    label: jax.Array,
+    train: bool = False,
+  ) -> jax.Array:
+    """X [B,H,W,C], c_noise [B], label [B] -> F [B,H,W,C]."""
+    widths = [self.model_channels * mult for mult in self.channel_mult]
+    embedding = self._embed(c_noise, label, widths)
+    block = lambda x, step, side: MPBlock(
+      step.channels,
+      side == 'enc',
+      step.resample,
+      step.channels // self.channels_per_head if step.attention else 0,
+      self.dropout,
+      name=f'{side}_{step.name}',
+    )(x, embedding, train)
+    r, channels = x.shape[1], x.shape[-1]
+    plan = (r, widths, self.num_blocks, self.attn_resolutions)
+    # A channel of ones stands in for the biases.
+    x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+    x = MPConv(widths[0], 3, name=f'enc_{r}x{r}_conv')(x)
+    skips = [x]
+    for step in layers.encoder_steps(*plan):
+      x = block(x, step, 'enc')
+      skips.append(x)
+    for step in layers.decoder_steps(*plan):
+      if step.joins:
+        x = mp_cat(x, skips.pop())
+      x = block(x, step, 'dec')
+    gain = self.param('out_gain', nn.initializers.zeros, ())
+    return MPConv(channels, 3, name='out_conv')(x, gain)
+
+  def _embed(
+    self, c_noise: jax.Array, label: jax.Array, widths: Sequence[int]
+  ) -> jax.Array:
+    """Noise level and class to [B, width of the widest level]."""
+    e = MPFourier(widths[0], name='emb_fourier')(c_noise)
+    e = MPConv(max(widths), name='emb_noise')(e)
+    if self.num_classes:
+      one_hot = jax.nn.one_hot(label, self.num_classes, dtype=e.dtype)
+      one_hot = one_hot * math.sqrt(self.num_classes)
+      # Without a label e still shrinks: it is no unconditional network.
+      e = mp_sum(e, MPConv(max(widths), name='emb_label')(one_hot), 0.5)
+    return mp_silu(e)
+
+
+class Edm2Precond(layers.EdmPrecond):
+  """EDM's preconditioning, and the learned log-variance of the loss.
+
+  Attributes:
+    logvar_channels: Fourier features of the log-variance.
+  """
+
+  logvar_channels: int = 128
+
+  def setup(self):
+    self.logvar_fourier = MPFourier(self.logvar_channels)
+    self.logvar_linear = MPConv(1)
+
+  def log_variance(self, sigma: jax.Array) -> jax.Array:
+    """u(σ) [B] of sigma [B]; the loss is weighted by e^{−u}."""
+    c_noise = self.coefficients(sigma).c_noise
+    return self.logvar_linear(self.logvar_fourier(c_noise))[:, 0]
+
+  def __call__(
+    self, x: jax.Array, sigma: jax.Array, label: jax.Array, **options: Any
+  ) -> jax.Array:
+    """As `Precond`."""
+    if self.is_initializing():
+      self.log_variance(sigma)
+    return super().__call__(x, sigma, label, **options)
+
+
+@dataclasses.dataclass
+class Edm2Config:
+  """An EDM2 model; `presets` has the released ones.
+
+  Attributes:
+    image_shape: (H, W, C), H = W.
+    num_classes: 0 for an unconditional model.
+    model_channels: unit of width.
+    channel_mult: width of each level, in model_channels.
+    num_blocks: of each encoder level.
+    attn_resolutions: where there is self-attention.
+    channels_per_head: of the attention.
+    dropout: rate in MLE training; DDO has none.
+    logvar_channels: Fourier features of the loss's log-variance.
+    sigma_data: σ_d, the data's standard deviation in model units.
+  """
+
+  image_shape: tuple[int, int, int] = (64, 64, 3)
+  num_classes: int = 1000
+  model_channels: int = 192
+  channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+  num_blocks: int = 3
+  attn_resolutions: tuple[int, ...] = (16, 8)
+  channels_per_head: int = 64
+  dropout: float = 0.0
+  logvar_channels: int = 128
+  sigma_data: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Edm2(likelihood.Diffusion):
+  """EDM2: weights on the sphere, and a loss with learned uncertainty."""
+
+  def init(self, key: jax.Array) -> likelihood.Params:
+    """Fresh parameters, projected."""
+    return self.project(super().init(key))
+
+  def project(self, params: likelihood.Params) -> likelihood.Params:
+    """Forced weight normalisation (eq. 66): each output's weights to RMS 1.
+
+    Gains, frequencies and phases are free. The forward pass normalises once
+    more, so gradients are tangent to the sphere. A second projection changes
+    a weight by 1e-4 of it at most: project θ and the reference alike.
+    """
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: (
+        normalize_kernel(leaf) if path[-1].key == 'kernel' else leaf
+      ),
+      params,
+    )
+
+  def mle_loss(
+    self,
+    params: likelihood.Params,
+    frozen: likelihood.Frozen,
+    batch: likelihood.Batch,
+    keys: jax.Array,
+  ) -> jax.Array:
+    """[B] Σ_HWC (λ(σ) e^{−u} (D(x+n; σ) − x)² + u), u(σ) learned."""
+    del frozen
+    sigma, noisy, weight = self._noisy(batch, keys)
+    denoised = layers.apply_training(
+      self.denoiser,
+      params,
+      rng.split_rows(keys, 'dropout'),
+      {'x': noisy, 'sigma': sigma, 'label': batch.label},
+      self.remat,
+    )
+    logvar = self.denoiser.apply(
+      {'params': params}, sigma, method='log_variance'
+    )
+    squares = jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
+    size = math.prod(self.example_shape)
+    return weight * jnp.exp(-logvar) * squares + size * logvar
+
+
+def build(config: Edm2Config, p_mean: float, p_std: float, remat: bool) -> Edm2:
+  """The model of a config under a phase's noise law."""
+  layers.check_levels(config.image_shape, config.channel_mult)
+  fields = ('num_classes', 'model_channels', 'num_blocks', 'channels_per_head')
+  options = {name: getattr(config, name) for name in (*fields, 'dropout')}
+  network = UNet(
+    channel_mult=tuple(config.channel_mult),
+    attn_resolutions=tuple(config.attn_resolutions),
+    **options,
+  )
+  return Edm2(
+    denoiser=Edm2Precond(network, config.sigma_data, config.logvar_channels),
+    example_shape=tuple(config.image_shape),
+    num_classes=config.num_classes,
+    sigma_data=config.sigma_data,
+    p_mean=p_mean,
+    p_std=p_std,
+    remat=remat,
+  )

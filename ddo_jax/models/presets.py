@@ -1,0 +1,80 @@
+"""The released models of EDM, EDM2 and DDO, under their released names."""
+
+import dataclasses
+
+from ddo_jax import config as config_lib
+from ddo_jax.models import edm
+from ddo_jax.models import edm2
+
+_SMALL = edm.EdmConfig()  # CIFAR-10, unconditional, DDPM++
+_LARGE = edm.EdmConfig(
+  image_shape=(64, 64, 3), channel_mult=(1, 2, 2, 2), augment=0.15
+)
+_replace = dataclasses.replace
+
+# 'vp' and 've' name the network here; the preconditioning is EDM's in all.
+EDM = {
+  'edm-cifar10-32x32-uncond-vp': _SMALL,
+  'edm-cifar10-32x32-uncond-ve': _replace(_SMALL, network='ncsnpp'),
+  'edm-cifar10-32x32-cond-vp': _replace(_SMALL, num_classes=10),
+  'edm-cifar10-32x32-cond-ve': _replace(
+    _SMALL, network='ncsnpp', num_classes=10
+  ),
+  'edm-ffhq-64x64-uncond-vp': _replace(_LARGE, dropout=0.05),
+  'edm-ffhq-64x64-uncond-ve': _replace(_LARGE, dropout=0.05, network='ncsnpp'),
+  'edm-afhqv2-64x64-uncond-vp': _replace(_LARGE, dropout=0.25),
+  'edm-afhqv2-64x64-uncond-ve': _replace(
+    _LARGE, dropout=0.25, network='ncsnpp'
+  ),
+  'edm-imagenet-64x64-cond-adm': edm.EdmConfig(
+    network='adm',
+    image_shape=(64, 64, 3),
+    num_classes=1000,
+    model_channels=192,
+    channel_mult=(1, 2, 3, 4),
+    num_blocks=3,
+    attn_resolutions=(32, 16, 8),
+    dropout=0.10,
+    augment_dim=0,
+    augment=0.0,
+  ),
+}
+
+_PIXELS, _LATENTS = (64, 64, 3), (64, 64, 4)
+_XXS = edm2.Edm2Config(model_channels=64)
+_XS = edm2.Edm2Config(model_channels=128)
+_S = edm2.Edm2Config(model_channels=192)
+_M = edm2.Edm2Config(model_channels=256, dropout=0.10)
+_L = edm2.Edm2Config(model_channels=320, dropout=0.10)
+_XL = edm2.Edm2Config(model_channels=384, dropout=0.10)
+_XXL = edm2.Edm2Config(model_channels=448, dropout=0.10)
+
+EDM2 = {
+  'edm2-img64-xs': _replace(_XS, image_shape=_PIXELS),
+  'edm2-img64-s': _replace(_S, image_shape=_PIXELS),
+  'edm2-img64-m': _replace(_M, image_shape=_PIXELS),
+  'edm2-img64-l': _replace(_L, image_shape=_PIXELS),
+  'edm2-img64-xl': _replace(_XL, image_shape=_PIXELS),
+  'edm2-img512-xxs': _replace(_XXS, image_shape=_LATENTS),
+  'edm2-img512-xs': _replace(_XS, image_shape=_LATENTS),
+  'edm2-img512-s': _replace(_S, image_shape=_LATENTS),
+  'edm2-img512-m': _replace(_M, image_shape=_LATENTS),
+  'edm2-img512-l': _replace(_L, image_shape=_LATENTS),
+  'edm2-img512-xl': _replace(_XL, image_shape=_LATENTS),
+  'edm2-img512-xxl': _replace(_XXL, image_shape=_LATENTS),
+  'edm2-img512-xs-uncond': _replace(_XS, image_shape=_LATENTS, num_classes=0),
+}
+
+
+def get(name: str) -> edm.EdmConfig | edm2.Edm2Config:
+  """A copy of the config of a released model.
+
+  Raises:
+    config.UserError: no such name; lists the known ones.
+  """
+  known = EDM | EDM2
+  if name not in known:
+    raise config_lib.UserError(
+      f'no released model is called {name!r}; known: {", ".join(known)}'
+    )
+  return dataclasses.replace(known[name])
