@@ -1,1 +1,1 @@
-"""Released weights to Flax params, and back."""
+"""Other programs' files, read and written without running any of them."""

@@ -1,0 +1,78 @@
+"""Foreign files: mapped, refused in one line, written whole or not at all."""
+
+from collections.abc import Iterator
+import contextlib
+import mmap
+import os
+import pathlib
+import struct
+import zipfile
+
+from ddo_jax import config
+
+# What a hostile or damaged file makes the readers, numpy and zipfile raise.
+_SIGNS = (
+  ValueError,
+  TypeError,
+  LookupError,
+  ArithmeticError,
+  RecursionError,
+  MemoryError,
+  NotImplementedError,
+  struct.error,
+  zipfile.BadZipFile,
+)
+
+
+@contextlib.contextmanager
+def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
+  """Turns whatever a bad file raises into one line.
+
+  Args:
+    path: the file.
+    wanted: what should have been there.
+
+  Raises:
+    config.UserError: the body raised what unreadable or hostile files raise.
+  """
+  try:
+    yield
+  except config.UserError:
+    raise
+  except OSError as error:
+    raise config.UserError(
+      f'cannot read {path} ({error.strerror or error}); wanted {wanted}'
+    ) from error
+  except _SIGNS as error:
+    reason = ' '.join(str(error).split())[:240] or type(error).__name__
+    raise config.UserError(
+      f'{path} is refused: {reason}; wanted {wanted}; nothing in it was run:'
+      ' get the file again from its publisher'
+    ) from error
+
+
+def map_file(path: pathlib.Path) -> mmap.mmap:
+  """A file's bytes, read-only; arrays that view them keep them alive."""
+  with path.open('rb') as file:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A file to write beside `path`, put in its place only once it is whole.
+
+  Raises:
+    config.UserError: it cannot be written there.
+  """
+  partial = path.with_name(path.name + '.partial')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    raise config.UserError(
+      f'cannot write {path} ({error.strerror or error}); wanted a folder that'
+      ' may be written, with room for it'
+    ) from error
+  finally:
+    partial.unlink(missing_ok=True)
