@@ -158,7 +158,8 @@ def train_step(
     metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
     gather = lambda row: jax.lax.all_gather(row, axis_name, tiled=True)
     rows = jax.tree.map(gather, rows)
-  seen = state.step * phase.batch_size
+  # As a float: 2³¹ images are fewer than EDM2 was pretrained on.
+  seen = state.step.astype(jnp.result_type(float)) * phase.batch_size
   factor = train_state.learning_rate_factor(phase, seen)
   learning_rate = hyper.learning_rate * factor
   metrics['learning_rate'] = learning_rate

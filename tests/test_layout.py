@@ -15,7 +15,16 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Imports go strictly downward; the members of a folder may import each other.
 FLOORS = {
   0: ('config', 'rng'),
-  1: ('ddo', 'parallel', 'checkpoint', 'records', 'metrics', 'samplers'),
+  1: (
+    'augment',
+    'checkpoint',
+    'ddo',
+    'ema',
+    'metrics',
+    'parallel',
+    'records',
+    'samplers',
+  ),
   2: ('likelihood',),
   3: ('models',),
   4: ('train_state', 'data', 'datasets', 'convert'),
