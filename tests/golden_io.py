@@ -17,6 +17,8 @@ from ddo_jax.models import edm2
 from ddo_jax.models import edm_layers
 from ddo_jax.models import layers
 
+# Frequencies and phases: among the params, but never trained.
+CONSTANTS = ('freqs', 'phases')
 FOLDER = pathlib.Path(__file__).parent / 'golden'
 
 
@@ -58,6 +60,14 @@ def params(
   """
   tree = edm_names.to_flax(state_dict(golden, prefix), taps)
   return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
+
+
+def count(tree: Any) -> int:
+  """Scalars of all leaves but the constants that stand among the params."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return sum(
+    leaf.size for path, leaf in leaves if path[-1].key not in CONSTANTS
+  )
 
 
 def edm_config(options: dict[str, Any]) -> edm.EdmConfig:

@@ -9,6 +9,7 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import ddo
 from ddo_jax import likelihood
+from ddo_jax import models
 from ddo_jax import train_state
 from ddo_jax import train_step
 from ddo_jax.convert import edm_names
@@ -198,3 +199,52 @@ def _check_rates(golden, name, peak, phase):
     seen = jnp.asarray(golden['cur_nimg'])
     rate = peak * train_state.learning_rate_factor(phase, seen)
   np.testing.assert_allclose(rate, golden[name], rtol=1e-12)
+
+
+EDM = edm.EdmConfig(
+  image_shape=(8, 8, 3),
+  num_classes=2,
+  model_channels=8,
+  num_blocks=1,
+  channel_mult=(1,),
+)
+EDM2 = edm2.Edm2Config(
+  image_shape=(8, 8, 3),
+  num_classes=2,
+  model_channels=64,
+  num_blocks=1,
+  channel_mult=(1,),
+  dropout=0.1,
+)
+
+
+@pytest.mark.parametrize(
+  ('config', 'objective'), [(EDM, 'mle'), (EDM2, 'mle'), (EDM2, 'ddo')]
+)
+def test_models_fit_the_step(config, objective):
+  """Traced only: what the step takes and gives, of a model from its config."""
+  phase = config_lib.Phase(
+    objective=objective, batch_size=2, label_drop=0.1, ema_width=(0.05,)
+  )
+  model = models.build(config_lib.Config(model=config), phase)
+  assert hash(model) == hash(
+    models.build(config_lib.Config(model=config), phase)
+  )
+  raw = {
+    'image': np.zeros((2, 8, 8, 3), np.uint8),
+    'label': np.zeros(2, np.int32),
+    'id': np.arange(2, dtype=np.uint32),
+  }
+
+  def run(key):
+    params = model.init(key)
+    state = train_state.create(params, phase)
+    hyper = train_state.Hyper.of(phase, 0)
+    fake = raw if objective == 'ddo' else None
+    return state, train_step.train_step(
+      state, params, {}, raw, fake, hyper, key, model=model, phase=phase
+    )
+
+  before, (after, metrics) = jax.eval_shape(run, jax.random.key(0))
+  assert before == after
+  assert metrics['loss'].shape == ()

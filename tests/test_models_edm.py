@@ -1,7 +1,5 @@
 """EDM's networks against the original programs' numbers."""
 
-import dataclasses
-
 from flax import linen as nn
 import golden_io
 import jax
@@ -10,12 +8,10 @@ import numpy as np
 import pytest
 
 from ddo_jax import config as config_lib
-from ddo_jax.convert import edm_names
 from ddo_jax.models import edm
 from ddo_jax.models import edm_layers
 from ddo_jax.models import layers
 from ddo_jax.models import precond
-from ddo_jax.models import presets
 
 TAPS = {'ddpmpp': (1, 1), 'ncsnpp': (1, 3, 3, 1), 'adm': (1, 1)}
 BLOCKS = ('song_down_1331', 'song_up_1331_attn')
@@ -218,95 +214,6 @@ def test_groups_of_norm():
   assert groups == golden['groupnorm/groups'].tolist()
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize('network', ['ddpmpp', 'ncsnpp', 'adm'])
-def test_names_round_trip(network):
-  """edm_*.npz: official -> Flax -> official, all keys, bit for bit."""
-  golden = golden_io.load(f'edm_{network}.npz')
-  state = golden_io.state_dict(golden)
-  params = edm_names.to_flax(state, TAPS[network])
-  back = edm_names.to_official(params, TAPS[network])
-  assert back.keys() == state.keys()
-  for key, tensor in state.items():
-    if not key.endswith('resample_filter'):
-      assert back[key].dtype == tensor.dtype
-      assert back[key].flags.c_contiguous
-    np.testing.assert_array_equal(back[key], tensor, err_msg=key)
-  config = golden_io.edm_config(golden_io.read_json(golden, 'config'))
-  wanted = _shapes(config)
-  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, wanted)
-  trained = sum(leaf.size for leaf in _trained(wanted))
-  assert trained == golden['n_params']
-
-
-def test_another_filter_is_refused():
-  golden = golden_io.load('edm_ncsnpp.npz')
-  with pytest.raises(config_lib.UserError, match='resample_filter is not'):
-    edm_names.to_flax(golden_io.state_dict(golden), (1, 1))
-
-
-def _shapes(config):
-  model = edm.build(config, 0.0, 1.0, remat=False)
-  return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def _trained(params):
-  """All leaves but the constants that stand among them."""
-  flat = jax.tree_util.tree_leaves_with_path(params)
-  return [leaf for path, leaf in flat if path[-1].key != 'freqs']
-
-
-@pytest.mark.parametrize(
-  ('name', 'count'),
-  [
-    ('edm-cifar10-32x32-cond-vp', 55_735_299),
-    ('edm-cifar10-32x32-uncond-vp', 55_733_891),
-    ('edm-cifar10-32x32-cond-ve', 56_400_643),
-    ('edm-cifar10-32x32-uncond-ve', 56_397_827),
-    ('edm-ffhq-64x64-uncond-vp', 61_805_571),
-    ('edm-ffhq-64x64-uncond-ve', 62_761_091),
-    ('edm-imagenet-64x64-cond-adm', 295_899_267),
-  ],
-)
-def test_parameter_count(name, count):
-  """As counted in the released models."""
-  assert (
-    sum(leaf.size for leaf in _trained(_shapes(presets.get(name)))) == count
-  )
-
-
-def test_afhqv2_is_as_ffhq():
-  """But for the dropout: so its parameters are counted above."""
-  for network in ('vp', 've'):
-    ffhq = presets.get(f'edm-ffhq-64x64-uncond-{network}')
-    afhq = presets.get(f'edm-afhqv2-64x64-uncond-{network}')
-    assert afhq == dataclasses.replace(ffhq, dropout=0.25)
-
-
-@pytest.mark.parametrize(
-  ('name', 'tensors', 'scalars'),
-  [
-    ('edm-cifar10-32x32-cond-vp', 427, 32),
-    ('edm-cifar10-32x32-cond-ve', 434, 288),
-  ],
-)
-def test_released_state_dict(name, tensors, scalars):
-  """As many tensors as released, and scalars of the buffers among them."""
-  config = presets.get(name)
-  zeros = lambda leaf: np.zeros(leaf.shape, np.int8)
-  params = jax.tree.map(zeros, _shapes(config))
-  state = edm_names.to_official(params, TAPS[config.network])
-  assert len(state) == tensors
-  buffers = ('freqs', 'resample_filter')
-  assert scalars == sum(
-    leaf.size for key, leaf in state.items() if key.endswith(buffers)
-  )
-  block = 'model.dec.32x32_block4'
-  assert state[f'{block}.conv0.weight'].shape == (256, 384, 3, 3)
-  assert f'{block}.qkv.weight' not in state
-  assert state['model.dec.16x16_block4.qkv.weight'].shape == (768, 256, 1, 1)
-
-
 def _init(style, **options):
   block = edm_layers.UNetBlock(16, style, 'up', heads=1, **options)
   init = golden_io.jit(block.init)
@@ -391,8 +298,3 @@ def test_dropout_is_by_row():
 def test_impossible_configs(change, message):
   with pytest.raises(config_lib.UserError, match=message):
     edm.denoiser(edm.EdmConfig(**change))
-
-
-def test_unknown_preset():
-  with pytest.raises(config_lib.UserError, match='edm-cifar10-32x32-cond-vp'):
-    presets.get('edm-cifar10')

@@ -189,7 +189,7 @@ def apply_training(
   so to the number of devices.
 
   Args:
-    module: (**rows, train=True) -> [B,...], no row seeing another.
+    module: of rows and `train` -> [B,...], no row seeing another.
     params: of the module.
     keys: [B].
     rows: arguments by name, arrays [B,...].
@@ -259,9 +259,8 @@ def encoder_steps(
     r = resolution >> level
     if level:
       steps.append(Step(f'{r}x{r}_down', widths[level - 1], 'down'))
-    block = Step('', width, attention=r in attention)
     for i in range(num_blocks):
-      steps.append(block._replace(name=f'{r}x{r}_block{i}'))
+      steps.append(Step(f'{r}x{r}_block{i}', width, attention=r in attention))
   return steps
 
 

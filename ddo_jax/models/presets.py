@@ -1,4 +1,4 @@
-"""The released models of EDM, EDM2 and DDO, under their released names."""
+"""The released models of EDM and EDM2, under their released names."""
 
 import dataclasses
 
