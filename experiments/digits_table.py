@@ -110,6 +110,11 @@ def guided(
   return result
 
 
+def _rounds(result: dict[str, Any]) -> str:
+  count = result['round'] + 1
+  return f'{count} round' + 's' * (count > 1)
+
+
 def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
   """Every row of the table for one pretraining seed: {row: {metric: mean}}."""
   rounds = selfplay.play(digits_config(seed), workdir / 'ddo')['rounds']
@@ -118,11 +123,11 @@ def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
   report.write(workdir / 'ddo', control=folder)
   guidance = guided(digits_config(seed), workdir, params)
   rows = {'reference (MLE)': rounds[0]['before']}
-  for index, result in enumerate(mle):
-    rows[f'continued MLE, compute of {index + 1} round(s)'] = result['after']
+  for result in mle:
+    rows[f'continued MLE, compute of {_rounds(result)}'] = result['after']
   rows['reference, classifier-free guidance'] = guidance['scores']
-  for index, result in enumerate(rounds):
-    rows[f'DDO, {index + 1} round(s)'] = result['after']
+  for result in rounds:
+    rows[f'DDO, {_rounds(result)}'] = result['after']
   means = {
     row: {metric: scores[metric]['mean'] for metric in METRICS}
     for row, scores in rows.items()

@@ -31,7 +31,7 @@ from ddo_jax import train_state
 from ddo_jax import train_step
 from ddo_jax.models import toy
 
-_BLOCKS = flags.DEFINE_integer('blocks', 5, 'Timed blocks; median reported.')
+_BLOCKS = flags.DEFINE_integer('blocks', 3, 'Timed blocks; median reported.')
 _OUTPUT = flags.DEFINE_string(
   'output', 'experiments/results/step_time.json', 'Result.'
 )
@@ -63,7 +63,7 @@ def make_job(
     objective=objective,
     images=steps * config.ddo.batch_size,
     eval_images=0,
-    log_images=25 * config.ddo.batch_size,
+    log_images=max(1, steps // 10) * config.ddo.batch_size,
   )
   model = models.build(config, phase)
   executor = parallel.Executor(config.executor)
@@ -141,7 +141,7 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, float]:
 def main(_) -> None:
   results = {
     'digits': measure(digits.get_config(), 400),
-    'cifar_shaped': measure(cifar_shaped(), 100),
+    'cifar_shaped': measure(cifar_shaped(), 24),
   }
   results['environment'] = parallel.environment()
   records.write_json(pathlib.Path(_OUTPUT.value), results)
