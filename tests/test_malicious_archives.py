@@ -121,6 +121,17 @@ def test_lying_storages(tmp_path, case):
   refusal(tmp_path / 'x')
 
 
+@pytest.mark.parametrize('change', [{4: 12}, {1: 'torch.LongStorage'}])
+def test_two_storages_of_one_name(tmp_path, change):
+  kinds = {k: official.FAKES.get(v, v) for k, v in change.items()}
+  storages = (Lying({2: '0'}), Lying({2: '0'} | kinds))
+  value = [tensor(0, (2,), (1,), storage) for storage in storages]
+  (tmp_path / 'x').write_bytes(official.legacy(value))
+  assert 'two storages of one name' in refusal(tmp_path / 'x')
+  line = refusal(official.zipped(tmp_path / 'x', value))
+  assert 'two storages of one name' in line or '24 numbers in 96' in line
+
+
 def test_legacy_files_that_lie(tmp_path):
   value = {'a': official.Tensor(NUMBERS), 'b': official.Tensor(NUMBERS[:5])}
 

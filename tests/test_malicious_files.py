@@ -15,6 +15,7 @@ import official_files as official
 import payloads
 import pytest
 
+from ddo_jax.convert import files
 from ddo_jax.convert import torch_zip
 
 MARK = b'('
@@ -190,3 +191,11 @@ def test_names_that_weights_do_not_need(tmp_path, full):
   )
   for read in (payloads.in_pickle, in_zip, in_storage('object')):
     assert 'it names' in payloads.refusal(read, tmp_path / 'x', raw)
+
+
+def test_a_refusal_is_one_short_line(tmp_path):
+  def read():
+    with files.refusing(tmp_path / 'x', 'weights'):
+      raise ValueError('many\nwords ' * 1000)
+
+  assert payloads.refusal(read).count('many words') < 30

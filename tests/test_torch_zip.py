@@ -1,5 +1,6 @@
 """State dicts of PyTorch and of safetensors, in and out, bit for bit."""
 
+import collections
 import io
 import json
 import os
@@ -11,7 +12,6 @@ import official_files as official
 import pytest
 
 from ddo_jax import config
-from ddo_jax.convert import arrays
 from ddo_jax.convert import pickle_machine
 from ddo_jax.convert import safetensors_file
 from ddo_jax.convert import torch_zip
@@ -52,7 +52,9 @@ def tensors(state):
 
 @pytest.mark.parametrize('kind', WRITERS)
 def test_a_plain_state_dict(tmp_path, kind):
-  WRITERS[kind](tmp_path / 'x.pth', tensors(states()))
+  value = collections.OrderedDict(tensors(states()))
+  value._metadata = {'': {'version': 1}}  # as PyTorch's own have
+  WRITERS[kind](tmp_path / 'x.pth', value)
   got = torch_zip.read(tmp_path / 'x.pth')
   assert_same(got, states())
   for array in got.values():
@@ -217,10 +219,6 @@ def test_broken_safetensors_are_refused(tmp_path, raw):
     safetensors_file.read(path)
   path.write_bytes(safetensors([2], 0, 8, bytes(8)))  # the same, were it well
   assert safetensors_file.read(path)[0]['a'].tolist() == [0, 0]
-
-
-def test_types_are_told_apart():
-  assert len({str(dtype) for dtype in arrays.DTYPES.values()}) == 10
 
 
 @pytest.fixture
