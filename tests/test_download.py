@@ -303,7 +303,7 @@ def test_the_hubs_own_library(site, tmp_path):
   path = pathlib.Path(done.stdout.strip())
   assert path.name == 'x.pkl' and path.read_bytes() == BODY, done.stderr
   assert path.resolve().name == DIGEST  # what is held against its bytes
-  assert site.asked[0] == '/owner/name/resolve/main/edm/x.pkl'
+  assert '/owner/name/resolve/main/edm/x.pkl' in site.asked
 
 
 def test_the_hub_without_a_network(tmp_path):
