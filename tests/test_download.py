@@ -52,6 +52,7 @@ class Handler(server.BaseHTTPRequestHandler):
 
   def do_HEAD(self):
     """What the hub's library asks first."""
+    self.server.asked.append(self.path)
     self.send_response(200)
     self.send_header('ETag', self.server.version)
     self.send_header('X-Repo-Commit', '0' * 40)
@@ -302,6 +303,7 @@ def test_the_hubs_own_library(site, tmp_path):
   path = pathlib.Path(done.stdout.strip())
   assert path.name == 'x.pkl' and path.read_bytes() == BODY, done.stderr
   assert path.resolve().name == DIGEST  # what is held against its bytes
+  assert '/owner/name/resolve/main/edm/x.pkl' in site.asked
 
 
 def test_the_hub_without_a_network(tmp_path):

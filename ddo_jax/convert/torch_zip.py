@@ -153,7 +153,7 @@ def write(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
   """Writes a state dict that `torch.load(weights_only=True)` accepts.
 
   Args:
-    path: replaced if it exists; equal states make equal bytes.
+    path: replaced if it exists; equal states make equal bytes under one name.
     state: arrays by key; float64/32/16, bfloat16, int64/32/16/8, uint8 or bool.
 
   Raises:
