@@ -16,6 +16,7 @@ import time
 
 from absl import app
 from absl import flags
+from absl import logging as absl_logging
 import jax
 import numpy as np
 
@@ -139,6 +140,7 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, float]:
 
 
 def main(_) -> None:
+  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax's voice
   results = {
     'digits': measure(digits.get_config(), 400),
     'cifar_shaped': measure(cifar_shaped(), 24),
