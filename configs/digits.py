@@ -1,4 +1,4 @@
-"""Handwritten digits, 8×8: the whole method in about a minute on two cores.
+"""Handwritten digits, 8×8: the whole method in two minutes on two cores.
 
 python -m ddo_jax.main --config=configs/digits.py --workdir=runs/digits
 """

@@ -75,14 +75,16 @@ class Executor:
   def place_batch(self, rows: Any) -> Any:
     """Puts this process's rows (numpy, leading axis) on its devices."""
     stack = self.num_devices // jax.process_count()
-    stacked = self.kind == 'pmap'
-
-    def place(leaf):
-      if stacked:
-        leaf = leaf.reshape(stack, -1, *leaf.shape[1:])
-      return jax.make_array_from_process_local_data(self._split, leaf)
-
-    return jax.tree.map(place, rows)
+    if self.kind == 'pmap':
+      rows = jax.tree.map(
+        lambda leaf: leaf.reshape(stack, -1, *leaf.shape[1:]), rows
+      )
+    if jax.process_count() == 1:  # one call for all leaves: half the time
+      return jax.device_put(rows, self._split)
+    return jax.tree.map(
+      lambda leaf: jax.make_array_from_process_local_data(self._split, leaf),
+      rows,
+    )
 
   def no_implicit_transfers(self) -> contextlib.AbstractContextManager:
     """Inside, an array that nobody placed on the devices is an error."""
