@@ -50,7 +50,7 @@ class Phase:
   """
 
   objective: str = _knob('ddo')  # 'ddo' (eq. 13, 16) or 'mle' (the control)
-  images: int = _knob(1_500_000)  # real rows seen (Table 6: 1.5 M, CIFAR-10)
+  images: int = _knob(1_500_000)  # real rows seen (the paper: 1.5 M, CIFAR-10)
   batch_size: int = _knob(512)  # real rows a step; as many fakes go with them
   alpha: tuple[float, ...] = _knob((4.0,))  # α of eq. 13: weight of the fakes
   beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
