@@ -6,6 +6,7 @@ writes experiments/results/full_size.json.
 """
 
 import json
+import multiprocessing
 import pathlib
 import resource
 import subprocess
@@ -63,9 +64,11 @@ CASES = {
 }
 
 
-def write_pkl(name, model, path):
+def write_pkl(name, path):
   """A file in the official layout, with random weights."""
   class_name, kwargs, dtype, _ = CASES[name]
+  config = config_lib.Config(model=presets.get(name))
+  model = models.build(config, config.ddo)
   shapes = jax.eval_shape(model.init, rng.stream(0))
   draw = np.random.default_rng(0)
 
@@ -89,16 +92,24 @@ def measure(name, folder):
   )
   config = config_lib.Config(model=presets.get(name), ddo=phase)
   model = models.build(config, phase)
-  write_pkl(name, model, folder / f'{name}.pkl')
-  seconds, clock = {}, time.perf_counter()
+  # Elsewhere, as its publisher would: its memory is not counted here.
+  path = folder / f'{name}.pkl'
+  process = multiprocessing.get_context('spawn').Process(
+    target=write_pkl, args=(name, path)
+  )
+  process.start()
+  process.join()
+  seconds, peak, clock = {}, {}, time.perf_counter()
 
   def lap(stage, value=None):
     nonlocal clock
     jax.block_until_ready(value)
     now = time.perf_counter()
     seconds[stage], clock = now - clock, now
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    peak[stage] = usage.ru_maxrss / 2**20  # of Linux's KiB: GiB so far
 
-  main.convert(str(folder / f'{name}.pkl'), folder / 'params')
+  main.convert(str(path), folder / 'params')
   lap('convert')
   executor = parallel.Executor(config.executor)
   reference, _ = selfplay.load_params(folder / 'params', model, executor)
@@ -130,7 +141,6 @@ def measure(name, folder):
   np.testing.assert_allclose(metrics['loss'], metrics['chance_loss'], rtol=1e-3)
   assert metrics['max_abs_logit'] <= 1e-3
   assert np.isfinite(metrics['grad_norm'])
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   size = sum(leaf.size for leaf in jax.tree.leaves(reference))
   return {
     'batch': f'{batch}+{batch}',
@@ -155,7 +165,7 @@ def test_released_size_on_a_cpu(name):
     check=True,
   )
   result = json.loads(done.stdout.splitlines()[-1])
-  assert result['peak_gib'] < 16
+  assert max(result['peak_gib'].values()) < 16
   known = records.read_json(RESULT) if RESULT.exists() else {}
   records.write_json(RESULT, known | {name: result})
 
