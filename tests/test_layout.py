@@ -20,6 +20,7 @@ FLOORS = {
     'checkpoint',
     'ddo',
     'ema',
+    'encoders',
     'metrics',
     'parallel',
     'records',

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:
   # The fast variance loses everything where the mean is large.
-  return nn.GroupNorm(
-    groups, epsilon=1e-6, use_fast_variance=False, name=name
-  )(x)
+  return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)(
+    x
+  )
 
 
 def _conv(x: jax.Array, features: int, name: str, size: int = 3) -> jax.Array:
