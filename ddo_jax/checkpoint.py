@@ -35,7 +35,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
   )
 
 
-def _check_shapes(stored: Any, target: Any, where: pathlib.Path) -> None:
+def check_shapes(stored: Any, target: Any, where: pathlib.Path) -> None:
   """Raises UserError listing the first leaves that do not fit."""
 
   def leaves(tree):
@@ -157,7 +157,7 @@ class Checkpoints:
     for name, tree in wanted.items():
       # Compared as saved: Orbax stores tuples and dataclasses as dicts.
       skeleton = ocp.utils.serialize_tree(tree, keep_empty_nodes=True)
-      _check_shapes(metadata[name].tree, skeleton, self.folder / str(step))
+      check_shapes(metadata[name].tree, skeleton, self.folder / str(step))
     args = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
     restored = self._manager.restore(step, args=ocp.args.Composite(**args))
     return target.replace(ema=restored.get('ema') or {}, **restored['state'])
@@ -217,7 +217,7 @@ def load_params(folder: pathlib.Path, target: Any) -> tuple[Any, dict]:
   meta = load_meta(folder)
   with _checkpointer() as reader:
     stored = reader.metadata(folder.absolute()).item_metadata
-    _check_shapes(stored['params'].tree, target, folder)
+    check_shapes(stored['params'].tree, target, folder)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
     params = reader.restore(folder.absolute(), args=args).params
   if tree_hash(params) != meta['sha256']:

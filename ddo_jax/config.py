@@ -50,7 +50,7 @@ class Phase:
   """
 
   objective: str = _knob('ddo')  # 'ddo' (eq. 13, 16) or 'mle' (the control)
-  images: int = _knob(1_500_000)  # real rows seen (Table 6: 1.5 M, CIFAR-10)
+  images: int = _knob(1_500_000)  # real rows seen (the paper: 1.5 M, CIFAR-10)
   batch_size: int = _knob(512)  # real rows a step; as many fakes go with them
   alpha: tuple[float, ...] = _knob((4.0,))  # α of eq. 13: weight of the fakes
   beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
@@ -116,6 +116,11 @@ class Config:
   init_from: str = _knob('')  # a folder of params; '' pretrains first
   model: Any = None  # a model's own dataclass, e.g. models.toy.ToyConfig
   sampler: Any = None  # a sampler's own dataclass, e.g. samplers.heun.Heun
+  # A weaker network that guides where sampler.guidance is not 1: its folder of
+  # params, and its model's dataclass if it is not `model`'s. Without it the
+  # model itself guides, its label left out.
+  guide_from: str = _knob('')
+  guide: Any = None
   data: Data = _knob(Data())
   pretrain: Phase = _knob(Phase(objective='mle'))
   ddo: Phase = _knob(Phase())
@@ -206,6 +211,12 @@ def validate(config: Config) -> None:
   """Raises UserError, naming the field, where a value makes no sense."""
   _require(config.model is not None, 'model', None, "a model's dataclass")
   _require(config.sampler is not None, 'sampler', None, "a sampler's dataclass")
+  _require(
+    config.guide is None or bool(config.guide_from),
+    'guide_from',
+    '',
+    "the folder of the guide's params",
+  )
   _require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
   _require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
   _validate_phase('pretrain', config.pretrain)

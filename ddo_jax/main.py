@@ -5,6 +5,7 @@ Flags and dispatch only; a notebook calls `run` with a config of its own.
 
 from collections.abc import Sequence
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -28,6 +29,8 @@ from ddo_jax import report
 from ddo_jax import rng
 from ddo_jax import selfplay
 from ddo_jax import train
+from ddo_jax.convert import download
+from ddo_jax.convert import released
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A recipe; --config.x.y=v overrides any of its fields.'
@@ -36,8 +39,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum(
   'mode',
   'selfplay',
-  ['selfplay', 'pretrain', 'sample', 'evaluate', 'report'],
-  'selfplay: pretrain, play the rounds, report. The others: one part of it.',
+  ['selfplay', 'pretrain', 'sample', 'evaluate', 'report', 'convert'],
+  'selfplay: pretrain, play the rounds, report; pretrain .. report: one part of'
+  ' it; convert: released weights to a folder of params, and back.',
 )
 _PARAMS = flags.DEFINE_string(
   'params', None, 'sample, evaluate: a folder of params; default the newest.'
@@ -49,8 +53,22 @@ _CONTROL = flags.DEFINE_string(
   'control', None, 'report: the workdir of a run whose curve is drawn beside.'
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'sample, evaluate: folder of the result; default workdir.'
+  'output',
+  None,
+  'sample, evaluate: folder of the result; default workdir. convert: a folder'
+  ' of params, or a .safetensors or .pth file, to write.',
 )
+_SOURCE = flags.DEFINE_string(
+  'source',
+  None,
+  'convert: a .pkl, .safetensors or .pth by its path, http(s):// or'
+  ' hf://owner/name/file; or a folder of params.',
+)
+_SHA256 = flags.DEFINE_string(
+  'sha256', None, 'convert: what the source must hash to.'
+)
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def sample(
@@ -75,13 +93,16 @@ def sample(
   run_ = selfplay.Run(config, workdir)
   model = models.build(config, config.ddo)
   folder = params or selfplay.newest_params(workdir)
-  weights, _ = selfplay.load_params(folder, model, run_.executor)
+  weights, meta = selfplay.load_params(folder, model, run_.executor)
   images, labels = run_.generator(model).images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
   output = output or workdir
   output.mkdir(parents=True, exist_ok=True)
-  np.savez(output / 'samples.npz', image=images, label=labels)
+  origin = json.dumps(meta.get('provenance', {}))
+  np.savez(
+    output / 'samples.npz', image=images, label=labels, provenance=origin
+  )
   generate.save_grid(output / 'samples.png', images, model.levels)
   return output / 'samples.png'
 
@@ -103,12 +124,48 @@ def evaluate_params(
   result = {
     'params': str(folder),
     'sha256': meta['sha256'],
+    'provenance': meta.get('provenance', {}),
     'sampler': dataclasses.asdict(config.sampler),
     'samples': config.evaluation.samples,
     'scores': scores,
   }
   records.write_json((output or workdir) / 'eval.json', result)
   return result
+
+
+def convert(
+  source: str,
+  output: pathlib.Path,
+  config: config_lib.Config | None = None,
+  sha256: str | None = None,
+) -> pathlib.Path:
+  """Turns released weights into a folder of params, or back into a file.
+
+  Args:
+    source: see the flag.
+    output: see the flag.
+    config: whose model it is, for a file that does not say.
+    sha256: what the source must hash to, as hex; None: not known.
+
+  Returns:
+    output.
+
+  Raises:
+    config.UserError: the source is missing, refused or of no known network.
+  """
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir():
+    weights = released.load_folder(folder)
+  else:
+    path, model = download.fetch(source, sha256), config and config.model
+    weights = released.read(path, source, model)
+  if 'licence' in weights.provenance:
+    _LOGGER.info('licence of the weights: %s', weights.provenance['licence'])
+  if output.suffix in released.SUFFIXES:
+    released.write(output, weights)
+  else:
+    released.save_folder(output, weights)
+  return output
 
 
 def run(
@@ -120,7 +177,7 @@ def run(
   output: pathlib.Path | None = None,
   control: pathlib.Path | None = None,
 ) -> Any:
-  """Runs one mode; see the flags."""
+  """Runs one mode on a run's folder; see the flags."""
   if mode == 'selfplay':
     selfplay.play(config, workdir)
     return workdir / 'report.html'
@@ -160,14 +217,26 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     sys.exit(f'FATAL {error}')
 
 
-def _main(argv: Sequence[str]) -> None:
+def _check_flags(argv: Sequence[str]) -> None:
+  """Exits where a mode lacks what it needs."""
   if len(argv) > 1:
     sys.exit(f'FATAL unexpected argument {argv[1]!r}; flags start with --')
-  if not _WORKDIR.value or (_MODE.value != 'report' and not _CONFIG.value):
+  mode = _MODE.value
+  if mode == 'convert':
+    if not _SOURCE.value or not _OUTPUT.value:
+      sys.exit(
+        'FATAL --mode=convert wants --source and --output, e.g. --source='
+        'edm-cifar10-32x32-uncond-vp.pkl --output=weights/cifar10_edm_uncond'
+      )
+  elif not _WORKDIR.value or (mode != 'report' and not _CONFIG.value):
     sys.exit(
       'FATAL --config and --workdir are required, e.g.'
       ' --config=configs/digits.py --workdir=runs/digits'
     )
+
+
+def _main(argv: Sequence[str]) -> None:
+  _check_flags(argv)
   # Orbax's voice; ours is the logger below, jax has its own.
   absl_logging.set_verbosity(absl_logging.ERROR)
   logging.getLogger('ddo_jax').setLevel(logging.INFO)
@@ -178,15 +247,20 @@ def _main(argv: Sequence[str]) -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EX_TEMPFAIL))
   path = lambda flag: pathlib.Path(flag).expanduser() if flag else None
   try:
-    result = run(
-      _CONFIG.value,
-      path(_WORKDIR.value),
-      _MODE.value,
-      path(_PARAMS.value),
-      _NUM_SAMPLES.value,
-      path(_OUTPUT.value),
-      path(_CONTROL.value),
-    )
+    if _MODE.value == 'convert':
+      result = convert(
+        _SOURCE.value, path(_OUTPUT.value), _CONFIG.value, _SHA256.value
+      )
+    else:
+      result = run(
+        _CONFIG.value,
+        path(_WORKDIR.value),
+        _MODE.value,
+        path(_PARAMS.value),
+        _NUM_SAMPLES.value,
+        path(_OUTPUT.value),
+        path(_CONTROL.value),
+      )
   except config_lib.UserError as error:
     sys.exit(f'FATAL {error}')
   except KeyboardInterrupt:

@@ -177,6 +177,8 @@ def _header(run: _Run) -> str:
   if run.rounds:
     made = run.rounds[-1]['environment']
     about += f' · run on {made["devices"]} with jax {made["jax"]}'
+    if origin := run.rounds[-1]['provenance']:
+      about += f' · from {origin["file"]}, {origin["licence"]}'
   return (
     f'<h1>{html.escape(config["name"])}</h1>\n'
     f'<p class="headline">{_headline(run)}</p>\n'

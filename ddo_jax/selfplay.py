@@ -111,12 +111,26 @@ class Run:
     test = data.open_source(self.config.data, self.config.data.test_split)
     return evaluate.Evaluator(self.real, test)
 
-  def generator(self, model: likelihood.LikelihoodModel) -> generate.Generator:
-    """Draws images of a model with the config's sampler."""
-    batch = self.config.executor.sample_batch
-    return generate.Generator(
-      model, {}, self.config.sampler, self.executor, batch
-    )
+  @functools.cached_property
+  def frozen(self) -> likelihood.Frozen:
+    """Weights that are neither trained nor the reference: the guide's."""
+    config = self.config
+    if not config.guide_from:
+      return {}
+    guide = config.guide or config.model
+    config = dataclasses.replace(config, model=guide, guide=None)
+    folder = pathlib.Path(config.guide_from).expanduser()
+    model = models.build(config, config.ddo)
+    return {'guide': load_params(folder, model, self.executor)[0]}
+
+  def generator(
+    self, model: likelihood.LikelihoodModel, guided: bool = True
+  ) -> generate.Generator:
+    """Draws images with the config's sampler; p_ref is meant unguided."""
+    batch, sampler = self.config.executor.sample_batch, self.config.sampler
+    if not guided:
+      sampler = dataclasses.replace(sampler, guidance=1.0)
+    return generate.Generator(model, self.frozen, sampler, self.executor, batch)
 
   def job(
     self,
@@ -137,7 +151,7 @@ class Run:
       round_index=round_index,
       model=model,
       reference=reference,
-      frozen={},
+      frozen=self.frozen,
       real=self.real,
       fake=fake,
       executor=self.executor,
@@ -178,26 +192,27 @@ def _reference(
   folder: pathlib.Path,
   origin: pathlib.Path,
   model: likelihood.LikelihoodModel,
-) -> tuple[likelihood.Params, str]:
-  """The round's reference, copied from `origin` once, and its sha256."""
+) -> tuple[likelihood.Params, dict[str, Any]]:
+  """The round's reference, copied from `origin` once, and what is known."""
   if not (folder / 'reference').exists():
     params, meta = load_params(origin, model, run.executor)
     checkpoint.save_params(folder / 'reference', params, meta)
-  params, meta = load_params(folder / 'reference', model, run.executor)
-  return params, meta['sha256']
+  return load_params(folder / 'reference', model, run.executor)
 
 
 def _fake_pool(
   run: Run,
   folder: pathlib.Path,
-  generator: generate.Generator,
+  model: likelihood.LikelihoodModel,
   reference: likelihood.Params,
-  sha256: str,
+  meta: dict[str, Any],
 ) -> data.Source:
   """The round's offline pool, drawn as far as it is missing."""
+  generator = run.generator(model, guided=False)
   identity = {
-    'reference': sha256,
-    'sampler': dataclasses.asdict(run.config.sampler),
+    'reference': meta['sha256'],
+    'provenance': meta.get('provenance', {}),
+    'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
   }
   batch = run.config.executor.sample_batch
@@ -208,7 +223,10 @@ def _fake_pool(
 
 
 def _promote(
-  run: Run, folder: pathlib.Path, promotion: train.Promotion
+  run: Run,
+  folder: pathlib.Path,
+  promotion: train.Promotion,
+  provenance: dict[str, str],
 ) -> dict[str, Any]:
   """Saves the round's result; returns where in the round it comes from."""
   chosen = {
@@ -217,8 +235,8 @@ def _promote(
     'profile': promotion.profile,
     'selection': promotion.selection,
   }
-  config = config_lib.to_json(run.config)
-  meta = {'stage': folder.name, 'promoted': chosen, 'config': config}
+  meta = {'stage': folder.name, 'promoted': chosen, 'provenance': provenance}
+  meta['config'] = config_lib.to_json(run.config)
   checkpoint.save_params(folder / 'promoted', promotion.params, meta)
   return chosen
 
@@ -261,8 +279,8 @@ def play_round(
     before: report scores of those params; None to measure them.
 
   Returns:
-    {'round', 'before', 'after', 'promoted', 'warnings', 'seconds',
-    'environment'}.
+    {'round', 'before', 'after', 'promoted', 'provenance', 'warnings',
+    'seconds', 'environment'}.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
@@ -271,18 +289,19 @@ def play_round(
   clock, phase = [time.perf_counter()], run.config.ddo
   model = models.build(run.config, phase, index)
   generator, fake = run.generator(model), None
-  reference, sha256 = _reference(run, folder, origin, model)
+  reference, meta = _reference(run, folder, origin, model)
   if phase.objective == 'ddo':
-    fake = _fake_pool(run, folder, generator, reference, sha256)
+    fake = _fake_pool(run, folder, model, reference, meta)
   clock.append(time.perf_counter())
   score = functools.partial(
     evaluate.selection_scores, run.evaluator, generator, config=run.config
   )
   job = run.job(folder, phase, index, model, reference, fake, score)
   promotion = train.run(job)
-  chosen = _promote(run, folder, promotion)
+  provenance = meta.get('provenance', {})
+  chosen = _promote(run, folder, promotion, provenance)
   clock.append(time.perf_counter())
-  result = {'round': index, 'promoted': chosen}
+  result = {'round': index, 'promoted': chosen, 'provenance': provenance}
   result['environment'] = parallel.environment()
   result |= _report_scores(run, folder, generator, reference, promotion, before)
   clock.append(time.perf_counter())

@@ -283,6 +283,25 @@ def network(class_name, weights, **attributes):
   return Persistent(class_name, state)
 
 
+def released(class_name, state, kwargs, **entries):
+  """The table of a file with a whole network of that official state dict."""
+
+  def build(items, **more):
+    own = {k[0]: Parameter(Tensor(v)) for k, v in items if len(k) == 1}
+    names = dict.fromkeys(k[0] for k, _ in items if len(k) > 1)
+    children = {
+      name: Persistent(
+        'Module', build([(k[1:], v) for k, v in items if k[0] == name])
+      )
+      for name in names
+    }
+    return module(own, modules=children, **more)
+
+  items = [(key.split('.'), array) for key, array in state.items()]
+  net = build(items, _init_args=(), _init_kwargs=kwargs)
+  return {'ema': Persistent(class_name, net), **entries}
+
+
 def edm(weights, source=SOURCE):
   """The table of an EDM file."""
   net = network(

@@ -1,15 +1,21 @@
 """The command line: modes, and one clear line for each mistake."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import digits
+from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
 from ddo_jax import main
+from ddo_jax import models
+from ddo_jax import rng
+from ddo_jax import selfplay
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -64,6 +70,58 @@ def test_sample_is_repeatable_and_guidance_changes_it(workdir, tmp_path):
   assert (tmp_path / 'a' / 'samples.png').exists()
 
 
+def test_a_guide_of_its_own(workdir, tmp_path):
+  def draw(name, **changes):
+    config = dataclasses.replace(tiny(), **changes)
+    config.sampler.guidance = 100.0
+    main.run(config, workdir, 'sample', num_samples=20, output=tmp_path / name)
+    return np.load(tmp_path / name / 'samples.npz')['image']
+
+  params = str(workdir / 'round_000' / 'promoted')
+  smaller = dataclasses.replace(tiny().model, hidden=4)
+  other = str(tmp_path / 'smaller')
+  model = models.build(config_lib.Config(model=smaller), config_lib.Phase())
+  checkpoint.save_params(
+    tmp_path / 'smaller', model.init(rng.stream(0)), {'config': {}}
+  )
+  itself = draw('a', guide_from=params)
+  unguided = tiny()
+  main.run(unguided, workdir, 'sample', num_samples=20, output=tmp_path / 'b')
+  plain = np.load(tmp_path / 'b' / 'samples.npz')['image']
+  # Guided by its own equal, labels and all, a model is what it was.
+  np.testing.assert_allclose(itself.astype(int), plain.astype(int), atol=1)
+  assert (draw('c', guide_from=other, guide=smaller) != plain).any()
+  with pytest.raises(config_lib.UserError, match='another architecture'):
+    draw('d', guide_from=other)
+  with pytest.raises(config_lib.UserError, match='guide_from'):
+    draw('e', guide=smaller)
+
+
+def test_a_round_keeps_where_its_weights_come_from(workdir, tmp_path):
+  """And its pool is drawn without the sampler's guidance."""
+  origin = {'file': 'edm-x.pkl', 'licence': 'a licence'}
+  config = tiny()
+  run = selfplay.Run(config, workdir)
+  model = models.build(config, config.ddo)
+  params, meta = selfplay.load_params(
+    workdir / 'pretrain' / 'params', model, run.executor
+  )
+  start = tmp_path / 'start'
+  checkpoint.save_params(start, params, meta | {'provenance': origin})
+  config.init_from = str(start)
+  config.sampler.guidance = 2.0
+  config.evaluation.seeds = 1
+  main.run(config, tmp_path / 'run')
+  folder = tmp_path / 'run' / 'round_000'
+  assert checkpoint.load_meta(folder / 'promoted')['provenance'] == origin
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['rounds'][0]['provenance'] == origin
+  assert 'a licence' in (tmp_path / 'run' / 'report.html').read_text()
+  pool = json.loads((folder / 'fakes' / 'pool.json').read_text())
+  assert pool['provenance'] == origin
+  assert pool['sampler']['guidance'] == 1.0
+
+
 def test_evaluate_agrees_with_the_round(workdir):
   result = main.run(tiny(), workdir, 'evaluate')
   summary = json.loads((workdir / 'summary.json').read_text())
@@ -99,4 +157,5 @@ def test_mistakes_on_the_command_line(tmp_path):
   assert 'config.ddo.alpha' in fatal(recipe, workdir, '--config.ddo.alpha=0')
   assert 'unexpected' in fatal(recipe, workdir, 'ddo.alpha=1')
   assert 'finished stage' in fatal(recipe, workdir, '--mode=sample')
+  assert '--source and --output' in fatal('--mode=convert')
   assert not (tmp_path / 'run').exists()

@@ -108,6 +108,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
     'promoted': {'step': 4, 'images': 40, 'profile': 'p', 'selection': 0.2},
     'warnings': ['a <warning>'],
     'environment': {'jax': '0.0', 'devices': '1 × <cpu>'},
+    'provenance': {},
     'seconds': {'fakes': 1.5, 'train': 50.25, 'evaluate': 10.0},
   }
   seconds = {'round_000': 61.75, 'pretrain': 100.0, 'total': 161.75}

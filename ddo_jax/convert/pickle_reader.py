@@ -38,6 +38,7 @@ class Network:
     init_kwargs: the constructor's arguments: the whole architecture.
     attributes: plain values of the object itself: sigma_data, label_dim, ...
     encoder: EDM2's encoder (class and attributes); None for EDM.
+    augment: probability of each augmentation in its training; 0: none.
     provenance: see `provenance.describe`; `class_sha256` is of the source text
       that the file carries.
   """
@@ -47,6 +48,7 @@ class Network:
   init_kwargs: dict[str, Any]
   attributes: dict[str, Any]
   encoder: Record | None
+  augment: float
   provenance: dict[str, str]
 
 
@@ -193,7 +195,8 @@ def read_network(
     network = tree[which]
     weights = state_dict(network)
     kwargs = _table(network, '_init_kwargs')
-    encoder = tree.get('encoder')
+    encoder, pipe = tree.get('encoder'), tree.get('augment_pipe')
+    augment = pipe.state.get('p', 0) if isinstance(pipe, Record) else 0
     origin = provenance.describe(path, source, provenance.NVIDIA)
     source = hashlib.sha256(network.source.encode()).hexdigest()
     return Network(
@@ -202,5 +205,6 @@ def read_network(
       init_kwargs=kwargs,
       attributes=_attributes(network.state),
       encoder=encoder if isinstance(encoder, Record) else None,
+      augment=float(augment),
       provenance=origin | {'class_sha256': source},
     )

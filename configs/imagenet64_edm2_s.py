@@ -1,0 +1,56 @@
+r"""ImageNet-64: DDO on EDM2-S, FID 1.60 to 0.97.
+
+python -m ddo_jax.main --mode=convert --output=weights/imagenet64_edm2_s \
+  --source=https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl
+python -m ddo_jax.main --config=configs/imagenet64_edm2_s.py \
+  --workdir=runs/imagenet64_edm2_s \
+  --config.data.source=<EDM2's img64.zip>
+
+Cost: a round is 6.4 M images through a 280 M parameter network, and its pool
+63 evaluations an image; the paper plays 24 rounds and sweeps alpha and beta
+anew in each. Expected: 1.31 after three rounds, 0.97 after all, with balanced
+classes, as drawn here. Neither was run here.
+
+[?] marks what no public source states.
+"""
+
+from ddo_jax import config as config_lib
+from ddo_jax.models import presets
+from ddo_jax.samplers import heun
+
+
+def get_config() -> config_lib.Config:
+  """Returns the recipe."""
+  images = 6_400_000  # the paper: 5 epochs, 0.6 % of pretraining
+  return config_lib.Config(
+    name='imagenet64_edm2_s',
+    rounds=24,  # the paper
+    init_from='weights/imagenet64_edm2_s',
+    model=presets.get('edm2-img64-s'),
+    sampler=heun.Heun(num_steps=32, sigma_min=0.002, sigma_max=80.0),  # EDM2
+    data=config_lib.Data(source='datasets/img64.zip'),
+    ddo=config_lib.Phase(
+      images=images,
+      batch_size=2_048,  # [?]; EDM2's
+      alpha=(4.0,),  # swept over 0.5 .. 6
+      beta=(0.05,),  # swept over 0.01 .. 0.1
+      learning_rate=(5e-5,),  # the paper
+      # the paper: warm-up, then 1/sqrt down to about 0.4 of the peak. Where the
+      # one ends and the other begins is [?]; these two give 0.4.
+      warmup_images=1_000_000,
+      decay='inverse_sqrt',
+      decay_images=1_000_000,
+      adam_b2=0.99,  # EDM2's; [?] for DDO
+      ema_width=(0.05,),  # the paper
+      p_mean=(-0.8,),  # EDM2's
+      # Widened from round 17 on, says the appendix.
+      p_std=(1.6,) * 16 + (3.0,),
+      pool_size=50_000,  # [?]
+      eval_images=409_600,  # [?]
+    ),
+    evaluation=config_lib.Evaluation(
+      selection_samples=10_000,  # [?]
+      samples=50_000,
+    ),
+    executor=config_lib.Executor(kind='fsdp', sample_batch=512),
+  )

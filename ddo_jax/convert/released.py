@@ -1,0 +1,160 @@
+"""Weights as files of the original programs, and as folders of params.
+
+A folder is what training starts from: float32, projected. A file holds the
+official state dict, to the bit.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import checkpoint
+from ddo_jax import config as config_lib
+from ddo_jax import likelihood
+from ddo_jax import models
+from ddo_jax import parallel
+from ddo_jax import records
+from ddo_jax import rng
+from ddo_jax.convert import edm_configs
+from ddo_jax.convert import edm_names
+from ddo_jax.convert import files
+from ddo_jax.convert import pickle_reader
+from ddo_jax.convert import provenance
+from ddo_jax.convert import safetensors_file
+from ddo_jax.convert import torch_zip
+
+SUFFIXES = ('.pth', '.safetensors')  # what is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A network's weights, and what is known of them.
+
+  Attributes:
+    config: the model's dataclass.
+    params: Flax params; numpy, in the types of the file.
+    provenance: see `provenance.describe`; {} for weights trained from scratch.
+  """
+
+  config: Any
+  params: likelihood.Params
+  provenance: dict[str, str]
+
+
+def _model(config: Any) -> likelihood.LikelihoodModel:
+  return models.build(config_lib.Config(model=config), config_lib.Phase())
+
+
+def _recorded(config: Any) -> dict[str, Any]:
+  """The model's part of a recorded config, see `models.from_json`."""
+  recorded = config_lib.to_json(config_lib.Config(model=config))
+  return {k: v for k, v in recorded.items() if k.startswith('model.')}
+
+
+def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
+  """Reads a file.
+
+  Args:
+    path: .pkl of EDM, EDM2 or DDO, or an official state dict as .safetensors
+      or .pth.
+    source: the address that it was fetched from, if any.
+    config: the model's dataclass, for a file that does not say.
+
+  Raises:
+    config.UserError: unreadable, of an unknown network, or of another one
+      than `config` says.
+  """
+  if path.suffix == '.pkl':
+    network = pickle_reader.read_network(path, source=source)
+    config = edm_configs.config_of(network)
+    state, origin = network.state_dict, network.provenance
+  elif path.suffix == '.safetensors':
+    state, metadata = safetensors_file.read(path)
+    origin = provenance.describe(path, source, metadata.get('licence', ''))
+    if 'model' in metadata:
+      config = models.from_json(json.loads(metadata['model']))
+  elif path.suffix == '.pth':
+    state, origin = torch_zip.read(path), provenance.describe(path, source)
+  else:
+    raise config_lib.UserError(
+      f'{path} is no file of weights by its name; wanted .pkl, .safetensors or'
+      ' .pth'
+    )
+  if config is None:
+    raise config_lib.UserError(
+      f'{path} does not say which network it is of: give the --config of a'
+      ' recipe with that model'
+    )
+  with files.refusing(path, "the state dict of the config's network"):
+    if not all(isinstance(v, np.ndarray) for v in state.values()):
+      raise ValueError('it holds more than arrays')
+    params = edm_names.to_flax(state, edm_configs.taps_of(config))
+  shapes = jax.eval_shape(_model(config).init, rng.stream(0))
+  checkpoint.check_shapes(params, shapes, path)
+  return Weights(config, params, origin)
+
+
+def write(path: pathlib.Path, weights: Weights) -> None:
+  """Writes the official state dict as .pth or .safetensors.
+
+  Where the weights come from stands in the metadata of a .safetensors, and in
+  a .json beside a .pth.
+  """
+  taps = edm_configs.taps_of(weights.config)
+  state = edm_names.to_official(weights.params, taps)
+  recorded = _recorded(weights.config)
+  if path.suffix == '.safetensors':
+    metadata = {'model': json.dumps(recorded), **weights.provenance}
+    return safetensors_file.write(path, state, metadata)
+  torch_zip.write(path, state)
+  description = recorded | {'provenance': weights.provenance}
+  records.write_json(path.with_name(path.name + '.json'), description)
+  return None
+
+
+def _project(
+  model: likelihood.LikelihoodModel, params: likelihood.Params
+) -> likelihood.Params:
+  """Projects what is not yet projected; the rest is kept to the bit.
+
+  A second projection moves a weight by less than 1e-3 of it, and what the
+  network computes, which projects once more, by 1e-7.
+  """
+
+  def settle(leaf, projected):
+    settled = jnp.allclose(leaf, projected, rtol=1e-3, atol=0)
+    return jnp.where(settled, leaf, projected)
+
+  return jax.tree.map(settle, params, model.project(params))
+
+
+def save_folder(folder: pathlib.Path, weights: Weights) -> None:
+  """Writes a folder of params: float32, projected, with its provenance."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
+  params = jax.jit(_project, static_argnums=0)(_model(weights.config), params)
+  meta = {
+    'stage': 'convert',
+    'config': _recorded(weights.config),
+    'provenance': weights.provenance,
+  }
+  checkpoint.save_params(folder, params, meta)
+
+
+def load_folder(folder: pathlib.Path) -> Weights:
+  """Reads a folder of params, of this module's making or of a run's.
+
+  Raises:
+    config.UserError: no params there, or damaged.
+  """
+  meta = checkpoint.load_meta(folder)
+  config = models.from_json(meta['config'])
+  shapes = jax.eval_shape(_model(config).init, rng.stream(0))
+  executor = parallel.Executor(config_lib.Executor())
+  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
+  params, _ = checkpoint.load_params(folder, target)
+  return Weights(config, parallel.fetch(params), meta.get('provenance', {}))

@@ -1,0 +1,192 @@
+"""Speed and memory of a released network, with random weights.
+
+python -m experiments.bench.edm --model=edm-cifar10-32x32-cond-vp --batch=4
+
+After warm-up, as the median of several calls: a forward pass, the MLE step, the
+DDO step of the same number of real rows (and as many fakes), and 18-step Heun
+sampling. Beside them the compile times, the rate of a plain matrix product in
+the same run, and the bytes of a DDO step, counted from shapes.
+"""
+
+from collections.abc import Callable
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import config as config_lib
+from ddo_jax import likelihood
+from ddo_jax import models
+from ddo_jax import parallel
+from ddo_jax import records
+from ddo_jax import rng
+from ddo_jax import train_state
+from ddo_jax import train_step
+from ddo_jax.models import presets
+from ddo_jax.samplers import heun
+
+_MODEL = flags.DEFINE_string(
+  'model', 'edm-cifar10-32x32-cond-vp', 'A released name; see models/presets.'
+)
+_BATCH = flags.DEFINE_integer('batch', 4, 'Real rows a step; images a call.')
+_CALLS = flags.DEFINE_integer('calls', 5, 'Timed calls; median reported.')
+_REMAT = flags.DEFINE_bool('remat', False, 'Recompute activations.')
+_OUTPUT = flags.DEFINE_string(
+  'output', 'experiments/results/edm_speed.json', 'Result.'
+)
+
+
+def timed(call: Callable[[], Any], images: int) -> dict[str, float]:
+  """Times a call: the first compiles, the second warms up."""
+  seconds = []
+  for _ in range(_CALLS.value + 2):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - start)
+  median = float(np.median(seconds[2:]))
+  return {
+    'seconds': median,
+    'images_per_second': images / median,
+    'compile_seconds': seconds[0] - median,
+  }
+
+
+def matmul_rate(size: int = 2048) -> float:
+  """FLOP/s of a float32 matrix product at the highest precision."""
+  product = jax.jit(lambda a: jnp.matmul(a, a, precision='highest'))
+  matrix = jnp.ones((size, size))
+  return 2 * size**3 / timed(lambda: product(matrix), 1)['seconds']
+
+
+def size_of(tree: Any) -> int:
+  """Bytes of arrays or of their shapes."""
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'dtype')]
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def step_memory(
+  model: likelihood.Diffusion, phase: config_lib.Phase, params: Any
+) -> dict[str, int]:
+  """Bytes that a DDO step holds, counted from shapes.
+
+  The activations are what the backward pass of θ keeps from 2B rows, the
+  params among it left out; the reference keeps none.
+  """
+  rows = 2 * phase.batch_size
+  shape = jax.ShapeDtypeStruct
+  batch = likelihood.Batch(
+    shape((rows, *model.example_shape), jnp.float32),
+    shape((rows,), jnp.int32),
+    shape((rows,), jnp.uint32),
+  )
+
+  def residuals(params, reference, batch):
+    keys = rng.per_example(rng.stream(0), batch.id)
+
+    def loss(params):
+      ratio, _ = model.log_ratio(params, reference, {}, batch, keys)
+      return jnp.mean(jax.nn.softplus(ratio))
+
+    return jax.vjp(loss, params)[1]
+
+  kept = jax.eval_shape(residuals, params, params, batch)
+  state = jax.eval_shape(lambda p: train_state.create(p, phase), params)
+  return {
+    'params': size_of(state.params),
+    'reference': size_of(params),
+    'optimizer': size_of(state.opt_state),
+    'ema': size_of(state.ema),
+    'gradient': size_of(params),
+    'activations': size_of(kept) - size_of(params),
+  }
+
+
+def step_speed(
+  executor: parallel.Executor,
+  model: likelihood.Diffusion,
+  phase: config_lib.Phase,
+  params: Any,
+) -> dict[str, float]:
+  """Times the step of a phase on random pixels, its state donated."""
+  rows, draw = phase.batch_size, np.random.default_rng(0)
+  pixels = lambda: {
+    'image': draw.integers(0, 256, (rows, *model.example_shape), np.uint8),
+    'label': np.zeros(rows, np.int32),
+  }
+  ids = {'id': np.arange(rows, dtype=np.uint32)}
+  real, fake = executor.place_batch(pixels() | ids), None
+  if phase.objective == 'ddo':
+    fake = executor.place_batch(pixels())
+  hyper, key = executor.replicate(
+    (train_state.Hyper.of(phase, 0), rng.stream(0))
+  )
+  step = executor.compile_step(
+    train_step.train_step, model=model, phase=phase.static(), accumulate=1
+  )
+  state = executor.place_state(train_state.create(params, phase))
+
+  def call():
+    nonlocal state
+    state, metrics = step(state, params, {}, real, fake, hyper, key)
+    return metrics
+
+  return timed(call, rows)
+
+
+def measure(name: str, rows: int) -> dict[str, Any]:
+  """All figures of one network."""
+  mle, phase = (
+    config_lib.Phase(objective=name, batch_size=rows, ema_halflife=(1e5,))
+    for name in ('mle', 'ddo')
+  )
+  config = config_lib.Config(
+    model=presets.get(name), executor=config_lib.Executor(remat=_REMAT.value)
+  )
+  model = models.build(config, phase)
+  executor = parallel.Executor(config.executor)
+  params = executor.place_state(jax.jit(model.init)(rng.stream(0)))
+  label, keys = (
+    jnp.zeros(rows, jnp.int32),
+    jax.random.split(rng.stream(0), rows),
+  )
+  x, sigma = jnp.ones((rows, *model.example_shape)), jnp.ones(rows)
+  denoise = jax.jit(model.denoise)
+  sample = jax.jit(model.sample, static_argnums=4)
+  sampler = heun.Heun(num_steps=18, sigma_min=0.002, sigma_max=80.0)
+  result = {
+    'forward': timed(lambda: denoise(params, x, sigma, label), rows),
+    'mle_step': step_speed(executor, model, mle, params),
+    'ddo_step': step_speed(executor, model, phase, params),
+    'heun_18': timed(lambda: sample(params, {}, label, keys, sampler), rows),
+  }
+  cost = denoise.lower(params, x, sigma, label).compile().cost_analysis()
+  rate, ceiling = cost['flops'] / result['forward']['seconds'], matmul_rate()
+  seconds = {key: value['seconds'] for key, value in result.items()}
+  return result | {
+    'ddo_over_mle': seconds['ddo_step'] / seconds['mle_step'],
+    'forward_gflop_per_image': cost['flops'] / rows / 1e9,
+    'forward_gflop_per_second': rate / 1e9,
+    'matmul_gflop_per_second': ceiling / 1e9,
+    'step_bytes': step_memory(model, phase, params),
+    'batch': rows,
+    'remat': _REMAT.value,
+    'environment': parallel.environment(),
+  }
+
+
+def main(_) -> None:
+  result = measure(_MODEL.value, _BATCH.value)
+  path = pathlib.Path(_OUTPUT.value)
+  known = records.read_json(path) if path.exists() else {}
+  records.write_json(path, known | {_MODEL.value: result})
+  print(json.dumps(result, indent=1))
+
+
+if __name__ == '__main__':
+  app.run(main)

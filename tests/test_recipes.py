@@ -1,0 +1,63 @@
+"""The recipes: sound, buildable, and as their headers say."""
+
+import importlib
+import json
+import pathlib
+import re
+
+import jax
+import pytest
+
+from ddo_jax import config as config_lib
+from ddo_jax import models
+from ddo_jax import parallel
+from ddo_jax import rng
+from ddo_jax import train_state
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
+NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
+
+
+def load(name):
+  module = importlib.import_module(f'configs.{name}')
+  return module, module.get_config()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_recipe(name):
+  """Valid, divisible over eight devices, its model's shapes known."""
+  module, config = load(name)
+  config_lib.validate(config)
+  assert config.name == name
+  executor = parallel.Executor(config.executor)
+  for phase in (config.pretrain, config.ddo):
+    executor.check_batch(phase.batch_size, config.executor.accumulate)
+    model = models.build(config, phase)
+    assert jax.tree.leaves(jax.eval_shape(model.init, rng.stream(0)))
+  recorded = json.loads(json.dumps(config_lib.to_json(config)))
+  assert models.from_json(recorded) == config.model
+  assert f'--config=configs/{name}.py' in module.__doc__
+  assert f'--workdir=runs/{name}' in module.__doc__
+  if config.init_from:
+    assert re.search(rf'--output={config.init_from}\s', module.__doc__)
+
+
+def test_from_json_of_another_version():
+  for recorded in (
+    {},
+    {'model.type': 'X'},
+    {'model.type': 'ToyConfig', 'model.a': 1},
+  ):
+    with pytest.raises(config_lib.UserError, match='known here; known: Toy'):
+      models.from_json(recorded)
+
+
+def test_imagenet_learning_rate_ends_at_two_fifths():
+  """The paper: warm-up, then 1/√ to about 0.4 of the peak."""
+  phase = load('imagenet64_edm2_s')[1].ddo
+  factor = train_state.learning_rate_factor(
+    phase, jax.numpy.float32(phase.images)
+  )
+  assert 0.38 < factor < 0.42
+  top = train_state.learning_rate_factor(phase, jax.numpy.float32(1e6))
+  assert top == 1
