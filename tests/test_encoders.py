@@ -1,5 +1,8 @@
 """Stored rows, model units and images: pixels and latents."""
 
+import dataclasses
+import functools
+
 import golden_io
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,11 @@ from ddo_jax import generate
 from ddo_jax import likelihood
 from ddo_jax import parallel
 from ddo_jax import rng
+from ddo_jax import train_state
+from ddo_jax import train_step
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
+from ddo_jax.models import toy
 from ddo_jax.models import vae
 from ddo_jax.samplers import heun
 
@@ -25,9 +31,12 @@ LATENTS = encoders.Latents(SMALL)
 @pytest.fixture(scope='module')
 def autoencoder():
   """Params of SMALL, large enough that images are not all grey."""
-  images = jnp.zeros((1, 4, 4, 3))
-  params = golden_io.jit(SMALL.init)(jax.random.key(1), images)['params']
-  return jax.tree.map(lambda leaf: 3 * np.asarray(leaf), params)
+  shapes = jax.eval_shape(
+    SMALL.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3))
+  )
+  random = np.random.default_rng(0)
+  draw = lambda s: 0.4 * random.standard_normal(s.shape, np.float32)
+  return jax.tree.map(draw, shapes['params'])
 
 
 def keys(count):
@@ -241,3 +250,32 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   images, _ = generator.images({}, key, 10)
   assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
   np.testing.assert_array_equal(images, generator.render(stored))
+
+
+def test_a_step_on_latents_starts_at_chance():
+  """Real and fake latents through encode; law 1."""
+  knobs = toy.ToyConfig('mlp', 8, 1, (4, 4, 4), 3)
+  model = toy.build(knobs, -0.4, 1.0, remat=False)
+  model = dataclasses.replace(model, encoder=LATENTS)
+  params = golden_io.jit(model.init)(rng.stream(0))
+  phase = config.Phase(batch_size=8)
+  static = {'model': model, 'phase': phase.static()}
+  step = golden_io.jit(functools.partial(train_step.train_step, **static))
+  label = np.arange(8, dtype=np.int32) % 3
+  real = {'image': raw_latents(8), 'label': label}
+  fake = {'image': LATENTS.decode(raw_latents(8)[..., :4]), 'label': label}
+  real['id'] = np.arange(8, dtype=np.uint32)
+  hyper = train_state.Hyper(*map(jnp.float32, (2.0, 0.05, 1e-3)))
+  state, metrics = step(
+    train_state.create(params, phase),
+    params,
+    {},
+    real,
+    fake,
+    hyper,
+    rng.stream(1),
+  )
+  np.testing.assert_allclose(metrics['loss'], metrics['chance_loss'], rtol=1e-6)
+  np.testing.assert_allclose(metrics['loss'], 3 * np.log(2), rtol=1e-6)
+  assert metrics['grad_norm'] > 0 and np.isfinite(metrics['grad_norm'])
+  assert state.step == 1
