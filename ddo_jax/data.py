@@ -1,4 +1,4 @@
-"""Real images: random-access sources, a stateless order, batches.
+"""Real images or their latents: random-access sources, a stateless order.
 
 A source reads any image by its index. `order` maps a position of the endless
 training stream to an index, so that a batch is a pure function of (seed, step):
@@ -9,62 +9,69 @@ import collections
 from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent import futures
-import contextlib
 import dataclasses
 import functools
-import io
-import json
 import math
 import pathlib
-import threading
 from typing import Protocol
-import zipfile
 
 import numpy as np
 
 from ddo_jax import config
 from ddo_jax import datasets
+from ddo_jax import image_files
 
 Batch = dict[str, np.ndarray]
 
 _IN_MEMORY = 2**30  # bytes; a TFDS split up to this size is decoded once
-_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 _AHEAD = 4  # batches read before they are asked for, a thread each
 
 
 class Source(Protocol):
-  """Random access over images, raw as stored."""
+  """Random access over images, or raw latents of images, as stored."""
 
   name: str  # what errors call it
   image_shape: tuple[int, int, int]  # H, W, C
   num_classes: int  # 0: no labels
-  levels: int  # pixel values are 0 .. levels-1
+  levels: int  # pixel values are 0 .. levels-1, also of latents' images
 
   def __len__(self) -> int: ...
 
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reads rows [B] to uint8 [B,H,W,C] and int32 [B], 0 without labels."""
+    """Reads rows [B] to [B,H,W,C] and int32 labels [B], 0 without labels.
+
+    Images are uint8. Raw latents are float32, C/2 means and as many standard
+    deviations, see `encoders.Latents`.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-  """Images in memory; raises UserError if an array is not as said here."""
+  """Rows in memory; raises UserError if an array is not as said here."""
 
   name: str
-  images: np.ndarray  # uint8 [N,H,W,C], N > 0
+  images: np.ndarray  # uint8, or latents float32 [N,H,W,C], C even; N > 0
   labels: np.ndarray  # integers [N] in 0 .. num_classes-1; 0 without labels
   num_classes: int = 0
   levels: int = 256
 
   def __post_init__(self):
     images, labels = self.images, self.labels
-    good = images.dtype == np.uint8 and images.ndim == 4 and images.size
-    if not good or labels.shape != images.shape[:1]:
+    shape = images.shape
+    latents = (
+      images.dtype == np.float32 and len(shape) == 4 and not shape[3] % 2
+    )
+    good = latents or (images.dtype == np.uint8 and len(shape) == 4)
+    if not good or not images.size or labels.shape != shape[:1]:
       raise config.UserError(
-        f'{self.name}: images are {images.dtype} {list(images.shape)}, labels'
-        f' {list(labels.shape)}; wanted unscaled uint8 [N,H,W,C] and [N], N > 0'
+        f'{self.name}: images are {images.dtype} {list(shape)}, labels'
+        f' {list(labels.shape)}; wanted unscaled uint8 [N,H,W,C] (or float32'
+        ' latents, C even) and [N], N > 0'
       )
-    top = _count_classes(self.name, labels) - 1, int(images.max())
+    if latents and (fault := image_files.check_latents(images)):
+      raise config.UserError(f'{self.name} holds {fault}; encode it again')
+    high = 0 if latents else int(images.max())
+    top = _count_classes(self.name, labels) - 1, high
     limit = max(self.num_classes, 1) - 1, self.levels - 1
     if top[0] > limit[0] or top[1] > limit[1]:
       raise config.UserError(
@@ -92,11 +99,16 @@ class EncodedSource:
   num_classes: int
   levels: int
   fetch: Callable[[list[int]], list[datasets.Row]]
+  decode: Callable[[str, bytes], np.ndarray] = image_files.decode_image
 
   @functools.cached_property
-  def image_shape(self) -> tuple[int, int, int]:
+  def _first(self) -> np.ndarray:
     ((where, encoded, _),) = self.fetch([0])
-    return _decode(where, encoded).shape
+    return self.decode(where, encoded)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self._first.shape
 
   def __len__(self) -> int:
     return self.length
@@ -104,10 +116,10 @@ class EncodedSource:
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """See `Source`; raises UserError that names the image it cannot read."""
     shape, limit = self.image_shape, max(self.num_classes, 1)
-    images = np.empty((len(index), *shape), np.uint8)
+    images = np.empty((len(index), *shape), self._first.dtype)
     labels = np.empty(len(index), np.int32)
     for i, (where, encoded, label) in enumerate(self.fetch(index.tolist())):
-      image = _decode(where, encoded)
+      image = self.decode(where, encoded)
       if image.shape != shape or not 0 <= label < limit:
         raise config.UserError(
           f'{where} is {list(image.shape)}, label {label}; wanted {list(shape)}'
@@ -115,29 +127,6 @@ class EncodedSource:
         )
       images[i], labels[i] = image, label
     return images, labels
-
-
-@contextlib.contextmanager
-def _user_error(message: str) -> Iterator[None]:
-  """Turns an error of a library that reads the user's files into UserError."""
-  try:
-    yield
-  except Exception as error:  # on damaged files they raise all kinds
-    raise config.UserError(f'{message} ({error})') from error
-
-
-def _decode(where: str, encoded: bytes) -> np.ndarray:
-  """Decodes an image file to uint8 [H,W,C], C of 1 or 3."""
-  from PIL import Image
-
-  with _user_error(f'{where}: the image is damaged or cut off, replace it'):
-    with Image.open(io.BytesIO(encoded)) as image:
-      mode, pixels = image.mode, np.asarray(image)
-  if mode not in ('L', 'RGB'):
-    raise config.UserError(
-      f'{where} is of PIL mode {mode!r}; wanted L (8-bit grey) or RGB: convert'
-    )
-  return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _count_classes(where: str, labels: np.ndarray) -> int:
@@ -154,76 +143,17 @@ def _count_classes(where: str, labels: np.ndarray) -> int:
 def open_npz(path: pathlib.Path) -> ArraySource:
   """Opens arrays `image` or `images` and, if present, `label` or `labels`."""
   name, keys = str(path), ('image', 'images', 'label', 'labels')
-  with _user_error(f'{name} is no whole .npz of plain arrays, write it again'):
+  with image_files.user_error(
+    f'{name} is no whole .npz of plain arrays, write it again'
+  ):
     with np.load(path, allow_pickle=False) as file:
       arrays = {key.removesuffix('s'): file[key] for key in file if key in keys}
   if 'image' not in arrays:
-    raise config.UserError(f'{name} has no array `image`, uint8 [N,H,W,C]')
+    raise config.UserError(f'{name} has no array `image`, [N,H,W,C]')
   images, labels = arrays['image'], arrays.get('label')
   if labels is None:
     return ArraySource(name, images, np.zeros(images.shape[:1], np.int32))
   return ArraySource(name, images, labels, _count_classes(name, labels))
-
-
-def _opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
-  """Returns the names in a folder or zip, and a thread-safe reader of one."""
-  if path.is_dir():
-    names = [file.relative_to(path).as_posix() for file in path.rglob('*')]
-    return names, lambda name: (path / name).read_bytes()
-  with _user_error(f'{path} is no readable zip, copy it again'):
-    archive = zipfile.ZipFile(path)
-  # A lock round one handle rather than a handle a thread: parsing the index
-  # costs 14 s and 700 MB for a million files, reading an image 40 us.
-  lock = threading.Lock()
-
-  def read(name: str) -> bytes:
-    with lock:
-      return archive.read(name)
-
-  return archive.namelist(), read
-
-
-def _labels(where: str, content: bytes, names: list[str]) -> list[int]:
-  """Returns the classes of the images `names` by dataset.json; [] if null."""
-  with _user_error(f'{where} is not {{"labels": [[name, class], ...]}}'):
-    entries = json.loads(content)['labels']
-    if entries is None:
-      return []
-    table = dict(entries)
-  lost, left = table.keys() - set(names), set(names) - table.keys()
-  if lost or left or len(entries) != len(table):
-    raise config.UserError(
-      f'{where} lists {len(entries)} images of {len(names)}; wanted each once;'
-      f' missing files: {sorted(lost)[:3]}, not listed: {sorted(left)[:3]}'
-    )
-  for name, label in table.items():
-    if type(label) is not int or not 0 <= label < 2**31 - 1:
-      raise config.UserError(
-        f'{where}: class of {name!r} is {label!r}; wanted an integer, 0 or up'
-      )
-  return [table[name] for name in names]
-
-
-def _open_files(path: pathlib.Path) -> EncodedSource:
-  """Opens EDM's format: a folder or zip of images and their dataset.json."""
-  names, opener = _opener(path)
-  images = sorted(n for n in names if n.lower().endswith(_SUFFIXES))
-  if not images:
-    raise config.UserError(f'{path} holds no image; wanted {_SUFFIXES}')
-
-  def read(name: str) -> tuple[str, bytes]:
-    with _user_error(f'{path / name} cannot be read, copy it again'):
-      return str(path / name), opener(name)
-
-  labels = []
-  if 'dataset.json' in names:
-    labels = _labels(*read('dataset.json'), images)
-  elif deep := [n for n in names if n.endswith('/dataset.json')]:
-    raise config.UserError(f'{path / deep[0]} must be at the top: move it up')
-  num_classes = max(labels, default=-1) + 1
-  labels = labels or [0] * len(images)
-  fetch = lambda index: [(*read(images[i]), labels[i]) for i in index]
-  return EncodedSource(str(path), len(images), num_classes, 256, fetch)
 
 
 def _open_tfds(data: config.Data, split: str) -> Source:
@@ -241,9 +171,9 @@ def open_source(data: config.Data, split: str) -> Source:
 
   Args:
     data: `source` is a key of `datasets.SPECS` (prepared on first use), else
-      the path of an .npz, a .zip or a folder, else the TFDS name of a prepared
-      set. `{split}` in a path stands for the split's name; a path without it
-      is the training split and no other.
+      the path of an .npz, a .zip or a folder, of images or latents, else the
+      TFDS name of a prepared set. `{split}` in a path stands for the split's
+      name; a path without it is the training split and no other.
     split: name of the split; of a TFDS set also a slice, 'train[:90%]'.
 
   Raises:
@@ -258,7 +188,9 @@ def open_source(data: config.Data, split: str) -> Source:
       f'{path} is the split {data.train_split!r}, not {split!r}: put {{split}}'
       ' into config.data.source where the paths differ'
     )
-  return open_npz(path) if path.suffix == '.npz' else _open_files(path)
+  if path.suffix == '.npz':
+    return open_npz(path)
+  return EncodedSource(str(path), **vars(image_files.open_files(path)))
 
 
 @functools.lru_cache(maxsize=4)
@@ -321,8 +253,8 @@ def batches(
       b = B / process_count consecutive ones.
 
   Returns:
-    Iterator of 'image' uint8 [b,H,W,C], 'label' int32 [b] and 'id' uint32 [b]:
-    the rows' global positions step * B + row, modulo 2**32.
+    Iterator of 'image' [b,H,W,C] as stored, 'label' int32 [b] and 'id' uint32
+    [b]: the rows' global positions step * B + row, modulo 2**32.
 
   Raises:
     UserError: b is no integer; later, a failed read.

@@ -1,8 +1,8 @@
 """Where fakes come from: an offline pool of the reference's samples.
 
-The pool is stored as the data is, uint8, and read through the same `Source`:
-any difference between how real and fake rows are kept would become the
-discriminator's shortcut.
+The pool is stored as the data is, uint8 pixels or raw latents, and read
+through the same `Source`: any difference between how real and fake rows are
+kept would become the discriminator's shortcut.
 """
 
 import os
@@ -80,7 +80,7 @@ class Pool:
 
     Args:
       shard: its number.
-      images: uint8 [n,H,W,C].
+      images: [n,H,W,C], uint8 or float32 latents, kept to the bit.
       labels: [n] int32.
     """
     partial = self._path(shard).with_suffix('.partial.npz')

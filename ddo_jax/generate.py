@@ -15,6 +15,8 @@ from ddo_jax import likelihood
 from ddo_jax import parallel
 from ddo_jax import rng
 
+_RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
+
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampler'))
 def _sample(weights, rows, *, model, sampler):
@@ -24,12 +26,17 @@ def _sample(weights, rows, *, model, sampler):
   return model.decode(frozen, x)
 
 
+@functools.partial(jax.jit, static_argnames='model')
+def _render(frozen, rows, *, model):
+  return model.render(frozen, rows['image'])
+
+
 class Generator:
   """Draws images of a model; an image depends on its key and id only.
 
   Attributes:
     model: the family.
-    frozen: weights beside the params (tokenizer, guide), on the devices.
+    frozen: weights beside the params (tokenizer, VAE, guide), on the devices.
     sampler: its settings.
     executor: the devices.
     batch: images a call.
@@ -58,7 +65,7 @@ class Generator:
     labels: np.ndarray,
     name: str = 'samples',
   ) -> Iterator[np.ndarray]:
-    """Yields uint8 images [b,H,W,C] of the ids [N] and labels [N], in order.
+    """Yields rows [b,...] as the data stores them, of ids [N], in order.
 
     Args:
       params: on the devices.
@@ -73,9 +80,19 @@ class Generator:
     with tqdm.tqdm(
       total=len(ids), desc=name, unit='img', disable=None, leave=False
     ) as bar:
-      for images in self.executor.map_rows(fn, weights, rows, self.batch):
-        bar.update(len(images))
-        yield images
+      for stored in self.executor.map_rows(fn, weights, rows, self.batch):
+        bar.update(len(stored))
+        yield stored
+
+  def render(self, stored: np.ndarray) -> np.ndarray:
+    """The uint8 images [N,H,W,C] of stored rows [N,...]."""
+    if stored.dtype == np.uint8:  # they are
+      return stored
+    fn = functools.partial(_render, model=self.model)
+    rows = {'image': stored}
+    batch = min(self.batch, _RENDERED)
+    parts = self.executor.map_rows(fn, self.frozen, rows, batch)
+    return np.concatenate(list(parts))
 
   def images(
     self,
@@ -88,7 +105,7 @@ class Generator:
     ids = np.arange(count)
     labels = fakes.balanced_labels(ids, self.model.num_classes)
     parts = self.stream(params, key, ids, labels, name)
-    return np.concatenate(list(parts)), labels
+    return self.render(np.concatenate(list(parts))), labels
 
   def fill(
     self, pool: fakes.Pool, params: likelihood.Params, key: jax.Array

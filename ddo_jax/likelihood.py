@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import config as config_lib
+from ddo_jax import encoders
 from ddo_jax.samplers import guidance
 
 Params = Any  # a pytree of arrays
@@ -40,7 +41,7 @@ class Batch:
 class LikelihoodModel(Protocol):
   """A hashable frozen dataclass, static under jit; it holds no arrays."""
 
-  example_shape: tuple[int, ...]  # of one row of raw data
+  example_shape: tuple[int, ...]  # of one row in model units
   num_classes: int  # 0: unconditional
   num_levels: int  # bins of the diagnostics
 
@@ -93,6 +94,9 @@ class LikelihoodModel(Protocol):
   def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
     """Model units to rows as the data stores them."""
 
+  def render(self, frozen: Frozen, raw: jax.Array) -> jax.Array:
+    """Stored rows to uint8 images [B,H,W,C]; of uint8 rows, themselves."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
@@ -109,7 +113,7 @@ class Diffusion:
     sigma_data: σ_d, the data's standard deviation in model units.
     p_mean: mean of ln σ in training.
     p_std: standard deviation of ln σ in training.
-    levels: pixel values are 0 .. levels−1; x = 2 raw/(levels−1) − 1.
+    encoder: between stored rows and model units.
     remat: recompute activations in the backward pass.
     num_levels: bins of σ in the diagnostics.
     guide: the guide's module, of the denoiser's signature; None where it is
@@ -122,17 +126,23 @@ class Diffusion:
   sigma_data: float
   p_mean: float
   p_std: float
-  levels: int = 256
+  encoder: encoders.Encoder = encoders.Pixels()
   remat: bool = False
   num_levels: int = 8
   guide: nn.Module | None = None
+
+  @property
+  def levels(self) -> int:
+    """Values of a pixel of the images, 0 .. levels−1."""
+    return self.encoder.levels
 
   def check_source(
     self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
   ) -> None:
     """Raises UserError where a data source does not fit the model."""
     got = (tuple(image_shape), levels, num_classes)
-    wanted = (tuple(self.example_shape), self.levels, self.num_classes)
+    shape = self.encoder.raw_shape(self.example_shape)
+    wanted = (shape, self.levels, self.num_classes)
     if not self.num_classes:  # labels, if there are any, go unused
       got = (*got[:2], 0)
     if got != wanted:
@@ -274,13 +284,15 @@ class Diffusion:
   def encode(
     self, frozen: Frozen, raw: jax.Array, keys: jax.Array
   ) -> jax.Array:
-    """Stored pixels 0 .. levels−1 to [−1, 1], float32."""
-    del frozen, keys
-    return raw.astype(jnp.float32) * (2 / (self.levels - 1)) - 1
+    """Stored rows to model units, float32."""
+    del frozen
+    return self.encoder.encode(raw, keys)
 
   def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
-    """[−1, 1] to stored pixels, rounded to the nearest level, uint8."""
+    """Model units to rows as the data stores them."""
     del frozen
-    top = self.levels - 1
-    raw = jnp.floor(jnp.clip(x * (top / 2) + (top / 2 + 0.5), 0, top))
-    return raw.astype(jnp.uint8)
+    return self.encoder.decode(x)
+
+  def render(self, frozen: Frozen, raw: jax.Array) -> jax.Array:
+    """Stored rows to uint8 images [B,H,W,C]."""
+    return self.encoder.render(frozen, raw)

@@ -316,7 +316,8 @@ def test_a_damaged_zip_is_refused(tmp_path):
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-  assert 'holds no image' in refusal(write(tmp_path / 'set', {'a.npy': b''}))
+  path = write(tmp_path / 'set', {'a.txt': b''})
+  assert 'holds 0 images and 0 latents' in refusal(path)
 
 
 def test_a_file_that_vanished_is_named(tmp_path):

@@ -20,6 +20,7 @@ FLOORS = {
     'checkpoint',
     'ddo',
     'ema',
+    'encoders',
     'metrics',
     'parallel',
     'records',
@@ -27,7 +28,7 @@ FLOORS = {
   ),
   2: ('likelihood',),
   3: ('models',),
-  4: ('train_state', 'data', 'datasets', 'convert'),
+  4: ('train_state', 'data', 'datasets', 'image_files', 'convert'),
   5: ('fakes', 'train_step'),
   6: ('generate',),
   7: ('evaluate',),
@@ -35,9 +36,13 @@ FLOORS = {
   9: ('selfplay',),
   10: ('main',),
 }
-# Pages are drawn, and sets are prepared, in two files each; these may also
-# import inside their own floor.
-PAIRS = {('report', 'figures'), ('data', 'datasets')}
+# Pages are drawn, and sets are prepared and read, in files of their own; these
+# may also be imported inside their own floor.
+PAIRS = {
+  ('report', 'figures'),
+  ('data', 'datasets'),
+  ('data', 'image_files'),
+}
 
 
 def name_of(path):

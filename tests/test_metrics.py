@@ -1,5 +1,6 @@
 """Fréchet distance, precision and recall, nearest neighbours."""
 
+import golden_io
 import numpy as np
 import pytest
 import scipy.linalg
@@ -31,6 +32,27 @@ def test_statistics_are_mean_and_unbiased_covariance():
   np.testing.assert_allclose(
     statistics.covariance, np.cov(wide, rowvar=False), rtol=1e-11
   )
+
+
+@pytest.mark.golden
+def test_the_original_frechet_distance():
+  """fid_small.npz: features, their moments and the distance by fid.py."""
+  golden = golden_io.load('fid_small.npz')
+  ours = frechet.Statistics.of(golden['feat_gen'])
+  reference = frechet.Statistics.of(golden['feat_ref'])
+  for statistics, suffix in ((ours, ''), (reference, '_ref')):
+    np.testing.assert_allclose(
+      statistics.mean, golden[f'mu{suffix}'], rtol=1e-12, atol=1e-14
+    )
+    np.testing.assert_allclose(
+      statistics.covariance, golden[f'sigma{suffix}'], rtol=1e-11, atol=1e-13
+    )
+  moments = [golden[name] for name in ('mu', 'sigma', 'mu_ref', 'sigma_ref')]
+  for got in (
+    frechet.distance(ours, reference),
+    frechet.distance_of_moments(*moments),
+  ):
+    np.testing.assert_allclose(got, golden['fid'], rtol=1e-8)
 
 
 def test_merged_statistics_equal_those_of_the_whole():

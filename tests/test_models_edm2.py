@@ -13,6 +13,7 @@ from ddo_jax import rng
 from ddo_jax import train_state
 from ddo_jax.convert import edm_names
 from ddo_jax.models import edm2
+from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
 
 
@@ -32,13 +33,13 @@ def _inputs(golden, dtype):
 @golden_io.jit
 def _primitives(a, b, c):
   return {
-    'mp_silu_a': edm2.mp_silu(a),
-    'mp_sum_a_c_t05': edm2.mp_sum(a, c, 0.5),
-    'mp_sum_a_c_t03': edm2.mp_sum(a, c, 0.3),
-    'mp_cat_a_b_t05': edm2.mp_cat(a, b, 0.5),
-    'mp_cat_a_b_t03': edm2.mp_cat(a, b, 0.3),
-    'normalize_a_all': edm2.normalize(a, (1, 2, 3)),
-    'normalize_a_dim1': edm2.normalize(a, -1),
+    'mp_silu_a': edm2_layers.mp_silu(a),
+    'mp_sum_a_c_t05': edm2_layers.mp_sum(a, c, 0.5),
+    'mp_sum_a_c_t03': edm2_layers.mp_sum(a, c, 0.3),
+    'mp_cat_a_b_t05': edm2_layers.mp_cat(a, b, 0.5),
+    'mp_cat_a_b_t03': edm2_layers.mp_cat(a, b, 0.3),
+    'normalize_a_all': edm2_layers.normalize(a, (1, 2, 3)),
+    'normalize_a_dim1': edm2_layers.normalize(a, -1),
     'resample_up_11': layers.upsample(a, (1, 1)),
     'resample_down_11': layers.downsample(a, (1, 1)),
     'resample_up_1331': layers.upsample(a, (1, 3, 3, 1)),
@@ -65,7 +66,7 @@ def test_layers(precision, atol):
   golden = golden_io.load('edm2_primitives.npz')
   with golden_io.precision(precision) as dtype:
     for case, kernel in (('mpconv_conv3', 3), ('mpconv_lin', None)):
-      conv = edm2.MPConv(golden[f'{case}/w'].shape[0], kernel)
+      conv = edm2_layers.MPConv(golden[f'{case}/w'].shape[0], kernel)
       weight = {'weight': np.asarray(golden[f'{case}/w'], dtype)}
       params = {'params': edm_names.to_flax(weight)}
       x = np.asarray(golden_io.nhwc(golden[f'{case}/x']), dtype)
@@ -77,7 +78,7 @@ def test_layers(precision, atol):
     fourier = golden_io.params(golden, dtype, 'fourier/')
     fourier = {name: fourier[name] for name in golden_io.CONSTANTS}
     value = np.asarray(golden['fourier/x'], dtype)
-    got = edm2.MPFourier(8).apply({'params': fourier}, value)
+    got = edm2_layers.MPFourier(8).apply({'params': fourier}, value)
     assert golden_io.max_error(got, golden['fourier/y']) <= atol
 
 

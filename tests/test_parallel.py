@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config
+from ddo_jax import encoders
 from ddo_jax import generate
 from ddo_jax import likelihood
 from ddo_jax import parallel
@@ -144,7 +145,7 @@ def test_law_3_an_image_depends_on_its_id_alone():
     sigma_data=0.5,
     p_mean=-0.5,
     p_std=1.2,
-    levels=17,
+    encoder=encoders.Pixels(17),
   )
   params = model.init(rng.stream(0))
   sampler = heun.Heun(3, 0.02, 5.0)

@@ -14,6 +14,7 @@ from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
 from ddo_jax import main
 from ddo_jax import models
+from ddo_jax.convert import arrays
 from ddo_jax.convert import edm_configs
 from ddo_jax.convert import edm_names
 from ddo_jax.convert import pickle_reader
@@ -157,6 +158,36 @@ def test_released_arguments_give_the_preset(name):
     class_name, augment = 'Precond', 0.0
   network = pickle_reader.Network(class_name, {}, kwargs, {}, None, augment, {})
   assert edm_configs.config_of(network) == presets.get(name)
+
+
+def latent_network(encoder):
+  kwargs = {'img_resolution': 64, 'img_channels': 4, 'label_dim': 1000}
+  kwargs |= {'model_channels': 192}
+  return pickle_reader.Network('Precond', {}, kwargs, {}, encoder, 0.0, {})
+
+
+@pytest.mark.golden
+def test_networks_of_latents():
+  """encoders.npz: vae_scale, vae_bias, as such files have them."""
+  golden = golden_io.load('encoders.npz')
+  scale, bias = golden['vae_scale'], golden['vae_bias']
+  wanted = presets.get('edm2-img512-s')
+  assert wanted.latents
+  state = {'scale': scale, 'bias': bias, 'vae_name': 'a/vae'}
+  encoder = arrays.Record('StabilityVAEEncoder', state)
+  for given in (None, encoder):
+    assert edm_configs.config_of(latent_network(given)) == wanted
+  for state, name in (
+    ({'scale': 1.001 * scale, 'bias': bias}, 'scale'),
+    ({'scale': scale, 'bias': -bias}, 'bias'),
+    ({'scale': scale[:3], 'bias': bias}, 'scale'),
+    ({'scale': scale}, 'bias'),
+    (None, 'scale'),
+  ):
+    encoder = arrays.Record('StabilityVAEEncoder', state)
+    with pytest.raises(config_lib.UserError, match=f'have the {name} ') as hit:
+      edm_configs.config_of(latent_network(encoder))
+    assert '\n' not in str(hit.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ddo_jax import config as config_lib
 from ddo_jax.convert import pickle_reader
 from ddo_jax.models import edm
@@ -128,6 +130,24 @@ def _edm(network: pickle_reader.Network) -> edm.EdmConfig:
   )
 
 
+def _check_encoder(
+  network: pickle_reader.Network, config: edm2.Edm2Config
+) -> None:
+  """Raises UserError where the file scales latents otherwise than here."""
+  if not config.latents or network.encoder is None:
+    return
+  state = network.encoder.state
+  encoder = edm2.build(config, 0.0, 1.0, remat=False).encoder
+  for name, wanted in zip(('scale', 'bias'), encoder.affine(), strict=True):
+    got = state.get(name) if isinstance(state, dict) else None
+    numbers = isinstance(got, np.ndarray) and got.shape == (wanted.size,)
+    if not numbers or not np.allclose(got, wanted.ravel(), rtol=1e-5):
+      raise config_lib.UserError(
+        f'the latents of the file have the {name} {str(got)[:80]}; those here'
+        f' {wanted.ravel()}: the network is of another autoencoder'
+      )
+
+
 def config_of(
   network: pickle_reader.Network,
 ) -> edm.EdmConfig | edm2.Edm2Config:
@@ -139,7 +159,10 @@ def config_of(
   if network.class_name == 'Precond':
     given, names = ('model_channels',), (*_FIELDS, 'logvar_channels')
     found = _fields(network.init_kwargs, given, names, _FIXED_EDM2)
-    return edm2.Edm2Config(**found)
+    # No image has four channels, and a file may come without its encoder.
+    config = edm2.Edm2Config(latents=found['image_shape'][-1] == 4, **found)
+    _check_encoder(network, config)
+    return config
   if network.class_name in _PRECONDS:
     return _edm(network)
   raise config_lib.UserError(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ddo_jax import augment as augment_lib
 from ddo_jax import config as config_lib
+from ddo_jax import encoders
 from ddo_jax import likelihood
 from ddo_jax import rng
 from ddo_jax.models import edm_layers
@@ -323,7 +324,7 @@ def build(config: EdmConfig, p_mean: float, p_std: float, remat: bool) -> Edm:
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
-    levels=config.levels,
+    encoder=encoders.Pixels(config.levels),
     remat=remat,
     augment=config.augment,
   )

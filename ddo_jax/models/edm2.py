@@ -13,146 +13,14 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ddo_jax import config as config_lib
+from ddo_jax import encoders
 from ddo_jax import likelihood
 from ddo_jax import rng
+from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
-
-CLIP = 256.0  # of a block's output: keeps float16 in range
-RESIDUAL = 0.3  # share of a branch in its sum with the main path
-TAPS = (1, 1)
-
-
-def normalize(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:
-  """X scaled to root mean square 1 over `axes`."""
-  rms = jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True))
-  return x / (1e-4 + rms)
-
-
-def normalize_kernel(kernel: jax.Array) -> jax.Array:
-  """[..., out] with the weights of each output scaled to RMS 1."""
-  return normalize(kernel, tuple(range(kernel.ndim - 1)))
-
-
-def mp_silu(x: jax.Array) -> jax.Array:
-  """SiLU that keeps the magnitude of unit normal input (eq. 81)."""
-  return nn.silu(x) / 0.596
-
-
-def mp_sum(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
-  """(1−t) a + t b, of unit magnitude where a, b are so (eq. 88)."""
-  return (a + t * (b - a)) / math.hypot(1 - t, t)
-
-
-def mp_cat(a: jax.Array, b: jax.Array, t: float = 0.5) -> jax.Array:
-  """Joins the channels of a and b, which contribute (1−t) : t (eq. 103)."""
-  widths = (a.shape[-1], b.shape[-1])
-  scale = math.sqrt(sum(widths)) / math.hypot(1 - t, t)
-  parts = [
-    x * (scale * share / math.sqrt(width))
-    for x, share, width in zip((a, b), (1 - t, t), widths, strict=True)
-  ]
-  return jnp.concatenate(parts, axis=-1)
-
-
-class MPFourier(nn.Module):
-  """Random Fourier features of a scalar, of unit magnitude (eq. 75).
-
-  Frequencies and phases stand among the params because a checkpoint must hold
-  them; they have no gradient.
-
-  Attributes:
-    features: width of the output.
-  """
-
-  features: int
-
-  @nn.compact
-  def __call__(self, value: jax.Array) -> jax.Array:
-    """Value [B] -> [B, features]."""
-    shape = (self.features,)
-    freqs = self.param('freqs', nn.initializers.normal(2 * np.pi), shape)
-    phases = self.param('phases', nn.initializers.uniform(2 * np.pi), shape)
-    freqs, phases = jax.lax.stop_gradient((freqs, phases))
-    angle = value[:, None] * freqs[None, :] + phases[None, :]
-    return math.sqrt(2) * jnp.cos(angle)
-
-
-class MPConv(nn.Module):
-  """A convolution, or a linear layer, with normalised weights, no bias.
-
-  Attributes:
-    features: width of the output.
-    kernel: side of the convolution; None for a linear layer.
-  """
-
-  features: int
-  kernel: int | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
-    """X [B,...,C] -> [B,...,features], times `gain`."""
-    window = (self.kernel, self.kernel) if self.kernel else ()
-    shape = (*window, x.shape[-1], self.features)
-    kernel = self.param('kernel', nn.initializers.normal(1.0), shape)
-    kernel = normalize_kernel(kernel)
-    kernel = kernel * (gain / math.sqrt(math.prod(shape[:-1])))
-    if not self.kernel:
-      return x @ kernel
-    layout = ('NHWC', 'HWIO', 'NHWC')
-    return jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), 'SAME', dimension_numbers=layout
-    )
-
-
-class MPBlock(nn.Module):
-  """Magnitude-preserving residual block.
-
-  Attributes:
-    channels: of the output.
-    encoder: whether it is of the encoder's flavour, which normalises pixels.
-    resample: 'keep', 'down' or 'up', first of all.
-    heads: of the self-attention; 0 for none.
-    dropout: rate, in training.
-  """
-
-  channels: int
-  encoder: bool
-  resample: str = 'keep'
-  heads: int = 0
-  dropout: float = 0.0
-
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, embedding: jax.Array, train: bool = False
-  ) -> jax.Array:
-    """X [B,H,W,C], embedding [B,E] -> [B,H',W',channels]."""
-    channels = self.channels
-    x = layers.resample(x, self.resample, TAPS)
-    new_width = x.shape[-1] != channels
-    if self.encoder:
-      if new_width:
-        x = MPConv(channels, 1, name='conv_skip')(x)
-      x = normalize(x, -1)
-    y = MPConv(channels, 3, name='conv_res0')(mp_silu(x))
-    gain = self.param('emb_gain', nn.initializers.zeros, ())
-    scale = MPConv(channels, name='emb_linear')(embedding, gain) + 1
-    y = mp_silu(y * scale[:, None, None, :])
-    y = nn.Dropout(self.dropout, deterministic=not train)(y)
-    y = MPConv(channels, 3, name='conv_res1')(y)
-    if new_width and not self.encoder:
-      x = MPConv(channels, 1, name='conv_skip')(x)
-    x = mp_sum(x, y, RESIDUAL)
-    if self.heads:
-      x = mp_sum(x, self._attention(x), RESIDUAL)
-    return jnp.clip(x, -CLIP, CLIP)
-
-  def _attention(self, x: jax.Array) -> jax.Array:
-    qkv = MPConv(3 * self.channels, 1, name='attn_qkv')(x)
-    qkv = [normalize(v, -1) for v in layers.split_heads(qkv, self.heads)]
-    y = nn.dot_product_attention(*qkv).reshape(x.shape)
-    return MPConv(self.channels, 1, name='attn_proj')(y)
+from ddo_jax.models import vae
 
 
 class UNet(nn.Module):
@@ -187,7 +55,7 @@ class UNet(nn.Module):
     """X [B,H,W,C], c_noise [B], label [B] -> F [B,H,W,C]."""
     widths = [self.model_channels * mult for mult in self.channel_mult]
     embedding = self._embed(c_noise, label, widths)
-    block = lambda x, step, side: MPBlock(
+    block = lambda x, step, side: edm2_layers.MPBlock(
       step.channels,
       side == 'enc',
       step.resample,
@@ -199,30 +67,32 @@ class UNet(nn.Module):
     plan = (r, widths, self.num_blocks, self.attn_resolutions)
     # A channel of ones stands in for the biases.
     x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-    x = MPConv(widths[0], 3, name=f'enc_{r}x{r}_conv')(x)
+    x = edm2_layers.MPConv(widths[0], 3, name=f'enc_{r}x{r}_conv')(x)
     skips = [x]
     for step in layers.encoder_steps(*plan):
       x = block(x, step, 'enc')
       skips.append(x)
     for step in layers.decoder_steps(*plan):
       if step.joins:
-        x = mp_cat(x, skips.pop())
+        x = edm2_layers.mp_cat(x, skips.pop())
       x = block(x, step, 'dec')
     gain = self.param('out_gain', nn.initializers.zeros, ())
-    return MPConv(channels, 3, name='out_conv')(x, gain)
+    return edm2_layers.MPConv(channels, 3, name='out_conv')(x, gain)
 
   def _embed(
     self, c_noise: jax.Array, label: jax.Array, widths: Sequence[int]
   ) -> jax.Array:
     """Noise level and class to [B, width of the widest level]."""
-    e = MPFourier(widths[0], name='emb_fourier')(c_noise)
-    e = MPConv(max(widths), name='emb_noise')(e)
+    e = edm2_layers.MPFourier(widths[0], name='emb_fourier')(c_noise)
+    e = edm2_layers.MPConv(max(widths), name='emb_noise')(e)
     if self.num_classes:
       one_hot = jax.nn.one_hot(label, self.num_classes, dtype=e.dtype)
       one_hot = one_hot * math.sqrt(self.num_classes)
       # Without a label e still shrinks: it is no unconditional network.
-      e = mp_sum(e, MPConv(max(widths), name='emb_label')(one_hot), 0.5)
-    return mp_silu(e)
+      e = edm2_layers.mp_sum(
+        e, edm2_layers.MPConv(max(widths), name='emb_label')(one_hot), 0.5
+      )
+    return edm2_layers.mp_silu(e)
 
 
 class Edm2Precond(layers.EdmPrecond):
@@ -235,8 +105,8 @@ class Edm2Precond(layers.EdmPrecond):
   logvar_channels: int = 128
 
   def setup(self):
-    self.logvar_fourier = MPFourier(self.logvar_channels)
-    self.logvar_linear = MPConv(1)
+    self.logvar_fourier = edm2_layers.MPFourier(self.logvar_channels)
+    self.logvar_linear = edm2_layers.MPConv(1)
 
   def log_variance(self, sigma: jax.Array) -> jax.Array:
     """u(σ) [B] of sigma [B]; the loss is weighted by e^{−u}."""
@@ -267,6 +137,7 @@ class Edm2Config:
     dropout: rate in MLE training; DDO has none.
     logvar_channels: Fourier features of the loss's log-variance.
     sigma_data: σ_d, the data's standard deviation in model units.
+    latents: the data are raw latents of twice the channels, not pixels.
   """
 
   image_shape: tuple[int, int, int] = (64, 64, 3)
@@ -279,6 +150,7 @@ class Edm2Config:
   dropout: float = 0.0
   logvar_channels: int = 128
   sigma_data: float = 0.5
+  latents: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +170,7 @@ class Edm2(likelihood.Diffusion):
     """
     return jax.tree_util.tree_map_with_path(
       lambda path, leaf: (
-        normalize_kernel(leaf) if path[-1].key == 'kernel' else leaf
+        edm2_layers.normalize_kernel(leaf) if path[-1].key == 'kernel' else leaf
       ),
       params,
     )
@@ -328,6 +200,19 @@ class Edm2(likelihood.Diffusion):
     return weight * jnp.exp(-logvar) * squares + size * logvar
 
 
+def _encoder(config: Edm2Config) -> encoders.Encoder:
+  """Pixels, or latents of Stable Diffusion's autoencoder."""
+  if not config.latents:
+    return encoders.Pixels()
+  autoencoder = vae.AutoencoderKL()
+  if config.image_shape[-1] != autoencoder.latent_channels:
+    raise config_lib.UserError(
+      f'config.model.image_shape is {tuple(config.image_shape)}; wanted'
+      f' {autoencoder.latent_channels} channels for config.model.latents=True'
+    )
+  return encoders.Latents(autoencoder, sigma_data=config.sigma_data)
+
+
 def build(config: Edm2Config, p_mean: float, p_std: float, remat: bool) -> Edm2:
   """The model of a config under a phase's noise law."""
   layers.check_levels(config.image_shape, config.channel_mult)
@@ -345,5 +230,6 @@ def build(config: Edm2Config, p_mean: float, p_std: float, remat: bool) -> Edm2:
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
+    encoder=_encoder(config),
     remat=remat,
   )

@@ -1,6 +1,7 @@
 """The released models of EDM and EDM2, under their released names."""
 
 import dataclasses
+import functools
 
 from ddo_jax import config as config_lib
 from ddo_jax.models import edm
@@ -40,7 +41,8 @@ EDM = {
   ),
 }
 
-_PIXELS, _LATENTS = (64, 64, 3), (64, 64, 4)
+_PIXELS = (64, 64, 3)
+_latent = functools.partial(_replace, image_shape=(64, 64, 4), latents=True)
 _XXS = edm2.Edm2Config(model_channels=64)
 _XS = edm2.Edm2Config(model_channels=128)
 _S = edm2.Edm2Config(model_channels=192)
@@ -55,14 +57,14 @@ EDM2 = {
   'edm2-img64-m': _replace(_M, image_shape=_PIXELS),
   'edm2-img64-l': _replace(_L, image_shape=_PIXELS),
   'edm2-img64-xl': _replace(_XL, image_shape=_PIXELS),
-  'edm2-img512-xxs': _replace(_XXS, image_shape=_LATENTS),
-  'edm2-img512-xs': _replace(_XS, image_shape=_LATENTS),
-  'edm2-img512-s': _replace(_S, image_shape=_LATENTS),
-  'edm2-img512-m': _replace(_M, image_shape=_LATENTS),
-  'edm2-img512-l': _replace(_L, image_shape=_LATENTS),
-  'edm2-img512-xl': _replace(_XL, image_shape=_LATENTS),
-  'edm2-img512-xxl': _replace(_XXL, image_shape=_LATENTS),
-  'edm2-img512-xs-uncond': _replace(_XS, image_shape=_LATENTS, num_classes=0),
+  'edm2-img512-xxs': _latent(_XXS),
+  'edm2-img512-xs': _latent(_XS),
+  'edm2-img512-s': _latent(_S),
+  'edm2-img512-m': _latent(_M),
+  'edm2-img512-l': _latent(_L),
+  'edm2-img512-xl': _latent(_XL),
+  'edm2-img512-xxl': _latent(_XXL),
+  'edm2-img512-xs-uncond': _latent(_XS, num_classes=0),
 }
 
 

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddo_jax import encoders
 from ddo_jax import likelihood
 from ddo_jax.models import layers
 
@@ -135,6 +136,6 @@ def build(
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
-    levels=config.levels,
+    encoder=encoders.Pixels(config.levels),
     remat=remat,
   )
