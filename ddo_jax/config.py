@@ -32,6 +32,8 @@ class Data:
   # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow), or the
   # path of an .npz, or of a folder or zip of images with EDM's dataset.json.
   source: str = _knob('digits')
+  # Side that smaller images are padded to with 0 (black), centred; 0: as is.
+  pad_to: int = _knob(0)
   train_split: str = _knob('train')
   test_split: str = _knob('test')
   # Where TFDS keeps prepared data; '' is TFDS's own default.
@@ -121,6 +123,9 @@ class Config:
   # model itself guides, its label left out.
   guide_from: str = _knob('')
   guide: Any = None
+  # The autoencoder of latent models, sd-vae-ft-mse as .safetensors or .bin:
+  # only to see or score their images, so that training does without it.
+  vae_from: str = _knob('')
   data: Data = _knob(Data())
   pretrain: Phase = _knob(Phase(objective='mle'))
   ddo: Phase = _knob(Phase())

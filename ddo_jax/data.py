@@ -166,6 +166,27 @@ def _open_tfds(data: config.Data, split: str) -> Source:
   return ArraySource(source.name, *arrays, source.num_classes, source.levels)
 
 
+def _padded(source: Source, side: int) -> Source:
+  """The source with its images in the middle of black squares, if asked.
+
+  Raises:
+    UserError: they are larger, or no images in memory.
+  """
+  height, width, _ = source.image_shape
+  if not side or (height, width) == (side, side):
+    return source
+  rows, columns = side - height, side - width
+  if not isinstance(source, ArraySource) or min(rows, columns) < 0:
+    raise config.UserError(
+      f'{source.name}: config.data.pad_to={side} pads smaller images held in'
+      f' memory (.npz, or a small TFDS set); these are {height}×{width}: pad'
+      ' them on disk, or set it to 0'
+    )
+  around = [(n // 2, n - n // 2) for n in (rows, columns)]
+  images = np.pad(source.images, [(0, 0), *around, (0, 0)])
+  return dataclasses.replace(source, images=images)
+
+
 def open_source(data: config.Data, split: str) -> Source:
   """Opens the real images of a split.
 
@@ -182,15 +203,16 @@ def open_source(data: config.Data, split: str) -> Source:
   path = pathlib.Path(data.source.replace('{split}', split)).expanduser()
   is_path = path.suffix in ('.npz', '.zip') or path.is_dir()
   if data.source in datasets.SPECS or not is_path:
-    return _open_tfds(data, split)
+    return _padded(_open_tfds(data, split), data.pad_to)
   if '{split}' not in data.source and split != data.train_split:
     raise config.UserError(
       f'{path} is the split {data.train_split!r}, not {split!r}: put {{split}}'
       ' into config.data.source where the paths differ'
     )
   if path.suffix == '.npz':
-    return open_npz(path)
-  return EncodedSource(str(path), **vars(image_files.open_files(path)))
+    return _padded(open_npz(path), data.pad_to)
+  source = EncodedSource(str(path), **vars(image_files.open_files(path)))
+  return _padded(source, data.pad_to)
 
 
 @functools.lru_cache(maxsize=4)

@@ -136,8 +136,9 @@ class Latents:
   def _apply(self, frozen: Frozen, x: jax.Array, method: str) -> Any:
     if 'vae' not in frozen:
       raise config_lib.UserError(
-        "images of latents need the autoencoder's weights; none were given:"
-        ' read them with convert.vae_names and pass them as frozen["vae"]'
+        "images of latents need the autoencoder's weights and none were"
+        ' given: name the file of stabilityai/sd-vae-ft-mse with'
+        ' --config.vae_from'
       )
     with jax.default_matmul_precision('highest'):
       params = {'params': frozen['vae']}

@@ -29,6 +29,7 @@ from ddo_jax import report
 from ddo_jax import rng
 from ddo_jax import selfplay
 from ddo_jax import train
+from ddo_jax import workspace
 from ddo_jax.convert import download
 from ddo_jax.convert import released
 
@@ -90,10 +91,10 @@ def sample(
   Returns:
     The path of samples.png.
   """
-  run_ = selfplay.Run(config, workdir)
+  run_ = workspace.Run(config, workdir)
   model = models.build(config, config.ddo)
-  folder = params or selfplay.newest_params(workdir)
-  weights, meta = selfplay.load_params(folder, model, run_.executor)
+  folder = params or workspace.newest_params(workdir)
+  weights, meta = workspace.load_params(folder, model, run_.executor)
   images, labels = run_.generator(model).images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
@@ -114,10 +115,10 @@ def evaluate_params(
   output: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Scores params on the reporting seeds; writes and returns eval.json."""
-  run_ = selfplay.Run(config, workdir)
+  run_ = workspace.Run(config, workdir)
   model = models.build(config, config.ddo)
-  folder = params or selfplay.newest_params(workdir)
-  weights, meta = selfplay.load_params(folder, model, run_.executor)
+  folder = params or workspace.newest_params(workdir)
+  weights, meta = workspace.load_params(folder, model, run_.executor)
   scores = evaluate.report_scores(
     run_.evaluator, run_.generator(model), weights, config
   )
@@ -182,7 +183,7 @@ def run(
     selfplay.play(config, workdir)
     return workdir / 'report.html'
   if mode == 'pretrain':
-    return selfplay.pretrain(selfplay.Run(config, workdir))
+    return selfplay.pretrain(workspace.Run(config, workdir))
   if mode == 'sample':
     return sample(config, workdir, params, num_samples, output)
   if mode == 'evaluate':

@@ -4,7 +4,6 @@ Each stage leaves its result on disk and returns at once if it is there, so
 resuming, and adding a round, are running the same command again.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import logging
@@ -28,147 +27,19 @@ from ddo_jax import records
 from ddo_jax import report
 from ddo_jax import rng
 from ddo_jax import train
+from ddo_jax import workspace
 
 _LOGGER = logging.getLogger(__name__)
 GRID = 80  # images of a sample grid
 
 
-def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Writes config.json, or checks that it agrees with this config.
-
-  Raises:
-    config.UserError: a science field differs from the recorded one.
-  """
-  path = workdir / 'config.json'
-  if path.exists():
-    changes = config_lib.science_changes(config, records.read_json(path))
-    if changes:
-      raise config_lib.UserError(
-        f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
-        ' these changes, or choose another --workdir'
-      )
-  records.write_json(path, config_lib.to_json(config))
-
-
-def load_params(
-  folder: pathlib.Path,
-  model: likelihood.LikelihoodModel,
-  executor: parallel.Executor,
-) -> tuple[likelihood.Params, dict[str, Any]]:
-  """Params of a folder, on the devices, and what is recorded beside them."""
-  shapes = jax.eval_shape(model.init, rng.stream(0))
-  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
-  return checkpoint.load_params(folder, target)
-
-
-def newest_params(workdir: pathlib.Path) -> pathlib.Path:
-  """The folder of params that the last finished stage of a run left.
-
-  Raises:
-    config.UserError: no stage has finished.
-  """
-  folders = sorted(workdir.glob('round_*/promoted'))
-  folders = [workdir / 'pretrain' / 'params', *folders]
-  folders = [f for f in folders if (f.parent / 'done.json').exists()]
-  if not folders:
-    raise config_lib.UserError(
-      f'no finished stage in {workdir}; run --mode=selfplay first, or name'
-      ' --params'
-    )
-  return folders[-1]
-
-
-class Run:
-  """What the stages of one run share; the costly parts when first needed."""
-
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
-    """Checks the config, the devices and the folder."""
-    config_lib.validate(config)
-    self.config = config
-    self.workdir = workdir
-    self.executor = parallel.Executor(config.executor)
-    for phase in (config.pretrain, config.ddo):
-      self.executor.check_batch(phase.batch_size, config.executor.accumulate)
-
-  @functools.cached_property
-  def log(self) -> records.MetricsLog:
-    """metrics.jsonl."""
-    return records.MetricsLog(self.workdir)
-
-  @functools.cached_property
-  def real(self) -> data.Source:
-    """The training split, checked against the model."""
-    source = data.open_source(self.config.data, self.config.data.train_split)
-    model = models.build(self.config, self.config.pretrain)
-    model.check_source(
-      source.name, source.image_shape, source.num_classes, source.levels
-    )
-    return source
-
-  @functools.cached_property
-  def evaluator(self) -> evaluate.Evaluator:
-    """The metrics; fits their classifier."""
-    test = data.open_source(self.config.data, self.config.data.test_split)
-    return evaluate.Evaluator(self.real, test)
-
-  @functools.cached_property
-  def frozen(self) -> likelihood.Frozen:
-    """Weights that are neither trained nor the reference: the guide's."""
-    config = self.config
-    if not config.guide_from:
-      return {}
-    guide = config.guide or config.model
-    config = dataclasses.replace(config, model=guide, guide=None)
-    folder = pathlib.Path(config.guide_from).expanduser()
-    model = models.build(config, config.ddo)
-    return {'guide': load_params(folder, model, self.executor)[0]}
-
-  def generator(
-    self, model: likelihood.LikelihoodModel, guided: bool = True
-  ) -> generate.Generator:
-    """Draws images with the config's sampler; p_ref is meant unguided."""
-    batch, sampler = self.config.executor.sample_batch, self.config.sampler
-    if not guided:
-      sampler = dataclasses.replace(sampler, guidance=1.0)
-    return generate.Generator(model, self.frozen, sampler, self.executor, batch)
-
-  def job(
-    self,
-    folder: pathlib.Path,
-    phase: config_lib.Phase,
-    round_index: int,
-    model: likelihood.LikelihoodModel,
-    reference: likelihood.Params,
-    fake: data.Source | None,
-    score: Callable[[likelihood.Params], evaluate.Scores] | None,
-  ) -> train.Job:
-    """The training job of a stage; see `train.Job`."""
-    return train.Job(
-      name=folder.name,
-      folder=folder,
-      seed=self.config.seed,
-      phase=phase,
-      round_index=round_index,
-      model=model,
-      reference=reference,
-      frozen=self.frozen,
-      real=self.real,
-      fake=fake,
-      executor=self.executor,
-      accumulate=self.config.executor.accumulate,
-      log=self.log,
-      evaluate=score,
-      metric=self.config.evaluation.metric,
-    )
-
-
-def pretrain(run: Run) -> pathlib.Path:
+def pretrain(run: workspace.Run) -> pathlib.Path:
   """Trains by MLE from scratch, unless `init_from` names weights.
 
   Returns:
     The folder of params that the first round starts from.
   """
-  claim_workdir(run.config, run.workdir)
+  workspace.claim_workdir(run.config, run.workdir)
   if run.config.init_from:
     return pathlib.Path(run.config.init_from).expanduser()
   folder, phase = run.workdir / 'pretrain', run.config.pretrain
@@ -188,20 +59,20 @@ def pretrain(run: Run) -> pathlib.Path:
 
 
 def _reference(
-  run: Run,
+  run: workspace.Run,
   folder: pathlib.Path,
   origin: pathlib.Path,
   model: likelihood.LikelihoodModel,
 ) -> tuple[likelihood.Params, dict[str, Any]]:
   """The round's reference, copied from `origin` once, and what is known."""
   if not (folder / 'reference').exists():
-    params, meta = load_params(origin, model, run.executor)
+    params, meta = workspace.load_params(origin, model, run.executor)
     checkpoint.save_params(folder / 'reference', params, meta)
-  return load_params(folder / 'reference', model, run.executor)
+  return workspace.load_params(folder / 'reference', model, run.executor)
 
 
 def _fake_pool(
-  run: Run,
+  run: workspace.Run,
   folder: pathlib.Path,
   model: likelihood.LikelihoodModel,
   reference: likelihood.Params,
@@ -223,7 +94,7 @@ def _fake_pool(
 
 
 def _promote(
-  run: Run,
+  run: workspace.Run,
   folder: pathlib.Path,
   promotion: train.Promotion,
   provenance: dict[str, str],
@@ -242,7 +113,7 @@ def _promote(
 
 
 def _report_scores(
-  run: Run,
+  run: workspace.Run,
   folder: pathlib.Path,
   generator: generate.Generator,
   reference: likelihood.Params,
@@ -265,7 +136,7 @@ def _report_scores(
 
 
 def play_round(
-  run: Run,
+  run: workspace.Run,
   index: int,
   origin: pathlib.Path,
   before: dict[str, Any] | None,
@@ -320,7 +191,7 @@ def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   Returns:
     The summary: {'name', 'rounds': [see `play_round`], 'seconds'}.
   """
-  run = Run(config, workdir)
+  run = workspace.Run(config, workdir)
   origin, before, rounds = pretrain(run), None, []
   for index in range(config.rounds):
     result = play_round(run, index, origin, before)

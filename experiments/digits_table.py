@@ -25,6 +25,7 @@ from ddo_jax import parallel
 from ddo_jax import records
 from ddo_jax import report
 from ddo_jax import selfplay
+from ddo_jax import workspace
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/digits_table', 'Folder.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Pretraining seeds.')
@@ -92,9 +93,9 @@ def guided(
   path = workdir / 'guided.json'
   if path.exists():
     return records.read_json(path)
-  run = selfplay.Run(config, workdir / 'ddo')
+  run = workspace.Run(config, workdir / 'ddo')
   model = models.build(config, config.ddo)
-  weights, _ = selfplay.load_params(params, model, run.executor)
+  weights, _ = workspace.load_params(params, model, run.executor)
   choices = []
   for scale in SCALES:
     run.config.sampler = dataclasses.replace(config.sampler, guidance=scale)

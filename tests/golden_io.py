@@ -1,6 +1,5 @@
 """Reads golden vectors, which are in PyTorch's layouts, as the package's."""
 
-from collections.abc import Callable
 import contextlib
 import functools
 import json
@@ -159,15 +158,6 @@ def precision(name: str):
   """Computes in 'f64' or 'f32'; yields the dtype."""
   with jax.enable_x64(name == 'f64'):
     yield {'f64': np.float64, 'f32': np.float32}[name]
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-  """jax.jit that compiles in a third of the time what is run once."""
-  options = {
-    'xla_backend_optimization_level': 0,
-    'xla_cpu_use_fusion_emitters': False,
-  }
-  return jax.jit(function, compiler_options=options)
 
 
 def fix_noise(monkeypatch, sigma, noise, p_mean, p_std, dtype):

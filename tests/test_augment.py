@@ -1,6 +1,7 @@
 """EDM's augmentation against the original's numbers."""
 
 import golden_io
+import jax
 import numpy as np
 import pytest
 
@@ -31,7 +32,7 @@ def _draws(golden, case):
 def test_pipeline(case):
   """edm_augment.npz: images and labels from the original's own draws."""
   golden = golden_io.load('edm_augment.npz')
-  images, labels = golden_io.jit(augment.apply)(
+  images, labels = jax.jit(augment.apply)(
     golden_io.nhwc(golden['images']),
     _draws(golden, case),
     float(golden[f'{case}/p']),
@@ -75,11 +76,9 @@ def test_rows_are_their_own():
 
 def test_frequencies():
   """x-flips are a fair coin whatever p is; the others happen with p."""
-  draws = golden_io.jit(augment.draw)(
-    rng.per_example(rng.stream(1), np.arange(4000))
-  )
+  draws = jax.jit(augment.draw)(rng.per_example(rng.stream(1), np.arange(4000)))
   x = np.zeros((4000, 1, 1, 1), np.float32)
-  _, labels = golden_io.jit(augment.apply)(x, draws, 0.1)
+  _, labels = jax.jit(augment.apply)(x, draws, 0.1)
   rates = np.mean(np.asarray(labels) != 0, axis=0)
   # y-flips are a fair coin, too, where they happen; half the axes are x.
   wanted = [0.5, 0.05, 0.1, 0.1, 0.1, 0.1, 0.05, 0.1, 0.1]

@@ -346,3 +346,19 @@ def test_a_zip_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
   with futures.ThreadPoolExecutor(8) as pool:
     for row, (got, _) in zip(rows, pool.map(source.read, rows), strict=True):
       np.testing.assert_array_equal(got, images[row])
+
+
+def test_images_are_padded_with_black(tmp_path):
+  images, labels = make_images(2, (4, 6, 1))
+  np.savez(tmp_path / 'a.npz', image=images, label=labels)
+  settings = config.Data(source=str(tmp_path / 'a.npz'), pad_to=9)
+  source = data.open_source(settings, 'train')
+  assert source.image_shape == (9, 9, 1)
+  got, _ = read_all(source)
+  np.testing.assert_array_equal(got[:, 2:6, 1:7], images)
+  assert got.sum() == images.sum()
+  settings.pad_to = 5
+  with pytest.raises(config.UserError, match='pad_to=5'):
+    data.open_source(settings, 'train')
+  settings.pad_to = 0
+  assert data.open_source(settings, 'train').image_shape == (4, 6, 1)

@@ -56,7 +56,7 @@ def test_mle_loss(family, file, precision, rtol, monkeypatch):
     label = golden_io.labels(golden['labels'])
     batch = likelihood.Batch(x, label, np.arange(3))
     params = _params(family, net, dtype, 'sd/')
-    loss = golden_io.jit(model.mle_loss)(params, {}, batch, keys)
+    loss = jax.jit(model.mle_loss)(params, {}, batch, keys)
     assert loss.dtype == dtype
     loss = np.asarray(loss)
   wanted = golden[f'{family}_loss_per_example_sum_f64']
@@ -89,7 +89,7 @@ def _ddo_loss(model, golden):
     rows = {'delta': delta, 'logp_theta': -info['mle_loss']}
     return sum(jnp.mean(term) for term in terms), rows
 
-  return golden_io.jit(jax.value_and_grad(loss, has_aux=True))
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def _check_ddo(golden, results, precision, mode):
@@ -154,7 +154,7 @@ def test_ddo_of_edm2(precision, monkeypatch):
     grads = _check_ddo(
       golden, run(theta, reference, batch, keys), precision, ''
     )
-    theta = golden_io.jit(model.project)(theta)
+    theta = jax.jit(model.project)(theta)
     results = run(theta, reference, batch, keys)
     _check_ddo(golden, results, precision, 'train_')
   # The log-variance is no part of the likelihood's surrogate.

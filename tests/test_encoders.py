@@ -152,23 +152,23 @@ def test_images_come_of_means_by_the_decoder_alone(autoencoder):
   raw = raw_latents(2)
   half = {k: v for k, v in autoencoder.items() if 'decoder' in k}
   half['post_quant_conv'] = autoencoder['post_quant_conv']
-  images = golden_io.jit(LATENTS.render)({'vae': half}, raw)
+  images = jax.jit(LATENTS.render)({'vae': half}, raw)
   assert images.shape == (2, 8, 8, 3)
   assert len(np.unique(images)) > 20
   decode = lambda params, x: SMALL.apply({'params': params}, x, method='decode')
-  decoded = golden_io.jit(decode)(autoencoder, raw[..., :4])
+  decoded = jax.jit(decode)(autoencoder, raw[..., :4])
   wanted = 255 * np.clip(decoded, 0, 1)
   assert np.abs(np.asarray(images, np.float32) + 0.5 - wanted).max() <= 0.51
 
 
 def test_raw_latents_of_images(autoencoder):
   images = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
-  raw = golden_io.jit(LATENTS.compress)({'vae': autoencoder}, images)
+  raw = jax.jit(LATENTS.compress)({'vae': autoencoder}, images)
   encode = lambda params, x: SMALL.apply(
     {'params': params}, x, method='encode_moments'
   )
   x = np.float32(images) / np.float32(255)
-  mean, std = golden_io.jit(encode)(autoencoder, x)
+  mean, std = jax.jit(encode)(autoencoder, x)
   np.testing.assert_allclose(raw[..., :4], mean, atol=1e-4)
   np.testing.assert_allclose(raw[..., 4:], std, rtol=1e-4)
 
@@ -257,10 +257,10 @@ def test_a_step_on_latents_starts_at_chance():
   knobs = toy.ToyConfig('mlp', 8, 1, (4, 4, 4), 3)
   model = toy.build(knobs, -0.4, 1.0, remat=False)
   model = dataclasses.replace(model, encoder=LATENTS)
-  params = golden_io.jit(model.init)(rng.stream(0))
+  params = jax.jit(model.init)(rng.stream(0))
   phase = config.Phase(batch_size=8)
   static = {'model': model, 'phase': phase.static()}
-  step = golden_io.jit(functools.partial(train_step.train_step, **static))
+  step = jax.jit(functools.partial(train_step.train_step, **static))
   label = np.arange(8, dtype=np.int32) % 3
   real = {'image': raw_latents(8), 'label': label}
   fake = {'image': LATENTS.decode(raw_latents(8)[..., :4]), 'label': label}

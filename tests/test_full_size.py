@@ -25,9 +25,9 @@ from ddo_jax import models
 from ddo_jax import parallel
 from ddo_jax import records
 from ddo_jax import rng
-from ddo_jax import selfplay
 from ddo_jax import train_state
 from ddo_jax import train_step
+from ddo_jax import workspace
 from ddo_jax.convert import edm_configs
 from ddo_jax.convert import edm_names
 from ddo_jax.models import presets
@@ -112,7 +112,7 @@ def measure(name, folder):
   main.convert(str(path), folder / 'params')
   lap('convert')
   executor = parallel.Executor(config.executor)
-  reference, _ = selfplay.load_params(folder / 'params', model, executor)
+  reference, _ = workspace.load_params(folder / 'params', model, executor)
   lap('load')
   x = np.random.default_rng(1).uniform(-1, 1, (batch, *model.example_shape))
   rows = {

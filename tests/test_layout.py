@@ -33,8 +33,9 @@ FLOORS = {
   6: ('generate',),
   7: ('evaluate',),
   8: ('train', 'report', 'figures'),
-  9: ('selfplay',),
-  10: ('main',),
+  9: ('workspace',),
+  10: ('selfplay',),
+  11: ('main',),
 }
 # Pages are drawn, and sets are prepared and read, in files of their own; these
 # may also be imported inside their own floor.

@@ -137,7 +137,7 @@ def test_block(case, precision):
     params = golden_io.params(golden, dtype, f'{case}/sd/', block.style.taps)
     x = np.asarray(golden_io.nhwc(golden[f'{case}/x']), dtype)
     embedding = np.asarray(golden[f'{case}/emb'], dtype)
-    y = golden_io.jit(block.apply)({'params': params}, x, embedding)
+    y = jax.jit(block.apply)({'params': params}, x, embedding)
   wanted = golden_io.nhwc(golden[f'{case}/y_{precision}'])
   tolerance = {'f64': 1e-11, 'f32': 1e-5}[precision]
   assert golden_io.max_error(y, wanted) <= tolerance
@@ -216,7 +216,7 @@ def test_groups_of_norm():
 
 def _init(style, **options):
   block = edm_layers.UNetBlock(16, style, 'up', heads=1, **options)
-  init = golden_io.jit(block.init)
+  init = jax.jit(block.init)
   return init(jax.random.key(0), np.ones((1, 2, 2, 16)), np.ones((1, 24)))
 
 
@@ -263,7 +263,7 @@ def test_dropout_is_by_row():
   block = edm_layers.UNetBlock(8, edm_layers.ADM, dropout=0.5)
   x = np.random.default_rng(0).normal(size=(3, 4, 4, 8)).astype(np.float32)
   embedding = np.ones((3, 4), np.float32)
-  init = golden_io.jit(block.init)
+  init = jax.jit(block.init)
   params = init(jax.random.key(0), x, embedding)['params']
   # ADM's blocks start as the identity.
   params = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, params)
@@ -282,7 +282,7 @@ def test_dropout_is_by_row():
   other = apply((keys[::-1], x, embedding))
   np.testing.assert_allclose(together[1], other[1], atol=1e-6)
   assert np.abs(together[0] - other[0]).max() > 1e-2
-  still = golden_io.jit(block.apply)({'params': params}, x, embedding)
+  still = jax.jit(block.apply)({'params': params}, x, embedding)
   assert np.abs(together - still).max() > 1e-2
 
 

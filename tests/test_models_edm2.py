@@ -70,7 +70,7 @@ def test_layers(precision, atol):
       weight = {'weight': np.asarray(golden[f'{case}/w'], dtype)}
       params = {'params': edm_names.to_flax(weight)}
       x = np.asarray(golden_io.nhwc(golden[f'{case}/x']), dtype)
-      apply = golden_io.jit(conv.apply)
+      apply = jax.jit(conv.apply)
       for gain in (1, 0.7):
         wanted = golden_io.nhwc(golden[f'{case}/y_gain{gain}'])
         got = apply(params, x, gain)
@@ -137,7 +137,7 @@ def test_training_mode(precision):
   """edm2_train.npz: training mode is `project`, then the forward pass."""
   golden = golden_io.load('edm2_train.npz')
   model = _model(golden)
-  project = golden_io.jit(model.project)
+  project = jax.jit(model.project)
   atol = {'f64': 1e-10, 'f32': 3e-6}[precision]
   with golden_io.precision(precision) as dtype:
     raw = golden_io.params(golden, dtype)
@@ -192,7 +192,7 @@ def _tiny_params(model):
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   draw = np.random.default_rng(0).normal
   random = lambda leaf: np.asarray(draw(size=leaf.shape), np.float32)
-  return golden_io.jit(model.project)(jax.tree.map(random, shapes))
+  return jax.jit(model.project)(jax.tree.map(random, shapes))
 
 
 def _batch(rows):
@@ -210,7 +210,7 @@ def _check_sphere(path, leaf):
 
 def test_initial_weights():
   """Fresh kernels stand on the sphere, gains at 0."""
-  params = golden_io.jit(_tiny().init)(jax.random.key(0))
+  params = jax.jit(_tiny().init)(jax.random.key(0))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if path[-1].key == 'kernel':
       _check_sphere(path, leaf)
@@ -225,7 +225,7 @@ def test_log_ratio_is_zero_at_the_reference():
   model = _tiny()
   params = _tiny_params(model)
   batch, keys = _batch(4)
-  log_ratio = golden_io.jit(model.log_ratio)
+  log_ratio = jax.jit(model.log_ratio)
   reference = jax.tree.map(np.array, params)
   delta, info = log_ratio(params, reference, {}, batch, keys)
   np.testing.assert_array_equal(delta, 0)

@@ -324,7 +324,7 @@ def test_converted_weights_denoise_as_the_original(tmp_path):
   )
   x = golden_io.nhwc(golden['x'])
   label = golden_io.labels(golden['class_labels'])
-  got = golden_io.jit(model.denoise)(
+  got = jax.jit(model.denoise)(
     weights.params, x.astype(np.float32), golden['sigma'], label
   )
   assert golden_io.max_error(got, golden_io.nhwc(golden['D_noaug_f32'])) < 5e-6

@@ -25,6 +25,7 @@ from ddo_jax import report
 from ddo_jax import selfplay
 from ddo_jax import train
 from ddo_jax import train_step
+from ddo_jax import workspace
 from ddo_jax.models import toy
 from ddo_jax.samplers import heun
 
@@ -325,7 +326,7 @@ def test_a_changed_science_field_is_refused(images, whole):
 def test_init_from_names_the_weights(images, whole, tmp_path):
   origin = whole / 'pretrain' / 'params'
   config = make_config(images, rounds=0, init_from=str(origin))
-  assert selfplay.pretrain(selfplay.Run(config, tmp_path)) == origin
+  assert selfplay.pretrain(workspace.Run(config, tmp_path)) == origin
   missing = dataclasses.replace(config, rounds=1, init_from=str(tmp_path))
   with pytest.raises(config_lib.UserError, match=f'no params in {tmp_path}'):
     selfplay.play(missing, tmp_path / 'run')

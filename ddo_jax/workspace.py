@@ -1,0 +1,154 @@
+"""What the stages of one run share: its folder, data, devices and weights."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+
+from ddo_jax import checkpoint
+from ddo_jax import config as config_lib
+from ddo_jax import data
+from ddo_jax import evaluate
+from ddo_jax import generate
+from ddo_jax import likelihood
+from ddo_jax import models
+from ddo_jax import parallel
+from ddo_jax import records
+from ddo_jax import rng
+from ddo_jax import train
+from ddo_jax.convert import vae_names
+
+
+def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Writes config.json, or checks that it agrees with this config.
+
+  Raises:
+    config.UserError: a science field differs from the recorded one.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    changes = config_lib.science_changes(config, records.read_json(path))
+    if changes:
+      raise config_lib.UserError(
+        f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
+        ' these changes, or choose another --workdir'
+      )
+  records.write_json(path, config_lib.to_json(config))
+
+
+def load_params(
+  folder: pathlib.Path,
+  model: likelihood.LikelihoodModel,
+  executor: parallel.Executor,
+) -> tuple[likelihood.Params, dict[str, Any]]:
+  """Params of a folder, on the devices, and what is recorded beside them."""
+  shapes = jax.eval_shape(model.init, rng.stream(0))
+  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
+  return checkpoint.load_params(folder, target)
+
+
+def newest_params(workdir: pathlib.Path) -> pathlib.Path:
+  """The folder of params that the last finished stage of a run left.
+
+  Raises:
+    config.UserError: no stage has finished.
+  """
+  folders = sorted(workdir.glob('round_*/promoted'))
+  folders = [workdir / 'pretrain' / 'params', *folders]
+  folders = [f for f in folders if (f.parent / 'done.json').exists()]
+  if not folders:
+    raise config_lib.UserError(
+      f'no finished stage in {workdir}; run --mode=selfplay first, or name'
+      ' --params'
+    )
+  return folders[-1]
+
+
+class Run:
+  """What the stages of one run share; the costly parts when first needed."""
+
+  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
+    """Checks the config, the devices and the folder."""
+    config_lib.validate(config)
+    self.config = config
+    self.workdir = workdir
+    self.executor = parallel.Executor(config.executor)
+    for phase in (config.pretrain, config.ddo):
+      self.executor.check_batch(phase.batch_size, config.executor.accumulate)
+
+  @functools.cached_property
+  def log(self) -> records.MetricsLog:
+    """metrics.jsonl."""
+    return records.MetricsLog(self.workdir)
+
+  @functools.cached_property
+  def real(self) -> data.Source:
+    """The training split, checked against the model."""
+    source = data.open_source(self.config.data, self.config.data.train_split)
+    model = models.build(self.config, self.config.pretrain)
+    model.check_source(
+      source.name, source.image_shape, source.num_classes, source.levels
+    )
+    return source
+
+  @functools.cached_property
+  def evaluator(self) -> evaluate.Evaluator:
+    """The metrics; fits their classifier."""
+    test = data.open_source(self.config.data, self.config.data.test_split)
+    return evaluate.Evaluator(self.real, test)
+
+  @functools.cached_property
+  def frozen(self) -> likelihood.Frozen:
+    """Weights that are neither trained nor the reference."""
+    config, frozen = self.config, {}
+    if config.guide_from:
+      guide = config.guide or config.model
+      folder = pathlib.Path(config.guide_from).expanduser()
+      config = dataclasses.replace(config, model=guide, guide=None)
+      model = models.build(config, config.ddo)
+      frozen['guide'] = load_params(folder, model, self.executor)[0]
+    if config.vae_from:
+      weights = vae_names.read(pathlib.Path(config.vae_from).expanduser())
+      frozen['vae'] = self.executor.replicate(weights)
+    return frozen
+
+  def generator(
+    self, model: likelihood.LikelihoodModel, guided: bool = True
+  ) -> generate.Generator:
+    """Draws images with the config's sampler; p_ref is meant unguided."""
+    batch, sampler = self.config.executor.sample_batch, self.config.sampler
+    if not guided:
+      sampler = dataclasses.replace(sampler, guidance=1.0)
+    return generate.Generator(model, self.frozen, sampler, self.executor, batch)
+
+  def job(
+    self,
+    folder: pathlib.Path,
+    phase: config_lib.Phase,
+    round_index: int,
+    model: likelihood.LikelihoodModel,
+    reference: likelihood.Params,
+    fake: data.Source | None,
+    score: Callable[[likelihood.Params], evaluate.Scores] | None,
+  ) -> train.Job:
+    """The training job of a stage; see `train.Job`."""
+    return train.Job(
+      name=folder.name,
+      folder=folder,
+      seed=self.config.seed,
+      phase=phase,
+      round_index=round_index,
+      model=model,
+      reference=reference,
+      frozen=self.frozen,
+      real=self.real,
+      fake=fake,
+      executor=self.executor,
+      accumulate=self.config.executor.accumulate,
+      log=self.log,
+      evaluate=score,
+      metric=self.config.evaluation.metric,
+    )
