@@ -1,0 +1,116 @@
+"""Official state dicts of VAR and its tokenizer, to Flax and back."""
+
+import golden_io
+import jax
+import numpy as np
+import pytest
+import var_golden
+
+from ddo_jax import config as config_lib
+from ddo_jax.convert import var_names
+from ddo_jax.models import vqvae
+
+TINY = vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32)
+
+
+def check_round_trip(state, patch_nums, shapes):
+  """All keys and bits come back; what lies between fits the model."""
+  params = var_names.to_flax(state)
+  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+  back = var_names.to_official(params, patch_nums)
+  assert back.keys() == state.keys()
+  for key, tensor in state.items():
+    assert back[key].dtype == tensor.dtype, key
+    assert back[key].flags.c_contiguous
+    np.testing.assert_array_equal(back[key], tensor, err_msg=key)
+
+
+def _shapes(config):
+  image = jax.ShapeDtypeStruct((1, *config.image_shape), np.float32)
+  model = vqvae.build(config)
+  return jax.eval_shape(model.init, jax.random.key(0), image)['params']
+
+
+@pytest.mark.golden
+def test_round_trip_of_the_tokenizer():
+  """vq_tiny.npz: keys, and weights by their sums."""
+  golden = golden_io.load('vq_tiny.npz')
+  state = var_golden.weights(golden, _shapes(TINY), 'vq')
+  check_round_trip(state, TINY.patch_nums, _shapes(TINY))
+  # A statistic of training is not carried over.
+  statistic = np.ones((4, 64), np.float32)
+  params = var_names.to_flax(state | {'quantize.ema_vocab_hit_SV': statistic})
+  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, _shapes(TINY))
+
+
+def test_released_tokenizer():
+  """324 tensors, some of whose shapes are known."""
+  config = vqvae.VqvaeConfig()
+  state = official(_shapes(config), config.patch_nums)
+  assert len(state) == 324
+  shapes = {
+    'quantize.embedding.weight': (4096, 32),
+    'quantize.quant_resi.qresi_ls.3.weight': (32, 32, 3, 3),
+    'quantize.ema_vocab_hit_SV': (10, 4096),
+    'encoder.down.4.attn.1.qkv.weight': (1920, 640, 1, 1),
+    'encoder.down.3.downsample.conv.bias': (320,),
+    'encoder.down.2.block.0.nin_shortcut.weight': (320, 160, 1, 1),
+    'decoder.up.4.attn.2.proj_out.weight': (640, 640, 1, 1),
+    'decoder.up.1.block.0.nin_shortcut.weight': (160, 320, 1, 1),
+    'decoder.up.1.upsample.conv.weight': (160, 160, 3, 3),
+    'decoder.mid.attn_1.norm.weight': (640,),
+    'post_quant_conv.weight': (32, 32, 3, 3),
+  }
+  assert {key: state[key].shape for key in shapes} == shapes
+
+
+def official(shapes, patch_nums):
+  """The state dict of a model of these shapes, without numbers."""
+  empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.int8), shapes)
+  return var_names.to_official(empty, patch_nums)
+
+
+STATE = {'head.bias': np.arange(3)}
+
+
+@pytest.mark.parametrize(
+  'tree',
+  [
+    STATE,
+    {'config': {'resos': 256}, 'var_wo_ddp': STATE},
+    {'epoch': 3, 'trainer': {'var_wo_ddp': STATE, 'vae_local': {}}, 'args': {}},
+    {'epoch': 3, 'trainer': STATE, 'args': {}},
+    {'module.head.bias': STATE['head.bias']},
+    {'_orig_mod.head.bias': STATE['head.bias']},
+  ],
+)
+def test_every_layout_is_unwrapped(tree):
+  assert var_names.unwrap(tree).keys() == STATE.keys()
+
+
+def test_the_tokenizer_of_a_trainers_file():
+  tree = {'trainer': {'var_wo_ddp': {}, 'vae_local': STATE}}
+  assert var_names.unwrap(tree, 'vae_local') == STATE
+
+
+@pytest.mark.parametrize('tree', [{}, [1], {'epoch': 3}, {'trainer': {'a': 1}}])
+def test_what_is_no_state_dict_is_refused(tree):
+  with pytest.raises(config_lib.UserError, match='wanted a state dict'):
+    var_names.unwrap(tree)
+
+
+@pytest.mark.parametrize(
+  'blocks',
+  [{0: (3,), 2: (3,)}, {1: (3,)}, {0: (3,), 1: (4,)}],
+)
+def test_missing_blocks_are_refused(blocks):
+  state = {f'blocks.{i}.ffn.fc1.bias': np.zeros(s) for i, s in blocks.items()}
+  with pytest.raises(config_lib.UserError, match=r'ffn.fc1.bias is there for'):
+    var_names.to_flax(state)
+
+
+def test_a_block_without_one_tensor_is_refused():
+  state = {f'blocks.{i}.ffn.fc1.bias': np.zeros(3) for i in (0, 1)}
+  state['blocks.0.ffn.fc2.bias'] = np.zeros(3)
+  with pytest.raises(config_lib.UserError, match='fc2'):
+    var_names.to_flax(state)
