@@ -8,9 +8,16 @@ import var_golden
 
 from ddo_jax import config as config_lib
 from ddo_jax.convert import var_names
+from ddo_jax.models import var
+from ddo_jax.models import var_presets
 from ddo_jax.models import vqvae
 
 TINY = vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32)
+CASES = {
+  'var_adaln': {},
+  'var_shared': {'shared_modulation': True},
+  'var_nol2': {'l2_norm': False},
+}
 
 
 def check_round_trip(state, patch_nums, shapes):
@@ -60,6 +67,73 @@ def test_released_tokenizer():
     'decoder.up.1.upsample.conv.weight': (160, 160, 3, 3),
     'decoder.mid.attn_1.norm.weight': (640,),
     'post_quant_conv.weight': (32, 32, 3, 3),
+  }
+  assert {key: state[key].shape for key in shapes} == shapes
+
+
+def _var_shapes(config):
+  inputs = (1, sum(n * n for n in config.tokenizer.patch_nums) - 1)
+  return jax.eval_shape(
+    var.transformer(config).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1,), np.int32),
+    jax.ShapeDtypeStruct((*inputs, config.tokenizer.channels), np.float32),
+  )['params']
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+@pytest.mark.parametrize('case', CASES)
+def test_round_trip_of_the_transformer(case, dtype):
+  """var_*.npz: keys, and weights by their sums; constants made anew."""
+  golden = golden_io.load(f'{case}.npz')
+  options = {'num_classes': 10, 'depth': 2, 'width': 64, 'heads': 2}
+  config = var.VarConfig(TINY, **options, **CASES[case])
+  shapes = _var_shapes(config)
+  state = var_golden.weights(golden, shapes, case)
+  for key in state:
+    if not key.startswith(('lvl_1L', 'attn_bias')):
+      state[key] = state[key].astype(dtype)
+  check_round_trip(state, TINY.patch_nums, shapes)
+  level = state['lvl_1L'][0]
+  assert level.tolist() == [0] + [1] * 4 + [2] * 9 + [3] * 16
+  assert level.dtype == np.int64
+  bias = state['attn_bias_for_masking']
+  assert (bias.shape, bias.dtype) == ((1, 1, 30, 30), np.float32)
+  assert np.array_equal(bias[0, 0] == 0, var.mask(TINY.patch_nums))
+  assert set(np.unique(bias)) == {0, -np.inf}
+  # Blocks stand in their own order.
+  stacked = var_names.to_flax(state)['blocks']['ffn']['fc1']['bias']
+  np.testing.assert_array_equal(stacked[1], state['blocks.1.ffn.fc1.bias'])
+
+
+def test_eleven_blocks_are_in_numerical_order():
+  state = {f'blocks.{i}.ffn.fc1.bias': np.full(2, i) for i in range(11)}
+  stacked = var_names.to_flax(state)['blocks']['ffn']['fc1']['bias']
+  np.testing.assert_array_equal(stacked[:, 0], range(11))
+
+
+def test_released_transformer():
+  """220 tensors of d16, some of whose shapes are known."""
+  config = var_presets.get('var_d16')
+  state = official(_var_shapes(config), config.tokenizer.patch_nums)
+  assert len(state) == 12 + 13 * 16
+  shapes = {
+    'pos_start': (1, 1, 1024),
+    'pos_1LC': (1, 680, 1024),
+    'lvl_1L': (1, 680),
+    'attn_bias_for_masking': (1, 1, 680, 680),
+    'word_embed.weight': (1024, 32),
+    'class_emb.weight': (1001, 1024),
+    'lvl_embed.weight': (10, 1024),
+    'blocks.15.attn.scale_mul_1H11': (1, 16, 1, 1),
+    'blocks.15.attn.zero_k_bias': (1024,),
+    'blocks.15.attn.mat_qkv.weight': (3072, 1024),
+    'blocks.0.ffn.fc1.weight': (4096, 1024),
+    'blocks.0.ffn.fc2.weight': (1024, 4096),
+    'blocks.0.ada_lin.1.weight': (6144, 1024),
+    'head_nm.ada_lin.1.weight': (2048, 1024),
+    'head.weight': (4096, 1024),
   }
   assert {key: state[key].shape for key in shapes} == shapes
 

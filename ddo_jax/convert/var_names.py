@@ -36,13 +36,13 @@ _JOINED = (
   (re.compile(r'\b(down|up)\.(\d+)\.(\w+)\.(\w+)'), r'\1_\2_\3_\4'),
   (re.compile(r'\bmid\.'), 'mid_'),
   (re.compile(r'\bquant_resi\.qresi_ls\.'), 'qresi_ls_'),
-  (re.compile(r'\bada_lin\.1\.'), 'ada_lin.'),
+  (re.compile(r'ada_lin\.1\.'), 'ada_lin.'),
 )
 _SPLIT = (
   (re.compile(r'\b(down|up)_(\d+)_(\w+?)_(\w+)'), r'\1.\2.\3.\4'),
   (re.compile(r'\bmid_'), 'mid.'),
   (re.compile(r'\bqresi_ls_'), 'quant_resi.qresi_ls.'),
-  (re.compile(r'\bada_lin\.'), 'ada_lin.1.'),
+  (re.compile(r'ada_lin\.'), 'ada_lin.1.'),
 )
 
 
