@@ -191,6 +191,28 @@ def test_log_prob_is_that_of_the_logits():
   assert min(np.abs(g).max() for g in jax.tree.leaves(wanted[1])) > 0
 
 
+def test_log_ratio_is_zero_at_the_reference():
+  """Law 1: exactly so forward, and nearly inside the gradient's program."""
+  params = random_params(SMALL, 3)
+  reference = jax.tree.map(np.array, params)
+  args = (np.array([0, 2], np.int32), _small_inputs(2), np.zeros((2, 5), int))
+
+  def log_ratio(params, reference):
+    rows = [
+      SMALL.apply({'params': p}, *args, method='log_prob')
+      for p in (params, reference)
+    ]
+    return rows[0] - rows[1]
+
+  run = lambda p, q: (log_ratio(p, q), jax.vjp(log_ratio, p, q))
+  exact, (inside, _) = golden_io.jit(run)(params, reference)
+  np.testing.assert_array_equal(exact, 0)
+  np.testing.assert_allclose(inside, 0, atol=1e-5)
+  params['head']['bias'] += np.array([0.1, 0, 0], np.float32)
+  moved = golden_io.jit(log_ratio)(params, reference)
+  assert np.all(np.abs(moved) > 1e-3)
+
+
 def test_few_logits_are_held_at_once():
   """The compiled gradient needs less memory than one set of all logits."""
   model = var.Var((1, 2, 10), 65536, 2, width=8, depth=1, heads=1, chunk=7)
