@@ -102,7 +102,8 @@ def test_ties_of_the_filters():
   assert kept(logits, 2, 0.0) == [False, True, True, True, False]
   assert kept(logits, 1, 0.0) == [False, True, False, False, False]
   assert sum(kept(jnp.zeros((1, 4)), 0, 0.6)) == 3
-  assert sum(kept(jnp.zeros((1, 4)), 0, 1e-6)) == 1
+  assert sum(kept(jnp.zeros((1, 4)), 0, 0.75)) == 3
+  assert sum(kept(jnp.zeros((1, 4)), 0, 1e-9)) == 1
   assert all(kept(logits, 0, 1.0))
 
 

@@ -3,10 +3,12 @@
 import golden_io
 import jax
 import numpy as np
+import official_files
 import pytest
 import var_golden
 
 from ddo_jax import config as config_lib
+from ddo_jax.convert import torch_zip
 from ddo_jax.convert import var_names
 from ddo_jax.models import var
 from ddo_jax.models import var_presets
@@ -160,6 +162,40 @@ STATE = {'head.bias': np.arange(3)}
 )
 def test_every_layout_is_unwrapped(tree):
   assert var_names.unwrap(tree).keys() == STATE.keys()
+
+
+@pytest.mark.parametrize('layout', ['plain', 'var', 'cca', 'ddo'])
+def test_files(tmp_path, layout):
+  """Every program's file is read, and what is written is read alike."""
+  model = var.Var((1, 2), 3, 2, width=4, depth=2, heads=2)
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), np.zeros(1, int), np.zeros((1, 4, 3))
+  )['params']
+  draw = np.random.default_rng(0).normal
+  state = {
+    key: np.asarray(draw(size=leaf.shape), np.float32)
+    for key, leaf in official(shapes, (1, 2)).items()
+    if not key.startswith(('lvl_1L', 'attn_bias')) and 'zero_k' not in key
+  }
+  tensors = {key: official_files.Tensor(leaf) for key, leaf in state.items()}
+  config = {'patch_nums': (1, 2), 'resos': (16, 32), 'label_smooth': 0.0}
+  nested = {'config': config, 'var_wo_ddp': tensors}
+  tree = {
+    'plain': tensors,
+    'var': {'epoch': 1, 'trainer': nested | {'var_opt': {}}, 'args': {}},
+    'cca': {'epoch': 1, 'iter': 2, 'trainer': tensors, 'args': {}},
+    'ddo': nested,
+  }[layout]
+  official_files.zipped(tmp_path / 'theirs.pth', tree)
+  got = var_names.unwrap(torch_zip.read(tmp_path / 'theirs.pth'))
+  params = var_names.to_flax(got)
+  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+  written = var_names.to_official(params, (1, 2))
+  torch_zip.write(tmp_path / 'ours.pth', written)
+  again = torch_zip.read(tmp_path / 'ours.pth')
+  assert again.keys() == official(shapes, (1, 2)).keys()
+  for key, tensor in state.items():
+    assert again[key].tobytes() == tensor.tobytes(), key
 
 
 def test_the_tokenizer_of_a_trainers_file():
