@@ -135,7 +135,7 @@ def test_causality(shared):
 def test_probabilities_of_all_strings_sum_to_one():
   """Of each class, and without one; the tokens make their own inputs."""
   params = random_params(SMALL, 3, size=0.5)
-  quantizer = vqvae.Quantizer((1, 2), 3, 3, shared=1)
+  quantizer = vqvae.Quantizer((1, 2), 3, 3)
   strings = np.array(list(itertools.product(range(3), repeat=5)), np.int32)
   f = jax.ShapeDtypeStruct((1, 2, 2, 3), np.float32)
   shapes = jax.eval_shape(quantizer.init, jax.random.key(0), f)

@@ -21,7 +21,8 @@ from ddo_jax.models import vqvae_layers
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 256 px
 _CUBIC = -0.75  # of the bicubic kernel; jax.image's 'cubic' has −0.5
 _RESIDUAL = 0.5  # share of the convolution in φ
-# Which of 4 convolutions serves a scale. For ten scales, two lie midway and
+_CONVOLUTIONS = 4  # φ, shared by the scales
+# Which of them serves a scale. For ten scales, two lie midway and
 # are decided by rounding in the original program: a table is exact.
 _PHI = {
   4: (0, 1, 2, 3),
@@ -71,12 +72,11 @@ def resize(x: jax.Array, matrix: np.ndarray) -> jax.Array:
   return jnp.einsum('ih,bhwc,jw->bijc', matrix, x, matrix, precision='highest')
 
 
-def phi_index(scales: int, shared: int) -> tuple[int, ...]:
-  """Which of `shared` convolutions φ serves each scale."""
-  if shared == 4 and scales in _PHI:
+def phi_index(scales: int) -> tuple[int, ...]:
+  """Which of the convolutions φ serves each scale: the nearest in depth."""
+  if scales in _PHI:
     return _PHI[scales]
-  margin = 1 / (3 * shared) if shared == 4 else 1 / (2 * shared)
-  ticks = np.linspace(margin, 1 - margin, shared)
+  ticks = np.linspace(1 / 12, 11 / 12, _CONVOLUTIONS)
   ratio = np.arange(scales) / max(scales - 1, 1)
   nearest = np.abs(ticks[None, :] - ratio[:, None]).argmin(1)
   return tuple(int(k) for k in nearest)
@@ -97,19 +97,17 @@ class Quantizer(nn.Module):
     patch_nums: side n of each scale; the last is that of f.
     vocab: V, vectors in the codebook.
     channels: C, of a vector.
-    shared: convolutions φ.
   """
 
   patch_nums: tuple[int, ...]
   vocab: int
   channels: int
-  shared: int = 4
 
   def setup(self):
     self.embedding = nn.Embed(self.vocab, self.channels)
     self.qresi_ls = [
       nn.Conv(self.channels, (3, 3), padding=1, precision='highest')
-      for _ in range(self.shared)
+      for _ in range(_CONVOLUTIONS)
     ]
 
   def vectors(self) -> jax.Array:
@@ -131,7 +129,7 @@ class Quantizer(nn.Module):
     h = vectors.reshape(len(vectors), n, n, self.channels)
     if scale < len(self.patch_nums) - 1:
       h = resize(h, bicubic_matrix(n, size))
-    phi = self.qresi_ls[phi_index(len(self.patch_nums), self.shared)[scale]]
+    phi = self.qresi_ls[phi_index(len(self.patch_nums))[scale]]
     return (1 - _RESIDUAL) * h + _RESIDUAL * phi(h)
 
   def __call__(self, f: jax.Array) -> jax.Array:
@@ -195,7 +193,6 @@ class Vqvae(nn.Module):
     base: unit of width of encoder and decoder.
     mult: width of each level, in units.
     image_channels: of the image.
-    shared: see `Quantizer`.
   """
 
   patch_nums: tuple[int, ...]
@@ -204,16 +201,13 @@ class Vqvae(nn.Module):
   base: int
   mult: tuple[int, ...]
   image_channels: int = 3
-  shared: int = 4
 
   def setup(self):
     self.encoder = vqvae_layers.Encoder(self.channels, self.base, self.mult)
     self.decoder = vqvae_layers.Decoder(
       self.image_channels, self.base, self.mult
     )
-    self.quantize = Quantizer(
-      self.patch_nums, self.vocab, self.channels, self.shared
-    )
+    self.quantize = Quantizer(self.patch_nums, self.vocab, self.channels)
     self.quant_conv = nn.Conv(self.channels, (3, 3), padding=1)
     self.post_quant_conv = nn.Conv(self.channels, (3, 3), padding=1)
 
