@@ -16,28 +16,7 @@ from ddo_jax.models import var
 from ddo_jax.models import var_presets
 from ddo_jax.models import vqvae
 
-TINY = var.VarConfig(
-  tokenizer=vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32),
-  num_classes=10,
-  depth=2,
-  width=64,
-  heads=2,
-  chunk=7,  # does not divide the 30 tokens
-)
-CASES = {
-  'var_adaln': {},
-  'var_shared': {'shared_modulation': True},
-  'var_nol2': {'l2_norm': False},
-}
-
-
-@functools.lru_cache
-def shapes_of(model, channels):
-  length = sum(n * n for n in model.patch_nums)
-  label = jax.ShapeDtypeStruct((1,), np.int32)
-  inputs = jax.ShapeDtypeStruct((1, length - 1, channels), np.float32)
-  init = jax.eval_shape(model.init, jax.random.key(0), label, inputs)
-  return init['params']
+TINY = var_golden.CONFIG
 
 
 @functools.lru_cache
@@ -71,13 +50,12 @@ def _forward(model):
 
 @pytest.mark.golden
 @pytest.mark.parametrize('precision', ['f64', 'f32'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', var_golden.CASES)
 def test_network(case, precision):
   """var_*.npz: embedding, every block, logits, log-probabilities."""
   golden = golden_io.load(f'{case}.npz')
-  model = var.transformer(dataclasses.replace(TINY, **CASES[case]))
   with golden_io.precision(precision) as dtype:
-    params = var_golden.params(golden, shapes_of(model, 8), case, dtype)
+    model, params = var_golden.transformer(case, dtype)
     inputs = np.asarray(golden['var_input'], dtype)
     label, ids = golden['labels'].astype(np.int32), golden['ids']
     got, mean = _forward(model)(params, label, inputs, ids.astype(np.int32))
@@ -100,7 +78,7 @@ def random_params(model, channels, seed=0, size=0.3):
   draw = np.random.default_rng(seed).normal
   return jax.tree.map(
     lambda leaf: np.asarray(size * draw(size=leaf.shape), np.float32),
-    shapes_of(model, channels),
+    var_golden.var_shapes(model, channels),
   )
 
 
@@ -137,8 +115,7 @@ def test_probabilities_of_all_strings_sum_to_one():
   params = random_params(SMALL, 3, size=0.5)
   quantizer = vqvae.Quantizer((1, 2), 3, 3)
   strings = np.array(list(itertools.product(range(3), repeat=5)), np.int32)
-  f = jax.ShapeDtypeStruct((1, 2, 2, 3), np.float32)
-  shapes = jax.eval_shape(quantizer.init, jax.random.key(0), f)
+  shapes = var_golden.shapes(quantizer, (1, 2, 2, 3))
   draw = np.random.default_rng(3).normal
   weights = jax.tree.map(
     lambda s: np.asarray(draw(size=s.shape), np.float32), shapes
@@ -146,7 +123,9 @@ def test_probabilities_of_all_strings_sum_to_one():
 
   @golden_io.jit
   def log_prob(label):
-    inputs = quantizer.apply(weights, strings, method='accumulate')[1]
+    inputs = quantizer.apply({'params': weights}, strings, method='accumulate')[
+      1
+    ]
     return SMALL.apply(
       {'params': params}, label, inputs, strings, method='log_prob'
     )
@@ -216,7 +195,7 @@ def test_log_ratio_is_zero_at_the_reference():
 def test_few_logits_are_held_at_once():
   """The compiled gradient needs less memory than one set of all logits."""
   model = var.Var((1, 2, 10), 65536, 2, width=8, depth=1, heads=1, chunk=7)
-  shapes = shapes_of(model, 3)
+  shapes = var_golden.var_shapes(model, 3)
 
   def loss(params, label, inputs, ids):
     args = ({'params': params}, label, inputs, ids)
@@ -277,7 +256,7 @@ def test_initial_weights():
 def test_weight_decay():
   """Linear layers and the classes, nothing else."""
   config = dataclasses.replace(TINY, shared_modulation=True)
-  shapes = shapes_of(var.transformer(config), 8)
+  shapes = var_golden.var_shapes(var.transformer(config), 8)
   decays = jax.tree_util.tree_leaves_with_path(var.decay_mask(shapes))
   assert {'.'.join(e.key for e in path) for path, on in decays if on} == {
     'blocks.attn.mat_qkv.kernel',
@@ -318,14 +297,19 @@ def test_bfloat16_products_are_close():
 def test_parameters_of_the_released_models(name, count):
   config = var_presets.get(name)
   vqvae.build(config.tokenizer)
-  shapes = shapes_of(var.transformer(config), config.tokenizer.channels)
+  shapes = var_golden.var_shapes(
+    var.transformer(config), config.tokenizer.channels
+  )
   assert golden_io.count(shapes) == count
 
 
 def test_parameters_of_a_shared_modulation():
   config = dataclasses.replace(var_presets.get('var_d16'))
   config.shared_modulation = True
-  assert golden_io.count(shapes_of(var.transformer(config), 32)) == 215_917_824
+  assert (
+    golden_io.count(var_golden.var_shapes(var.transformer(config), 32))
+    == 215_917_824
+  )
 
 
 def test_presets_are_copies():

@@ -1,7 +1,6 @@
 """The tokenizer against the original's numbers."""
 
 import dataclasses
-import functools
 
 import golden_io
 import jax
@@ -12,13 +11,7 @@ import var_golden
 from ddo_jax import config as config_lib
 from ddo_jax.models import vqvae
 
-TINY = vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32)
-
-
-@functools.lru_cache
-def _shapes(model, *shape):
-  init = functools.partial(jax.eval_shape, model.init, jax.random.key(0))
-  return init(jax.ShapeDtypeStruct(shape, np.float32))['params']
+TINY = var_golden.TOKENIZER
 
 
 @pytest.mark.golden
@@ -65,7 +58,9 @@ def _quantize10(params, f):
 def test_ten_scales(precision):
   """quant10.npz: tokens exactly, every partial sum, the input."""
   golden = golden_io.load('quant10.npz')
-  shapes = _shapes(vqvae.Quantizer(vqvae.PATCH_NUMS, 64, 8), 2, 16, 16, 8)
+  shapes = var_golden.shapes(
+    vqvae.Quantizer(vqvae.PATCH_NUMS, 64, 8), (2, 16, 16, 8)
+  )
   with golden_io.precision(precision) as dtype:
     params = var_golden.params(golden, shapes, 'vq10', dtype)
     f = np.asarray(golden_io.nhwc(golden['f']), dtype)
@@ -93,9 +88,8 @@ def _tokenize(params, image):
 def test_tokenizer(precision, atol):
   """vq_tiny.npz: image to features, tokens, input, and back to the image."""
   golden = golden_io.load('vq_tiny.npz')
-  shapes = _shapes(vqvae.build(TINY), 4, 64, 64, 3)
   with golden_io.precision(precision) as dtype:
-    params = var_golden.params(golden, shapes, 'vq', dtype)
+    _, params = var_golden.tokenizer(dtype)
     image = golden_io.nhwc(golden['images_u8']).astype(dtype) / 255 * 2 - 1
     got, decoded = _tokenize(params, image.astype(dtype))
     assert got['f'].dtype == decoded.dtype == dtype
@@ -115,7 +109,7 @@ def test_tokenizer(precision, atol):
 
 def test_parameters_of_the_released_tokenizer():
   """vae_ch160v4096z32, part by part."""
-  shapes = _shapes(vqvae.build(vqvae.VqvaeConfig()), 1, 256, 256, 3)
+  shapes = var_golden.vqvae_shapes(vqvae.VqvaeConfig())
   assert {name: golden_io.count(part) for name, part in shapes.items()} == {
     'encoder': 44_107_872,
     'decoder': 64_653_923,

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-import test_models_var
 import var_golden
 
 from ddo_jax import ddo
 from ddo_jax.convert import var_names
 from ddo_jax.models import var
-from ddo_jax.models import vqvae
 
 
 def _mean_of(terms, divisor):
@@ -92,13 +90,13 @@ def test_unlearning_is_linear():
   np.testing.assert_array_equal(second, [-4, -5, 300])
 
 
-CONFIG = test_models_var.TINY
+CONFIG = var_golden.CONFIG
 
 
 def _weights(dtype):
   """Flax params of θ and of the reference."""
   golden = golden_io.load('var_adaln.npz')
-  shapes = test_models_var.shapes_of(var.transformer(CONFIG), 8)
+  shapes = var_golden.var_shapes(var.transformer(CONFIG), 8)
   state = var_golden.weights(golden, shapes, 'var_adaln')
   away = {}
   for key, tensor in state.items():
@@ -226,11 +224,7 @@ def test_steps_of_the_network(precision):
 def test_fakes_are_encoded_from_pixels():
   """var_losses.npz: sampled tokens, image, and the tokens of the image."""
   golden = golden_io.load('var_losses.npz')
-  model = vqvae.build(CONFIG.tokenizer)
-  image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
-  frozen = golden_io.load('vq_tiny.npz')
-  frozen = var_golden.params(frozen, shapes, 'vq', np.float32)
+  model, frozen = var_golden.tokenizer(np.float32)
 
   @golden_io.jit
   def run(frozen, ids):

@@ -15,13 +15,6 @@ from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.samplers import scalewise
 
-CASES = {
-  'var_adaln': {},
-  'var_shared': {'shared_modulation': True},
-  'var_nol2': {'l2_norm': False},
-}
-TINY = vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32)
-
 
 def _recorded(sampler, stages, label, keys):
   """Tokens, f̂ and the logits [B,L,V] that the filters were given."""
@@ -35,27 +28,8 @@ def _recorded(sampler, stages, label, keys):
   return ids, f_hat, jnp.concatenate(seen, axis=1)
 
 
-def _shapes(model, *rows):
-  shapes = [jax.ShapeDtypeStruct(*row) for row in rows]
-  return jax.eval_shape(model.init, jax.random.key(0), *shapes)['params']
-
-
-def _golden_models(case, dtype):
-  config = var.VarConfig(
-    TINY, num_classes=10, depth=2, width=64, heads=2, **CASES[case]
-  )
-  model, tokenizer = var.transformer(config), vqvae.build(TINY)
-  rows = (((1,), np.int32), ((1, 29, 8), np.float32))
-  golden = golden_io.load(f'{case}.npz')
-  params = var_golden.params(golden, _shapes(model, *rows), case, dtype)
-  shapes = _shapes(tokenizer, ((1, 64, 64, 3), np.float32))
-  frozen = golden_io.load('vq_tiny.npz')
-  frozen = var_golden.params(frozen, shapes, 'vq', dtype)
-  return model, tokenizer, params, frozen
-
-
 @pytest.mark.golden
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', var_golden.CASES)
 def test_greedy_sampling(case):
   """var_*.npz: tokens, guided logits and f̂, a strength each."""
   golden = golden_io.load(f'{case}.npz')
@@ -63,7 +37,8 @@ def test_greedy_sampling(case):
   keys = jax.random.split(jax.random.key(0), 3)
   guidance = {'var_adaln': 1.5, 'var_shared': 0, 'var_nol2': 1}[case]
   with golden_io.precision('f64') as dtype:
-    model, tokenizer, params, frozen = _golden_models(case, dtype)
+    model, params = var_golden.transformer(case, dtype)
+    tokenizer, frozen = var_golden.tokenizer(dtype)
 
     @golden_io.jit
     def run(params, frozen):
@@ -131,11 +106,10 @@ BOOK = vqvae.Quantizer((1, 2, 3), 7, 4)
 @functools.lru_cache
 def _small():
   """A small model's stages, random, and its teacher-forced logits."""
-  rows = (((1,), np.int32), ((1, 13, 4), np.float32))
   draw = np.random.default_rng(0).normal
   fill = lambda s: np.asarray(0.4 * draw(size=s.shape), np.float32)
-  params = jax.tree.map(fill, _shapes(SMALL, *rows))
-  frozen = _shapes(BOOK, ((1, 3, 3, 4), np.float32))
+  params = jax.tree.map(fill, var_golden.var_shapes(SMALL, 4))
+  frozen = var_golden.shapes(BOOK, (1, 3, 3, 4))
   frozen = jax.tree.map(lambda s: 3 * fill(s), frozen)
   stages = scalewise.bind(SMALL, BOOK, params, frozen)
 

@@ -14,12 +14,7 @@ from ddo_jax.models import var
 from ddo_jax.models import var_presets
 from ddo_jax.models import vqvae
 
-TINY = vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32)
-CASES = {
-  'var_adaln': {},
-  'var_shared': {'shared_modulation': True},
-  'var_nol2': {'l2_norm': False},
-}
+TINY = var_golden.TOKENIZER
 
 
 def check_round_trip(state, patch_nums, shapes):
@@ -34,28 +29,24 @@ def check_round_trip(state, patch_nums, shapes):
     np.testing.assert_array_equal(back[key], tensor, err_msg=key)
 
 
-def _shapes(config):
-  image = jax.ShapeDtypeStruct((1, *config.image_shape), np.float32)
-  model = vqvae.build(config)
-  return jax.eval_shape(model.init, jax.random.key(0), image)['params']
-
-
 @pytest.mark.golden
 def test_round_trip_of_the_tokenizer():
   """vq_tiny.npz: keys, and weights by their sums."""
   golden = golden_io.load('vq_tiny.npz')
-  state = var_golden.weights(golden, _shapes(TINY), 'vq')
-  check_round_trip(state, TINY.patch_nums, _shapes(TINY))
+  state = var_golden.weights(golden, var_golden.vqvae_shapes(TINY), 'vq')
+  check_round_trip(state, TINY.patch_nums, var_golden.vqvae_shapes(TINY))
   # A statistic of training is not carried over.
   statistic = np.ones((4, 64), np.float32)
   params = var_names.to_flax(state | {'quantize.ema_vocab_hit_SV': statistic})
-  assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, _shapes(TINY))
+  assert jax.tree.map(np.shape, params) == jax.tree.map(
+    np.shape, var_golden.vqvae_shapes(TINY)
+  )
 
 
 def test_released_tokenizer():
   """324 tensors, some of whose shapes are known."""
   config = vqvae.VqvaeConfig()
-  state = official(_shapes(config), config.patch_nums)
+  state = official(var_golden.vqvae_shapes(config), config.patch_nums)
   assert len(state) == 324
   shapes = {
     'quantize.embedding.weight': (4096, 32),
@@ -74,24 +65,17 @@ def test_released_tokenizer():
 
 
 def _var_shapes(config):
-  inputs = (1, sum(n * n for n in config.tokenizer.patch_nums) - 1)
-  return jax.eval_shape(
-    var.transformer(config).init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1,), np.int32),
-    jax.ShapeDtypeStruct((*inputs, config.tokenizer.channels), np.float32),
-  )['params']
+  model = var.transformer(config)
+  return var_golden.var_shapes(model, config.tokenizer.channels)
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', var_golden.CASES)
 def test_round_trip_of_the_transformer(case, dtype):
   """var_*.npz: keys, and weights by their sums; constants made anew."""
   golden = golden_io.load(f'{case}.npz')
-  options = {'num_classes': 10, 'depth': 2, 'width': 64, 'heads': 2}
-  config = var.VarConfig(TINY, **options, **CASES[case])
-  shapes = _var_shapes(config)
+  shapes = _var_shapes(var_golden.CASES[case])
   state = var_golden.weights(golden, shapes, case)
   for key in state:
     if not key.startswith(('lvl_1L', 'attn_bias')):
@@ -168,9 +152,7 @@ def test_every_layout_is_unwrapped(tree):
 def test_files(tmp_path, layout):
   """Every program's file is read, and what is written is read alike."""
   model = var.Var((1, 2), 3, 2, width=4, depth=2, heads=2)
-  shapes = jax.eval_shape(
-    model.init, jax.random.key(0), np.zeros(1, int), np.zeros((1, 4, 3))
-  )['params']
+  shapes = var_golden.var_shapes(model, 3)
   draw = np.random.default_rng(0).normal
   state = {
     key: np.asarray(draw(size=leaf.shape), np.float32)
