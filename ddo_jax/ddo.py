@@ -65,6 +65,84 @@ def per_example_loss(
   return real, fake
 
 
+def contrast_weights(
+  dropped: jax.Array,
+  label: jax.Array,
+  other_label: jax.Array,
+  weight: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Weights and signs of CCA's second rows: images under another's label.
+
+  Condition contrastive alignment (Chen et al. 2024) needs no samples: its
+  negatives are the real images with the labels of their neighbours. A row
+  that lost its label, or whose neighbour has the same one, is a positive.
+
+  Args:
+    dropped: [B] bool, true where the label was dropped at random.
+    label: [B] the images' labels, after the drop.
+    other_label: [B] the neighbours', dropped in the same rows.
+    weight: [] λ of the negatives.
+
+  Returns:
+    ([B], [B]): (1, +1) for positives, (λ, −1) for negatives.
+  """
+  positive = dropped | (label == other_label)
+  return jnp.where(positive, 1.0, weight), jnp.where(positive, 1.0, -1.0)
+
+
+def contrastive_loss(
+  log_ratio: jax.Array,
+  log_ratio_other: jax.Array,
+  weight: jax.Array,
+  sign: jax.Array,
+  beta: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """The two terms of CCA; divide their means by `normalizer` of λ.
+
+  With no label dropped as published, all rows count as negatives and nothing
+  is divided: that is `per_example_loss` with weights 1 and λ.
+
+  Args:
+    log_ratio: [B] r of images under their labels [nats].
+    log_ratio_other: [B] r of the images under the other labels [nats].
+    weight: [B] see `contrast_weights`.
+    sign: [B] see `contrast_weights`.
+    beta: [] scale β of the log-ratio.
+
+  Returns:
+    ([B], [B]): −log σ(β r) and −w log σ(±β r_other).
+  """
+  chex.assert_equal_shape([log_ratio, log_ratio_other, weight, sign])
+  first = jax.nn.softplus(-beta * log_ratio)
+  return first, weight * jax.nn.softplus(-beta * sign * log_ratio_other)
+
+
+def preference_loss(
+  log_ratio: jax.Array, log_ratio_other: jax.Array, beta: jax.Array
+) -> jax.Array:
+  """[B] the form of DPO (Rafailov et al. 2023), −log σ(β (r − r_other)).
+
+  Only the margin counts: both log-ratios may fall without end. Arguments as
+  for `contrastive_loss`; β 0.02 as there.
+  """
+  chex.assert_equal_shape([log_ratio, log_ratio_other])
+  return jax.nn.softplus(-beta * (log_ratio - log_ratio_other))
+
+
+def unlearning_loss(
+  log_ratio: jax.Array,
+  log_ratio_other: jax.Array,
+  weight: jax.Array,
+  sign: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """([B], [B]): −r and −(±w r_other), unbounded below: no sigmoid brakes it.
+
+  Arguments as for `contrastive_loss`.
+  """
+  chex.assert_equal_shape([log_ratio, log_ratio_other, weight, sign])
+  return -log_ratio, -sign * weight * log_ratio_other
+
+
 def normalizer(alpha: jax.Array, normalize: bool) -> jax.Array:
   """What the loss is divided by: max(α, 1) for VAR as published, else 1."""
   return jnp.maximum(alpha, 1.0) if normalize else jnp.ones_like(alpha)

@@ -1,0 +1,203 @@
+"""Official names and layouts of VAR's and its tokenizer's tensors.
+
+Transformer: 'blocks.3.ffn.fc1.weight' is row 3 of ('blocks', 'ffn', 'fc1',
+'kernel'), since Flax scans over the stacked blocks. Tokenizer:
+'encoder.down.0.block.1.conv1.weight' is ('encoder', 'down_0_block_1',
+'conv1', 'kernel'). Convolutions [out, in, h, w] become [h, w, in, out], linear
+layers [out, in] become [in, out]; parameters of no layer keep their shape.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import re
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+
+from ddo_jax import config as config_lib
+
+Path = tuple[str, ...]
+State = dict[str, np.ndarray]
+# Constants among the official tensors: not read, made anew.
+_BUFFERS = (
+  'zero_k_bias',
+  'attn_bias_for_masking',
+  'lvl_1L',
+  'ema_vocab_hit_SV',
+)
+_EMBEDDINGS = ('class_emb', 'lvl_embed', 'embedding')
+_WRAPPERS = ('_orig_mod.', 'module.')
+_TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
+_TO_OFFICIAL = {4: (3, 2, 0, 1), 2: (1, 0)}
+_BLOCK = re.compile(r'blocks\.(\d+)\.(.+)')
+# Dots that Flax has as '_': in the tokenizer's levels and its φ.
+_JOINED = (
+  (re.compile(r'\b(down|up)\.(\d+)\.(\w+)\.(\w+)'), r'\1_\2_\3_\4'),
+  (re.compile(r'\bmid\.'), 'mid_'),
+  (re.compile(r'\bquant_resi\.qresi_ls\.'), 'qresi_ls_'),
+  (re.compile(r'ada_lin\.1\.'), 'ada_lin.'),
+)
+_SPLIT = (
+  (re.compile(r'\b(down|up)_(\d+)_(\w+?)_(\w+)'), r'\1.\2.\3.\4'),
+  (re.compile(r'\bmid_'), 'mid.'),
+  (re.compile(r'\bqresi_ls_'), 'quant_resi.qresi_ls.'),
+  (re.compile(r'ada_lin\.'), 'ada_lin.1.'),
+)
+
+
+def _is_state(tree: Any) -> bool:
+  return (
+    isinstance(tree, Mapping)
+    and bool(tree)
+    and all(isinstance(leaf, np.ndarray) for leaf in tree.values())
+  )
+
+
+def unwrap(tree: Any, part: str = 'var_wo_ddp') -> State:
+  """The state dict inside of what a program saved.
+
+  Released files are state dicts. VAR's trainer saves {'trainer': {part: …}},
+  CCA's {'trainer': …}, DDO's {part: …}.
+
+  Args:
+    tree: as read from the file.
+    part: 'var_wo_ddp' for the transformer, 'vae_local' for the tokenizer.
+
+  Returns:
+    Official key -> tensor, without the wrappers' prefixes.
+
+  Raises:
+    config.UserError: there is no state dict.
+  """
+  for name in ('trainer', part):
+    if isinstance(tree, Mapping) and name in tree:
+      tree = tree[name]
+  if not _is_state(tree):
+    got = sorted(map(str, tree)) if isinstance(tree, Mapping) else tree
+    raise config_lib.UserError(
+      f'the file holds {str(got)[:200]}; wanted a state dict of tensors, plain'
+      f" or under 'trainer' and {part!r}: is it a checkpoint of VAR?"
+    )
+  state = {}
+  for key, tensor in tree.items():
+    for prefix in _WRAPPERS:
+      key = key.removeprefix(prefix)
+    state[key] = tensor
+  return state
+
+
+def _to_path(key: str, ndim: int) -> Path:
+  for pattern, replacement in _JOINED:
+    key = pattern.sub(replacement, key)
+  *modules, leaf = key.split('.')
+  if leaf == 'weight':
+    leaf = 'kernel' if ndim > 1 else 'scale'
+    if modules[-1] in _EMBEDDINGS:
+      leaf = 'embedding'
+  return (*modules, leaf)
+
+
+def _to_key(path: Path) -> str:
+  *modules, leaf = path
+  if leaf in ('kernel', 'scale', 'embedding'):
+    leaf = 'weight'
+  key = '.'.join([*modules, leaf])
+  for pattern, replacement in _SPLIT:
+    key = pattern.sub(replacement, key)
+  return key
+
+
+def _transposed(tensor: np.ndarray, leaf: str, axes: Mapping) -> np.ndarray:
+  return np.transpose(tensor, axes[tensor.ndim]) if leaf == 'kernel' else tensor
+
+
+def _stack(key: str, rows: Mapping[int, np.ndarray], depth: int) -> np.ndarray:
+  """Blocks 0 … depth−1 of one tensor as an array [depth, ...]."""
+  shapes = {row.shape for row in rows.values()}
+  if sorted(rows) != list(range(depth)) or len(shapes) != 1:
+    raise config_lib.UserError(
+      f'{key} is there for blocks {sorted(rows)}, in shapes {sorted(shapes)};'
+      f' wanted one shape for each of {depth} blocks: the file is not whole'
+    )
+  return np.stack([rows[i] for i in range(depth)])
+
+
+def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Flax params of an official state dict, dtypes kept.
+
+  Args:
+    state: official key -> tensor; of a transformer or of a tokenizer, see
+      `unwrap`. Constants in it are left out.
+
+  Raises:
+    config.UserError: blocks are missing or of different shapes.
+  """
+  flat, blocks = {}, {}
+  for key, tensor in state.items():
+    if key.rpartition('.')[2] in _BUFFERS:
+      continue
+    match = _BLOCK.fullmatch(key)
+    path = _to_path(match[2] if match else key, tensor.ndim)
+    tensor = _transposed(tensor, path[-1], _TO_FLAX)
+    if match:
+      blocks.setdefault(('blocks', *path), {})[int(match[1])] = tensor
+    else:
+      flat[path] = tensor
+  depth = 1 + max((i for rows in blocks.values() for i in rows), default=-1)
+  for path, rows in blocks.items():
+    flat[path] = _stack('.'.join(path), rows, depth)
+  return traverse_util.unflatten_dict(flat)
+
+
+def to_official(
+  params: Mapping[str, Any], patch_nums: Sequence[int]
+) -> dict[str, np.ndarray]:
+  """The official state dict of params; inverts `to_flax`.
+
+  Args:
+    params: of `var.Var` or of `vqvae.Vqvae`.
+    patch_nums: of the model; the constants are made from it.
+
+  Returns:
+    Official key -> tensor, dtypes kept, contiguous; with the constants, of
+    which the codebook's statistic of use is zeros.
+  """
+  state = {}
+
+  def put(path, tensor):
+    tensor = _transposed(tensor, path[-1], _TO_OFFICIAL)
+    state[_to_key(path)] = np.require(tensor, requirements='C')
+
+  for path, leaf in traverse_util.flatten_dict(dict(params)).items():
+    leaf = np.asarray(leaf)
+    if path[0] == 'blocks':
+      for i, row in enumerate(leaf):
+        put(('blocks', str(i), *path[1:]), row)
+    else:
+      put(path, leaf)
+  buffers = _transformer_buffers if 'blocks' in params else _tokenizer_buffers
+  return state | buffers(state, patch_nums)
+
+
+def _transformer_buffers(state: State, patch_nums: Sequence[int]) -> State:
+  squares = np.square(np.asarray(patch_nums, np.int64))
+  level = np.repeat(np.arange(len(squares)), squares)
+  mask = np.where(level[:, None] >= level[None, :], 0, -np.inf)
+  buffers = {
+    'lvl_1L': level[None].astype(np.int64),
+    'attn_bias_for_masking': mask[None, None].astype(np.float32),
+  }
+  for key, bias in state.items():
+    if key.endswith('.q_bias'):
+      name = key.replace('q_bias', 'zero_k_bias')
+      buffers[name] = np.zeros_like(bias)
+  return buffers
+
+
+def _tokenizer_buffers(state: State, patch_nums: Sequence[int]) -> State:
+  key = 'quantize.embedding.weight'
+  if key not in state:
+    return {}
+  shape = (len(patch_nums), len(state[key]))
+  return {'quantize.ema_vocab_hit_SV': np.zeros(shape, np.float32)}

@@ -1,0 +1,40 @@
+"""The released VAR models, under their released names."""
+
+import copy
+
+from ddo_jax import config as config_lib
+from ddo_jax.models import var
+from ddo_jax.models import vqvae
+
+_512 = vqvae.VqvaeConfig(
+  image_shape=(512, 512, 3), patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+)
+
+
+def _sized(depth: int, gate_init: float, **options) -> var.VarConfig:
+  return var.VarConfig(
+    depth=depth, width=64 * depth, heads=depth, gate_init=gate_init, **options
+  )
+
+
+VAR = {
+  'var_d16': _sized(16, 1e-3),
+  'var_d20': _sized(20, 1e-3),
+  'var_d24': _sized(24, 1e-4),
+  'var_d30': _sized(30, 1e-5),
+  # Its fresh gates are not published: those of d30.
+  'var_d36': _sized(36, 1e-5, tokenizer=_512, shared_modulation=True),
+}
+
+
+def get(name: str) -> var.VarConfig:
+  """A copy of the config of a released model.
+
+  Raises:
+    config.UserError: no such name; lists the known ones.
+  """
+  if name not in VAR:
+    raise config_lib.UserError(
+      f'no released model is called {name!r}; known: {", ".join(VAR)}'
+    )
+  return copy.deepcopy(VAR[name])
