@@ -174,7 +174,7 @@ def test_raw_latents_of_images(autoencoder):
 
 
 def test_images_need_the_autoencoder():
-  with pytest.raises(config.UserError, match='vae_names'):
+  with pytest.raises(config.UserError, match=r'config\.vae_from'):
     LATENTS.render({'guide': {}}, raw_latents(1))
 
 
