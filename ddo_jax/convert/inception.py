@@ -16,7 +16,6 @@ from typing import Any
 from flax import traverse_util
 import numpy as np
 
-from ddo_jax import config
 from ddo_jax.convert import files
 from ddo_jax.convert import graph_def
 from ddo_jax.convert import pickle_reader
@@ -232,18 +231,6 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(f'the suffix {path.suffix!r} tells no known layout')
 
 
-def _default(folder: pathlib.Path) -> pathlib.Path:
-  """The file in the folder, a converted one first."""
-  for name in (CACHED, *PUBLISHED):
-    if (folder / name).is_file():
-      return folder / name
-  raise config.UserError(
-    f'no Inception weights in {folder}; fetch one of {", ".join(PUBLISHED)}'
-    ' (pytorch-fid, torch-fidelity, NVIDIA or TensorFlow publish them) and'
-    ' put it there, or give its path'
-  )
-
-
 def load(
   path: pathlib.Path | None = None, folder: pathlib.Path = FOLDER
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -265,7 +252,10 @@ def load(
       to put it), or it is damaged or of another network.
   """
   folder = folder.expanduser()
-  path = _default(folder) if path is None else path.expanduser()
+  if path is None:
+    names = (CACHED, *PUBLISHED)
+    path = files.first_of(folder, names, 'Inception weights')
+  path = path.expanduser()
   origin = provenance.describe(path, licence=LICENCE) if path.is_file() else {}
   state = _read(path)
   wanted = f'the Inception of 2015-12-05: one of {", ".join(PUBLISHED)}'

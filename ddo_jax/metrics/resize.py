@@ -20,8 +20,8 @@ from ddo_jax import config
 # EDM2, OpenAI). 'half_pixel': PyTorch's interpolate (pytorch-fid).
 Bilinear = Literal['tf1', 'half_pixel']
 
-_KERNEL_A = -0.5  # Keys' cubic, as PyTorch's antialiased resize takes it
-_KERNEL_REACH = 2.0
+_ANTIALIASED, _PLAIN = -0.5, -0.75  # Keys' a, as PyTorch takes it in each
+_REACH = 2.0  # of Keys' kernel, in pixels
 
 
 class Table(NamedTuple):
@@ -76,13 +76,12 @@ def bilinear(images: jax.Array, out: int, rule: Bilinear = 'tf1') -> jax.Array:
   return images
 
 
-def _cubic(x: np.ndarray) -> np.ndarray:
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
   """Keys' kernel; 0 at a distance of two pixels and beyond."""
   x = np.abs(x)
-  a = _KERNEL_A
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = (((x - 5) * x + 8) * x - 4) * a
-  return np.where(x < 1, near, np.where(x < _KERNEL_REACH, far, 0))
+  return np.where(x < 1, near, np.where(x < _REACH, far, 0))
 
 
 @functools.cache
@@ -98,12 +97,33 @@ def bicubic_matrix(size: int, out: int) -> np.ndarray:
   matrix = np.zeros((out, size))
   for i in range(out):
     centre = scale * (i + 0.5)
-    reach = _KERNEL_REACH * width
+    reach = _REACH * width
     first = max(int(centre - reach + 0.5), 0)
     last = min(int(centre + reach + 0.5), size)
     taps = np.arange(first, last)
-    weights = _cubic((taps - centre + 0.5) / width)
+    weights = _cubic((taps - centre + 0.5) / width, _ANTIALIASED)
     matrix[i, first:last] = weights / weights.sum()
+  return matrix
+
+
+@functools.cache
+def bicubic_point_matrix(size: int, out: int, scale: float) -> np.ndarray:
+  """Bicubic interpolation along an axis without antialiasing, PyTorch's.
+
+  Args:
+    size: numbers that there are.
+    out: numbers wanted.
+    scale: out/size, or what the caller's program says instead of it.
+
+  Returns:
+    [out, size] float64; beyond the border the border repeats.
+  """
+  matrix = np.zeros((out, size))
+  for i in range(out):
+    centre = (i + 0.5) / scale - 0.5
+    taps = int(np.floor(centre)) + np.arange(-1, 3)
+    weights = _cubic(taps - centre, _PLAIN)
+    np.add.at(matrix[i], np.clip(taps, 0, size - 1), weights)
   return matrix
 
 
