@@ -25,7 +25,7 @@ FLOORS = {
     'records',
     'samplers',
   ),
-  2: ('likelihood',),
+  2: ('likelihood', 'protocols'),
   3: ('models',),
   4: ('train_state', 'data', 'datasets', 'convert'),
   5: ('fakes', 'train_step'),

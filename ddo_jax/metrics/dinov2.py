@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config
 from ddo_jax.metrics import resize
 
 SIDE = 224  # pixels of the network's input
@@ -128,13 +127,7 @@ def preprocess(images: jax.Array) -> jax.Array:
   Raises:
     UserError: if the images have another shape or type.
   """
-  known = images.dtype in (jnp.uint8, jnp.float32)
-  if images.ndim != 4 or images.shape[-1] != 3 or not known:
-    raise config.UserError(
-      f'images are {images.dtype} {images.shape}; wanted [B,H,W,3] uint8 or '
-      'float32 from 0 to 255: repeat the channel of grey images three times'
-    )
-  x = resize.bicubic(images.astype(jnp.float32), SIDE) / 255
+  x = resize.bicubic(resize.check_images(images), SIDE) / 255
   return (x - _MEAN[None, None, None]) / _SD[None, None, None]
 
 

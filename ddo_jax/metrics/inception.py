@@ -16,7 +16,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config
 from ddo_jax.metrics import resize
 
 SIDE = 299  # pixels of the network's input
@@ -239,13 +238,7 @@ def preprocess(images: jax.Array, rule: resize.Bilinear = 'tf1') -> jax.Array:
   Raises:
     UserError: if the images have another shape or type.
   """
-  known = images.dtype in (jnp.uint8, jnp.float32)
-  if images.ndim != 4 or images.shape[-1] != 3 or not known:
-    raise config.UserError(
-      f'images are {images.dtype} {images.shape}; wanted [B,H,W,3] uint8 or '
-      'float32 from 0 to 255: repeat the channel of grey images three times'
-    )
-  x = images.astype(jnp.float32)
+  x = resize.check_images(images)
   if rule == 'half_pixel':
     return 2 * resize.bilinear(x / 255, SIDE, rule) - 1
   return (resize.bilinear(x, SIDE, rule) - 128) / 128

@@ -24,6 +24,21 @@ _ANTIALIASED, _PLAIN = -0.5, -0.75  # Keys' a, as PyTorch takes it in each
 _REACH = 2.0  # of Keys' kernel, in pixels
 
 
+def check_images(images: jax.Array) -> jax.Array:
+  """Returns raw images [B,H,W,3] of 0 to 255 as float32.
+
+  Raises:
+    UserError: if they are neither uint8 nor float32, or of another shape.
+  """
+  known = images.dtype in (jnp.uint8, jnp.float32)
+  if images.ndim != 4 or images.shape[-1] != 3 or not known:
+    raise config.UserError(
+      f'images are {images.dtype} {images.shape}; wanted [B,H,W,3] uint8 or '
+      'float32 from 0 to 255: repeat the channel of grey images three times'
+    )
+  return images.astype(jnp.float32)
+
+
 class Table(NamedTuple):
   """Linear interpolation along an axis: v[lo] + (v[hi] - v[lo])·fraction.
 
