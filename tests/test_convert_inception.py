@@ -260,3 +260,23 @@ def test_damaged_graphs_are_refused(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(config.UserError, match=re.escape(said)):
       graph_def.read(path)
+
+
+def test_random_damage_to_a_graph_never_escapes(tmp_path):
+  random = np.random.default_rng(0)
+  path = tmp_path / 'x.pb'
+  good = node('a', tensor(np.ones((2, 3)))) + node('b', tensor(np.ones(4)))
+  refused = 0
+  for _ in range(400):
+    raw = bytearray(good[: random.integers(1, len(good) + 1)])
+    for _ in range(random.integers(0, 4)):
+      raw[random.integers(len(raw))] = random.integers(256)
+    path.write_bytes(raw)
+    try:
+      arrays = graph_def.read(path)
+    except config.UserError as error:
+      assert '\n' not in str(error)
+      refused += 1
+    else:
+      assert all(x.dtype == np.float32 for x in arrays.values())
+  assert 200 < refused < 400

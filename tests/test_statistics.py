@@ -12,6 +12,7 @@ from ddo_jax.metrics import frechet
 from ddo_jax.metrics import statistics
 
 WIDTH = 24
+BLOCK = statistics.BLOCK
 
 
 def features(n, seed=0):
@@ -37,10 +38,10 @@ def assert_equal(a, b):
 
 
 def test_sums_are_those_of_all_rows():
-  rows = features(1_700)
+  rows = features(5_000)
   got = accumulate(rows).statistics()
   whole = frechet.Statistics.of(rows)
-  assert got.n == 1_700
+  assert got.n == 5_000
   np.testing.assert_allclose(got.mean, whole.mean, rtol=1e-14)
   np.testing.assert_allclose(got.outer, whole.outer, rtol=1e-14)
   wide = np.cov(rows.astype(np.float64), rowvar=False)
@@ -48,10 +49,10 @@ def test_sums_are_those_of_all_rows():
   assert abs(frechet.distance(got, got)) < 1e-9
 
 
-@pytest.mark.parametrize('batch', [1, 7, 512, 5_000])
+@pytest.mark.parametrize('batch', [3, 7, 512, 9_000])
 def test_batch_size_and_order_change_no_bit(batch):
-  rows = features(1_700)
-  ids = np.random.default_rng(1).permutation(1_700)
+  rows = features(5_000)
+  ids = np.random.default_rng(1).permutation(5_000)
   assert_equal(accumulate(rows, ids, batch), accumulate(rows))
 
 
@@ -68,8 +69,8 @@ def test_plain_sums_would_change():
 @pytest.mark.parametrize('processes', [2, 3])
 @pytest.mark.parametrize('contiguous', [True, False])
 def test_processes_change_no_bit(processes, contiguous):
-  rows = features(3_000)
-  ids = np.arange(3_000)
+  rows = features(9_000)
+  ids = np.arange(9_000)
   cut = np.array_split(ids, processes)
   if not contiguous:
     cut = [ids[p::processes] for p in range(processes)]
@@ -82,22 +83,24 @@ def test_processes_change_no_bit(processes, contiguous):
 
 
 def test_a_kill_and_a_resume_change_no_bit(tmp_path):
-  rows = features(2_100)
-  order = np.random.default_rng(2).permutation(2_100)
+  rows = features(6_500)
+  order = np.random.default_rng(2).permutation(6_500)
   path = tmp_path / 'a' / 'sums.npz'
-  accumulate(rows, order[:1_234]).save(path, {'network': 'x'})
+  accumulate(rows, order[:4_321]).save(path, {'network': 'x'})
   sums, provenance = statistics.Accumulator.load(path)
-  assert provenance == {'network': 'x'} and sums.n == 1_234
-  owed = sums.missing(2_100)
-  np.testing.assert_array_equal(owed, np.sort(order[1_234:]))
+  assert provenance == {'network': 'x'} and sums.n == 4_321
+  owed = sums.missing(6_500)
+  np.testing.assert_array_equal(owed, np.sort(order[4_321:]))
   sums.add(owed, rows[owed])
-  assert sums.missing(2_100).size == 0
+  assert sums.missing(6_500).size == 0
   assert_equal(sums, accumulate(rows))
   assert list(path.parent.iterdir()) == [path]
 
 
 def test_threads_of_blas_change_no_bit():
-  rows = np.concatenate([features(600, seed) for seed in range(9)], axis=1)
+  rows = np.concatenate(
+    [features(BLOCK + 99, seed) for seed in range(9)], axis=1
+  )
   with threadpoolctl.threadpool_limits(1):
     one = accumulate(rows)
   assert_equal(one, accumulate(rows))
@@ -155,14 +158,16 @@ def test_a_covariance_of_too_few_rows_is_named():
 
 
 def test_mistakes_raise():
-  sums = accumulate(features(600))
+  sums = accumulate(features(BLOCK + 88))
   rows = features(3)
   with pytest.raises(config.UserError, match='image 5 comes twice'):
     sums.add(np.array([5]), rows[:1])
-  with pytest.raises(config.UserError, match='image 599 comes twice'):
-    sums.add(np.array([599]), rows[:1])
-  with pytest.raises(config.UserError, match='image 700 comes twice'):
-    sums.add(np.array([700, 700]), rows[:2])
+  with pytest.raises(config.UserError, match=f'image {BLOCK + 87} comes twice'):
+    sums.add(np.array([BLOCK + 87]), rows[:1])
+  with pytest.raises(
+    config.UserError, match=f'image {BLOCK + 700} comes twice'
+  ):
+    sums.add(np.array([BLOCK + 700] * 2), rows[:2])
   with pytest.raises(config.UserError, match=r'wanted \[B, 24\]'):
     sums.add(np.array([700]), rows[:1, :3])
   with pytest.raises(config.UserError, match='whole numbers'):
@@ -172,7 +177,7 @@ def test_mistakes_raise():
   with pytest.raises(config.UserError, match='NaN or Inf'):
     sums.add(np.array([700]), rows[:1] * np.nan)
   with pytest.raises(config.UserError, match='sums of features reach'):
-    accumulate(np.full((512, 2), 1e7, np.float32)).statistics()
+    accumulate(np.full((BLOCK, 2), 1e6, np.float32)).statistics()
   with pytest.raises(config.UserError, match='statistics of no images'):
     statistics.Accumulator(3).statistics()
   with pytest.raises(config.UserError, match='0 features'):
@@ -180,7 +185,7 @@ def test_mistakes_raise():
   with pytest.raises(config.UserError, match='merge sums of 24 and of 3'):
     sums.merge(statistics.Accumulator(3))
   before = sums.statistics()
-  for others in ([3], [599], np.arange(512)):
+  for others in ([3], [BLOCK + 87], np.arange(BLOCK)):
     other = statistics.Accumulator(WIDTH)
     other.add(np.asarray(others), features(len(others)))
     with pytest.raises(config.UserError, match='both sums hold images'):

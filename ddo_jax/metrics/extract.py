@@ -3,6 +3,8 @@
 A compiled network may round a row differently in another place of the batch,
 or in a batch of another size. So every image has its place by its id: block
 id // ROWS, row id % ROWS, always in a program of ROWS images on one device.
+A GPU's compiler may choose its convolutions by timing them; bits that are to
+outlive the process need its deterministic setting as well.
 """
 
 from collections.abc import Callable

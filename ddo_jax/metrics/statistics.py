@@ -18,12 +18,12 @@ import numpy as np
 from ddo_jax import config
 from ddo_jax.metrics import frechet
 
-BLOCK = 512  # consecutive ids that are summed as one
-MAX_BLOCKS = 2**12  # 2,097,152 images; the fine sums stay exact up to here
+BLOCK = 2_048  # consecutive ids that are summed as one
+MAX_BLOCKS = 2**12  # 8,388,608 images; the fine sums stay exact up to here
 _COARSE = 2.0**8  # multiples of 2^-8 are added exactly up to 2^45
 _FINE = 2.0**50  # what is left over: below 2^-9 a block, in multiples of 2^-50
 _LARGEST = 2.0**44  # of a sum
-_KIND = 'ddo_jax feature sums 1'
+_KIND = f'ddo_jax feature sums of {BLOCK}'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +100,8 @@ def rank_note(name: str, moments: Moments | frechet.Statistics) -> str:
 class Accumulator:
   """Sums of features by image id: order-free, mergeable, resumable.
 
-  Memory is four [D, D] float64 at most, and the rows of unfinished blocks.
+  Memory is two [D, D] float64, a few more while a block is summed, and the
+  rows of unfinished blocks.
   """
 
   def __init__(self, width: int):
@@ -269,9 +270,15 @@ def _split(rows: np.ndarray) -> list[np.ndarray]:
   """A block's sums [D] and [D, D], each as (coarse, fine) on the grids."""
   sums = frechet.Statistics.of(rows)
   parts = []
-  for x in (sums.total, sums.outer):
-    coarse = np.rint(x * _COARSE) / _COARSE
-    parts += [coarse, np.rint((x - coarse) * _FINE) / _FINE]
+  for rest in (sums.total, sums.outer):  # in place: these are 32 MiB each
+    coarse = rest * _COARSE
+    np.rint(coarse, out=coarse)
+    coarse /= _COARSE
+    rest -= coarse
+    rest *= _FINE
+    np.rint(rest, out=rest)
+    rest /= _FINE
+    parts += [coarse, rest]
   return parts
 
 
@@ -279,10 +286,11 @@ def _add(sums: list[np.ndarray], parts: list[np.ndarray]) -> None:
   """Adds in place, exactly; UserError where it would not be."""
   for x, part in zip(sums, parts, strict=True):
     x += part
-    if np.abs(x).max() >= _LARGEST:
+    largest = max(x.max(), -x.min())
+    if largest >= _LARGEST:
       raise config.UserError(
-        f'sums of features reach {np.abs(x).max():.3g}, above '
-        f'{_LARGEST:.3g}; use features of order one'
+        f'sums of features reach {largest:.3g}, above {_LARGEST:.3g}; use '
+        'features of order one'
       )
 
 
