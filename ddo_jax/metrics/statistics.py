@@ -76,8 +76,8 @@ class Moments:
 def rank_note(name: str, moments: Moments | frechet.Statistics) -> str:
   """One line if a covariance is singular for want of rows, else ''.
 
-  A Fréchet distance of such a set is defined, but biased upward by far and
-  accurate to about 1e-6 only: say so beside the number.
+  A Fréchet distance of such a set is defined, but biased upward by far: say
+  so beside the number.
 
   Args:
     name: of the set, for the line.
