@@ -21,6 +21,7 @@ from typing import Any
 from absl import app
 from absl import flags
 import jax
+from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -60,7 +61,7 @@ def convolutions(jaxpr: Any) -> list[Any]:
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'conv_general_dilated':
       found.append(equation)
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax_core.jaxprs_in_params(equation.params):
       found += convolutions(inner)
   return found
 
