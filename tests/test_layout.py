@@ -26,7 +26,7 @@ FLOORS = {
     'records',
     'samplers',
   ),
-  2: ('likelihood',),
+  2: ('likelihood', 'protocols'),
   3: ('models',),
   4: ('train_state', 'data', 'datasets', 'image_files', 'convert'),
   5: ('fakes', 'train_step'),

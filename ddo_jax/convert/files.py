@@ -1,6 +1,7 @@
 """Foreign files: mapped, refused in one line, written whole or not at all."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import mmap
 import os
@@ -55,6 +56,28 @@ def map_file(path: pathlib.Path) -> mmap.mmap:
   """A file's bytes, read-only; arrays that view them keep them alive."""
   with path.open('rb') as file:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def first_of(
+  folder: pathlib.Path, names: Sequence[str], what: str
+) -> pathlib.Path:
+  """The first of some files that stands in a folder.
+
+  Args:
+    folder: where a user puts them.
+    names: in order of preference.
+    what: the files hold, for the error.
+
+  Raises:
+    config.UserError: none is there.
+  """
+  for name in names:
+    if (folder / name).is_file():
+      return folder / name
+  raise config.UserError(
+    f'no {what} in {folder}; fetch {" or ".join(names)} from its publisher and'
+    ' put it there, or give its path'
+  )
 
 
 @contextlib.contextmanager
