@@ -92,10 +92,23 @@ class Phase:
 class Evaluation:
   """How much is sampled to choose a checkpoint, and to report one."""
 
+  # Under a named protocol (see `protocols`) Inception's or DINOv2's features
+  # are compared with a published reference; '' fits a small classifier to the
+  # training split and measures in its features.
+  protocol: str = _knob('')
   metric: str = _knob('fd_train')  # selects checkpoints; lower is better
   selection_samples: int = _knob(5_000)  # on one fixed seed of their own
   samples: int = _knob(5_000)  # a reported number: each of `seeds` blocks
   seeds: int = _knob(3)  # disjoint sample seeds: mean ± sd
+  # Under a protocol: which of its features, () for all, and how many training
+  # images are embedded for kid, precision and recall, 0 for none.
+  features: tuple[str, ...] = _knob(())
+  real_images: int = _knob(0)
+  # Files of the reference and of the networks' weights; '' looks for them in
+  # ~/.cache/ddo_jax/references and ~/.cache/ddo_jax/networks.
+  reference: str = _knob('', science=False)
+  inception: str = _knob('', science=False)
+  dinov2: str = _knob('', science=False)
 
 
 @dataclasses.dataclass
@@ -230,6 +243,8 @@ def validate(config: Config) -> None:
   _require(objective == 'mle', 'pretrain.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
   metrics = ('fd_train', 'fd_test')
+  if evaluation.protocol:
+    metrics = ('fid', 'sfid', 'fd_dinov2')
   _require(
     evaluation.metric in metrics,
     'evaluation.metric',
