@@ -16,6 +16,7 @@ from ddo_jax.metrics import frechet
 from ddo_jax.metrics import inception_score
 from ddo_jax.metrics import kid
 from ddo_jax.metrics import prdc
+from ddo_jax.metrics import statistics
 from ddo_jax.metrics import uncertainty
 
 _FOLDER = pathlib.Path('~/.cache/ddo_jax/references')
@@ -119,12 +120,14 @@ class Evaluator:
         f' {protocol.num_images}: not to be compared with published numbers'
       )
     for kind, moments in self._moments.items():
-      width = len(moments.mean)
-      if count <= width:
-        lines.append(
-          f'{kind}: {count} images of {width} features have a rank-deficient'
-          f' covariance: use more than {width}'
-        )
+      sizes = {f'{kind} of these images': count}
+      if moments.n:  # some files do not say
+        sizes[f'{kind} of the reference'] = moments.n
+      notes = [
+        statistics.rank_note(name, n, len(moments.mean))
+        for name, n in sizes.items()
+      ]
+      lines += filter(None, notes)
     return lines
 
   def measure(

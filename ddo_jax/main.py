@@ -23,6 +23,7 @@ import numpy as np
 from ddo_jax import config as config_lib
 from ddo_jax import generate
 from ddo_jax import models
+from ddo_jax import records
 from ddo_jax import report
 from ddo_jax import rng
 from ddo_jax import score
@@ -69,6 +70,9 @@ _OUTPUT = flags.DEFINE_string(
 )
 _IMAGES = flags.DEFINE_string(
   'images', None, 'evaluate: score these, a folder or zip of PNGs or an .npz.'
+)
+_AGAINST = flags.DEFINE_string(
+  'against', None, 'evaluate: an eval.json; also print the differences to it.'
 )
 _SAVE_IMAGES = flags.DEFINE_string(
   'save_images',
@@ -260,6 +264,22 @@ def _dispatch() -> Any:
   )
 
 
+def _print(result: Any) -> None:
+  """Scores as a table, what else a mode returns as it is."""
+  if not isinstance(result, dict):
+    print(result)
+    return
+  for name, values in result['scores'].items():
+    sd = '' if values['sd'] is None else f' ± {values["sd"]:.4f}'
+    print(f'{name:16} {values["mean"]:.4f}{sd}')
+  if _AGAINST.value:
+    other = records.read_json(pathlib.Path(_AGAINST.value).expanduser())
+    for name, gap in score.compare(result, other).items():
+      print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
+  for note in result.get('notes', []):
+    print(f'note: {note}')
+
+
 def _main(argv: Sequence[str]) -> None:
   _check_flags(argv)
   # Orbax's voice; ours is the logger below, jax has its own.
@@ -271,19 +291,11 @@ def _main(argv: Sequence[str]) -> None:
   # Between training steps nothing needs saving: stages are whole or absent.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EX_TEMPFAIL))
   try:
-    result = _dispatch()
+    _print(_dispatch())
   except config_lib.UserError as error:
     sys.exit(f'FATAL {error}')
   except KeyboardInterrupt:
     sys.exit('interrupted; run the same command again to continue')
-  if not isinstance(result, dict):
-    print(result)
-    return
-  for name, values in result['scores'].items():
-    sd = '' if values['sd'] is None else f' ± {values["sd"]:.4f}'
-    print(f'{name:16} {values["mean"]:.4f}{sd}')
-  for note in result.get('notes', []):
-    print(f'note: {note}')
 
 
 if __name__ == '__main__':

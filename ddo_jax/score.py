@@ -18,6 +18,7 @@ from ddo_jax import fidelity
 from ddo_jax import generate
 from ddo_jax import models
 from ddo_jax import parallel
+from ddo_jax import protocols
 from ddo_jax import records
 from ddo_jax import rng
 from ddo_jax import workspace
@@ -194,3 +195,45 @@ def write_reference(
     moments = statistics.Moments.of(sums, origin)
     statistics.save(output / f'{kind}.npz', moments)
   return output
+
+
+def compare(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+  """How much higher each score's mean is than the other's of its name.
+
+  Args:
+    result: an eval.json.
+    other: another one.
+
+  Raises:
+    config.UserError: they are not of one protocol, number of images and
+      reference; the line says what differs.
+  """
+
+  def read(values):
+    if 'protocol' not in values:
+      raise config_lib.UserError(
+        'scores without a protocol are compared inside one run only: evaluate'
+        ' both with --config.evaluation.protocol'
+      )
+    fields = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in values['protocol'].items()
+    }
+    reference = values['files']['reference'].get('sha256', '')
+    return {
+      name: protocols.Score(
+        name,
+        score['mean'],
+        protocols.Protocol(**fields),
+        values['samples'],
+        reference,
+      )
+      for name, score in values['scores'].items()
+    }
+
+  ours, theirs = read(result), read(other)
+  return {
+    name: protocols.difference(ours[name], theirs[name])
+    for name in ours
+    if name in theirs
+  }

@@ -111,6 +111,14 @@ def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
   np.savez(tmp_path / 'other.npz', arr_0=images_of(seed=1))
   other = score.score_images(settings, tmp_path / 'other.npz', tmp_path)
   assert other['scores']['fid']['mean'] > 1e-4
+  gap = score.compare(other, result)
+  assert gap['fid'] == pytest.approx(other['scores']['fid']['mean'], abs=1e-9)
+  changed = json.loads(json.dumps(result))
+  changed['protocol']['labels'] = 'random'
+  with pytest.raises(config_lib.UserError, match='labels balanced and random'):
+    score.compare(other, changed)
+  with pytest.raises(config_lib.UserError, match='without a protocol'):
+    score.compare(other, {'scores': {}})
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])

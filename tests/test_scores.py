@@ -166,14 +166,6 @@ def groups_of(rows, count):
   return [frechet.Statistics.of(x) for x in np.split(rows, count)]
 
 
-def test_blocks_of_seeds():
-  got = uncertainty.blocks([1.5, 1.0, 2.0])
-  assert got[:3] == (1.0, 1.5, 0.5) and '3 disjoint blocks' in got.label
-  for scores in ([1.0, 2.0], [1.0, 2.0, np.nan]):
-    with pytest.raises(config.UserError, match='three or more'):
-      uncertainty.blocks(scores)
-
-
 def test_the_jackknife_of_a_mean_is_its_standard_error():
   rows = np.random.default_rng(2).normal(size=(200, 3)) + 5
   got = uncertainty.jackknife(groups_of(rows, 20), lambda s: float(s.mean[1]))
