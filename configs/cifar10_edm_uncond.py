@@ -49,6 +49,5 @@ def get_config() -> config_lib.Config:
       protocol='edm-cifar10',
       metric='fid',
       selection_samples=10_000,  # [?]
-      samples=50_000,
     ),
   )

@@ -53,7 +53,6 @@ def get_config() -> config_lib.Config:
       metric='fid',
       features=('fid',),
       selection_samples=10_000,  # [?]
-      samples=50_000,
     ),
     executor=config_lib.Executor(kind='fsdp', sample_batch=512),
   )

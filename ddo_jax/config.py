@@ -98,8 +98,10 @@ class Evaluation:
   protocol: str = _knob('')
   metric: str = _knob('fd_train')  # selects checkpoints; lower is better
   selection_samples: int = _knob(5_000)  # on one fixed seed of their own
-  samples: int = _knob(5_000)  # a reported number: each of `seeds` blocks
-  seeds: int = _knob(3)  # disjoint sample seeds: mean ± sd
+  # A reported number: samples of each block, and disjoint blocks of seeds
+  # (mean ± sd); 0: as the protocol has them, without one 5,000 and 3.
+  samples: int = _knob(0)
+  seeds: int = _knob(0)
   # Under a protocol: which of its features, () for all, and how many training
   # images are embedded for kid, precision and recall, 0 for none.
   features: tuple[str, ...] = _knob(())
@@ -251,9 +253,13 @@ def validate(config: Config) -> None:
     evaluation.metric,
     f'one of {metrics}',
   )
-  for field in ('selection_samples', 'samples', 'seeds'):
+  value = evaluation.selection_samples
+  _require(
+    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
+  )
+  for field in ('samples', 'seeds', 'real_images'):
     value = getattr(evaluation, field)
-    _require(value > 0, f'evaluation.{field}', value, 'a positive integer')
+    _require(value >= 0, f'evaluation.{field}', value, '0 or more')
   kinds = ('pmap', 'fsdp')
   _require(
     executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'

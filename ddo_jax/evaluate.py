@@ -22,6 +22,9 @@ Scores = dict[str, float]
 class Measures(Protocol):
   """What a run asks of its evaluator."""
 
+  num_images: int  # of a reported block, where the config does not say
+  num_blocks: int
+
   def measure(
     self,
     generator: generate.Generator,
@@ -41,6 +44,8 @@ class Evaluator:
   (samples classified as their own label), `precision`, `recall`, `nn_ratio`
   and `memorised` (see `metrics`).
   """
+
+  num_images, num_blocks = 5_000, 3
 
   def __init__(self, train: data.Source, test: data.Source):
     """Reads both splits whole and fits the classifier.
@@ -120,11 +125,20 @@ def report_scores(
   No seed here ever selects a checkpoint; sd is the sample deviation, None
   for a single seed.
   """
-  blocks, count = [], config.evaluation.samples
-  for block in range(config.evaluation.seeds):
+  blocks, (count, num_blocks) = [], sizes(evaluator, config)
+  for block in range(num_blocks):
     key = rng.stream(config.seed, 'report', block)
     blocks.append(evaluator.measure(generator, params, key, block, count))
   return summarize(blocks)
+
+
+def sizes(evaluator: Measures, config: config_lib.Config) -> tuple[int, int]:
+  """(images of a reported block, blocks)."""
+  evaluation = config.evaluation
+  return (
+    evaluation.samples or evaluator.num_images,
+    evaluation.seeds or evaluator.num_blocks,
+  )
 
 
 def summarize(blocks: list[Scores]) -> dict[str, Any]:

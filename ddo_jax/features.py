@@ -65,7 +65,8 @@ class Extractor:
     loaded, self._widths = {}, {}
     if {'fid', 'sfid'} & set(self.kinds):
       loaded['inception'] = inception_weights.load(path(evaluation.inception))
-      self._widths[LOGITS] = inception.CLASSES
+      if self.protocol.inception_score:
+        self._widths[LOGITS] = inception.CLASSES
     if 'fd_dinov2' in self.kinds:
       loaded['dinov2'] = dinov2_weights.load(path(evaluation.dinov2))
     self._widths |= {kind: references.WIDTHS[kind] for kind in self.kinds}

@@ -32,6 +32,8 @@ class Evaluator:
   Attributes:
     extractor: of the features.
     files: where the reference and the networks' weights come from.
+    num_images: of a block.
+    num_blocks: of the protocol.
   """
 
   def __init__(
@@ -49,6 +51,8 @@ class Evaluator:
     """
     self.extractor = features.Extractor(config)
     protocol = self.extractor.protocol
+    self.num_images = protocol.num_images
+    self.num_blocks = len(protocol.first_seeds)
     path = config.evaluation.reference or _FOLDER / protocol.reference
     self._reference = references.read(pathlib.Path(path).expanduser())
     self._moments = {k: self._reference.of(k) for k in self.extractor.kinds}
@@ -77,7 +81,7 @@ class Evaluator:
       kind: frechet.distance(features.sums(rows[kind]), moments)
       for kind, moments in self._moments.items()
     }
-    if features.LOGITS in rows and self.extractor.protocol.inception_score:
+    if features.LOGITS in rows:
       score = {
         'openai': inception_score.openai,
         'torch_fidelity': inception_score.torch_fidelity,

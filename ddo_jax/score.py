@@ -54,7 +54,7 @@ def score_params(
     'sha256': meta['sha256'],
     'provenance': meta.get('provenance', {}),
     'sampler': dataclasses.asdict(config.sampler),
-    'samples': config.evaluation.samples,
+    'samples': evaluate.sizes(run.evaluator, config)[0],
   }
   if isinstance(run.evaluator, fidelity.Evaluator):
     result |= _under_protocol(
@@ -79,11 +79,11 @@ def _under_protocol(
   save_images: pathlib.Path | None,
 ) -> dict[str, Any]:
   """The blocks' scores; goes on with the features that a cut-off run left."""
-  count, blocks = config.evaluation.samples, []
+  (count, num_blocks), blocks = evaluate.sizes(evaluator, config), []
   digest = hashlib.sha256(json.dumps(identity | _about(evaluator)).encode())
   kept = output / f'features_{digest.hexdigest()[:16]}'
   writer = save_images and generate.ImageWriter(save_images)
-  for block in range(config.evaluation.seeds):
+  for block in range(num_blocks):
     ids = np.arange(block * count, (block + 1) * count)
     key = rng.stream(config.seed, 'report', block)
     folder = None if writer else kept / f'block_{block}'
@@ -96,7 +96,7 @@ def _under_protocol(
     writer.close()
   shutil.rmtree(kept, ignore_errors=True)
   return _about(evaluator) | {
-    'ids': [0, config.evaluation.seeds * count],
+    'ids': [0, num_blocks * count],
     'scores': evaluate.summarize(blocks),
     'uncertainty': spread,
     'notes': evaluator.notes(count),

@@ -85,8 +85,7 @@ def settings(tmp_path):
     protocol='tiny',
     metric='fid',
     selection_samples=80,
-    samples=COUNT,
-    seeds=2,
+    seeds=2,  # the protocol has three
     reference=str(tmp_path / 'fid.npz'),
   )
   config.model.image_shape, config.model.num_classes = SHAPE, 3
@@ -247,6 +246,9 @@ def test_a_round_is_selected_and_reported_by_the_protocol(settings, run_folder):
   assert evaluate.selection_scores(*arguments)['fid'] > 0
   report = evaluate.report_scores(*arguments)
   assert report['fid']['sd'] > 0
+  assert evaluate.sizes(run.evaluator, settings) == (COUNT, 2)
+  settings.evaluation.samples, settings.evaluation.seeds = 7, 0
+  assert evaluate.sizes(run.evaluator, settings) == (7, 3)
 
 
 def encoded(image, kind):
