@@ -10,7 +10,7 @@ if metadata.version('jaxlib').startswith('0.10.'):
   FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join(FLAGS)
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
