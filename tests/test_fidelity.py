@@ -63,6 +63,7 @@ def small(monkeypatch):
   )
   monkeypatch.setitem(references.WIDTHS, 'fid', WIDTH)
   monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
+  return matrix
 
 
 def images_of(count=COUNT, seed=0):
@@ -135,7 +136,7 @@ def test_files_score_as_arrays(settings, tmp_path, kind):
   assert abs(result['scores']['fid']['mean']) < 1e-9
 
 
-def test_features_go_on_where_they_were_cut_off(settings, tmp_path):
+def test_features_go_on_where_they_were_cut_off(settings, small, tmp_path):
   extractor, asked = features.Extractor(settings), []
 
   def chunks(ids, stop=None):
@@ -146,6 +147,8 @@ def test_features_go_on_where_they_were_cut_off(settings, tmp_path):
       yield images_of()[ids[start : start + 13]]
 
   whole = extractor.features(chunks, COUNT)
+  wanted = np.tanh(images_of().reshape(COUNT, -1) @ small)[:, :WIDTH]
+  np.testing.assert_allclose(whole['fid'], wanted, atol=1e-5)
   options = {'folder': tmp_path / 'kept', 'devices': jax.local_devices()[:1]}
   with pytest.raises(KeyboardInterrupt):
     extractor.features(lambda ids: chunks(ids, 140), COUNT, **options)
