@@ -62,11 +62,15 @@ class Executor:
     """Shardings of a state, or of params such as the reference."""
     return jax.tree.map(self._state_sharding, tree)
 
+  def make_state(self, make: Callable[..., Any], *args: Any) -> Any:
+    """Puts `make(*args)`, a state or params, on the devices at once."""
+    shardings = self.state_shardings(jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=shardings)(*args)
+
   def place_state(self, tree: Any) -> Any:
     """Puts a state or params on the devices, in new buffers."""
     # A jitted copy: device_put may alias, and what is donated must not be.
-    copy = lambda t: jax.tree.map(jnp.copy, t)
-    return jax.jit(copy, out_shardings=self.state_shardings(tree))(tree)
+    return self.make_state(lambda t: jax.tree.map(jnp.copy, t), tree)
 
   def replicate(self, tree: Any) -> Any:
     """Puts small arrays whole on every device."""

@@ -11,7 +11,6 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from ddo_jax import checkpoint
@@ -49,7 +48,7 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
   start = time.perf_counter()
   model = models.build(run.config, phase)
   key = rng.stream(run.config.seed, 'init')
-  params = run.executor.place_state(jax.jit(model.init)(key))
+  params = run.executor.make_state(model.init, key)
   job = run.job(folder, phase, 0, model, params, fake=None, score=None)
   promotion = train.run(job)
   meta = {'stage': 'pretrain', 'config': config_lib.to_json(run.config)}

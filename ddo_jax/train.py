@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -278,7 +279,8 @@ def run(job: Job) -> Promotion:
     phase=phase.static(),
     accumulate=job.accumulate,
   )
-  state = executor.place_state(train_state.create(job.reference, phase))
+  create = functools.partial(train_state.create, phase=phase)
+  state = executor.make_state(create, job.reference)
   target = checkpoint.abstract(state, executor.state_shardings(state))
   hyper, key = executor.replicate(
     (

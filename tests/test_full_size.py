@@ -5,6 +5,7 @@ python -m pytest -m full_size tests/test_full_size.py
 writes experiments/results/full_size.json.
 """
 
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -91,7 +92,6 @@ def measure(name, folder):
     batch_size=batch, ema_width=() if name.startswith('edm-') else (0.05,)
   )
   config = config_lib.Config(model=presets.get(name), ddo=phase)
-  config.executor.remat = True
   model = models.build(config, phase)
   # Elsewhere, as its publisher would: its memory is not counted here.
   path = folder / f'{name}.pkl'
@@ -134,8 +134,9 @@ def measure(name, folder):
   hyper, key = executor.replicate(
     (train_state.Hyper.of(phase, 0), rng.stream(0))
   )
-  state = executor.place_state(train_state.create(reference, phase))
-  clock = time.perf_counter()
+  create = functools.partial(train_state.create, phase=phase)
+  state = executor.make_state(create, reference)
+  lap('state', state)
   state, metrics = step(state, reference, {}, real, fake, hyper, key)
   lap('DDO step, compiled', metrics)
   metrics = jax.device_get(metrics)
