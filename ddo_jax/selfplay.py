@@ -161,7 +161,7 @@ def play_round(
   model = models.build(run.config, phase, index)
   generator, fake = run.generator(model), None
   reference, meta = _reference(run, folder, origin, model)
-  if phase.objective == 'ddo':
+  if phase.objective == 'ddo' and phase.fakes == 'pool':
     fake = _fake_pool(run, folder, model, reference, meta)
   clock.append(time.perf_counter())
   score = functools.partial(

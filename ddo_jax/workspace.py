@@ -121,7 +121,7 @@ class Run:
     """Draws images with the config's sampler; p_ref is meant unguided."""
     batch, sampler = self.config.executor.sample_batch, self.config.sampler
     if not guided:
-      sampler = dataclasses.replace(sampler, guidance=1.0)
+      sampler = model.unguided(sampler)
     return generate.Generator(model, self.frozen, sampler, self.executor, batch)
 
   def job(
@@ -146,6 +146,9 @@ class Run:
       frozen=self.frozen,
       real=self.real,
       fake=fake,
+      sampler=(
+        model.unguided(self.config.sampler) if phase.fakes == 'online' else None
+      ),
       executor=self.executor,
       accumulate=self.config.executor.accumulate,
       log=self.log,

@@ -82,12 +82,6 @@ def phi_index(scales: int) -> tuple[int, ...]:
   return tuple(int(k) for k in nearest)
 
 
-def truncate(image: jax.Array) -> jax.Array:
-  """[−1, 1] to uint8 as VAR's programs write images: 255·(x+1)/2, cut off."""
-  image = (jnp.clip(image, -1, 1) + 1) / 2
-  return (image * 255).astype(jnp.uint8)
-
-
 class Quantizer(nn.Module):
   """Features to tokens of all scales, and back.
 
@@ -260,6 +254,8 @@ class VqvaeConfig:
     channels: of a latent vector.
     base: unit of width, a multiple of 32.
     mult: width of each level, in units.
+    levels: pixel values are 0 .. levels−1.
+    nearest: see `encoders.Pixels`.
   """
 
   image_shape: tuple[int, int, int] = (256, 256, 3)
@@ -268,6 +264,8 @@ class VqvaeConfig:
   channels: int = 32
   base: int = 160
   mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+  levels: int = 256
+  nearest: bool = False
 
 
 def build(config: VqvaeConfig) -> Vqvae:
