@@ -139,7 +139,11 @@ class Config:
   # The autoencoder of latent models, sd-vae-ft-mse as .safetensors or .bin:
   # only to see or score their images, so that training does without it.
   vae_from: str = _knob('')
+  # The frozen tokenizer of a model of tokens: its folder of params. '' trains
+  # one first, by the phase `tokenizer`.
+  tokenizer_from: str = _knob('')
   data: Data = _knob(Data())
+  tokenizer: Phase = _knob(Phase(objective='mle'))
   pretrain: Phase = _knob(Phase(objective='mle'))
   ddo: Phase = _knob(Phase())
   evaluation: Evaluation = _knob(Evaluation())
@@ -241,10 +245,11 @@ def validate(config: Config) -> None:
   )
   _require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
   _require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
-  _validate_phase('pretrain', config.pretrain)
-  _validate_phase('ddo', config.ddo)
-  objective = config.pretrain.objective
-  _require(objective == 'mle', 'pretrain.objective', objective, "'mle'")
+  for name in ('tokenizer', 'pretrain', 'ddo'):
+    _validate_phase(name, getattr(config, name))
+  for name in ('tokenizer', 'pretrain'):
+    objective = getattr(config, name).objective
+    _require(objective == 'mle', f'{name}.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
   metrics = ('fd_train', 'fd_test')
   _require(

@@ -10,6 +10,7 @@ from ddo_jax.models import edm2
 from ddo_jax.models import toy
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
+from ddo_jax.models import vqvae_learner
 
 CONFIGS = (toy.ToyConfig, edm.EdmConfig, edm2.Edm2Config, var.VarConfig)
 _PARTS = (*CONFIGS, vqvae.VqvaeConfig)  # what a recorded config may hold
@@ -68,6 +69,13 @@ def build(
         ' models: unset it and config.guide_from'
       )
   return dataclasses.replace(model, guide=guide.denoiser)
+
+
+def tokenizer(config: Any) -> vqvae_learner.Learner | None:
+  """What trains the tokenizer of a model's config; None if it has none."""
+  if not isinstance(config, var.VarConfig):
+    return None
+  return vqvae_learner.build(config.tokenizer)
 
 
 def _build(
