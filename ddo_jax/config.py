@@ -51,21 +51,29 @@ class Phase:
   Fields that are tuples hold one value a round; the last entry repeats.
   """
 
-  objective: str = _knob('ddo')  # 'ddo' (eq. 13, 16) or 'mle' (the control)
+  # 'ddo' (eq. 13, 16) or 'mle' (the control). Baselines whose negatives are
+  # the real images under other rows' labels: 'cca', 'dpo', 'unlearning'.
+  objective: str = _knob('ddo')
   images: int = _knob(1_500_000)  # real rows seen (the paper: 1.5 M, CIFAR-10)
   batch_size: int = _knob(512)  # real rows a step; as many fakes go with them
-  alpha: tuple[float, ...] = _knob((4.0,))  # α of eq. 13: weight of the fakes
+  # α of eq. 13: weight of the fakes; λ of CCA.
+  alpha: tuple[float, ...] = _knob((4.0,))
   beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
   normalize: bool = _knob(False)  # divide by max(α, 1): VAR as published
   learning_rate: tuple[float, ...] = _knob((1.5e-4,))  # peak
-  warmup_images: int = _knob(0)  # linear from 0; the paper: a whole round
-  decay: str = _knob('none')  # 'none' | 'linear' | 'inverse_sqrt'
+  warmup_images: int = _knob(0)  # linear; the paper: a whole round
+  warmup_start: float = _knob(0.0)  # share of the peak at the start; VAR: 0.005
+  decay: str = _knob('none')  # 'none' | 'linear' | 'inverse_sqrt' | 'lin0'
   # linear: length of the final descent to 0 [images];
-  # inverse_sqrt: images after which the rate falls as 1/√ (EDM2's t_ref·B).
+  # inverse_sqrt: images after which the rate falls as 1/√ (EDM2's t_ref·B);
+  # lin0: where VAR's schedule ends, perhaps far beyond `images`: flat for 1/20
+  # of what follows the warm-up, then linear to decay_end.
   decay_images: int = _knob(0)
+  decay_end: float = _knob(0.0)  # lin0: share of the peak; VAR: 0.1, 0.01
   adam_b1: float = _knob(0.9)
   adam_b2: float = _knob(0.999)
   adam_eps: float = _knob(1e-8)
+  weight_decay: float = _knob(0.0)  # AdamW's, of the model's `decay_mask`
   clip_norm: float = _knob(0.0)  # global gradient norm; 0 = off
   ema_halflife: tuple[float, ...] = _knob(())  # [images], one EMA profile each
   ema_rampup: float = _knob(0.0)  # half-life ≤ this · images seen; EDM: 0.05
@@ -74,7 +82,12 @@ class Phase:
   p_mean: tuple[float, ...] = _knob((-1.2,))  # ln σ ~ N(p_mean, p_std²)
   p_std: tuple[float, ...] = _knob((1.2,))
   label_drop: float = _knob(0.0)  # share of rows trained without their label
-  pool_size: int = _knob(50_000)  # reference samples drawn before a round
+  # 'pool': drawn before a round; 'online': in every step, one for each real
+  # row and of its label, as VAR's are.
+  fakes: str = _knob('pool')
+  pool_size: int = _knob(50_000)  # reference samples in the pool
+  # Online fakes go through pixels (VAR: unrounded) and the encoder again.
+  round_trip: bool = _knob(True)
   eval_images: int = _knob(0)  # images between in-round evaluations; 0 = end
   save_images: int = _knob(0, science=False)  # images between saves; 0 = evals
   log_images: int = _knob(25_600, science=False)  # images between log lines
@@ -141,7 +154,11 @@ class Config:
   # The autoencoder of latent models, sd-vae-ft-mse as .safetensors or .bin:
   # only to see or score their images, so that training does without it.
   vae_from: str = _knob('')
+  # The frozen tokenizer of a model of tokens: its folder of params. '' trains
+  # one first, by the phase `tokenizer`.
+  tokenizer_from: str = _knob('')
   data: Data = _knob(Data())
+  tokenizer: Phase = _knob(Phase(objective='mle'))
   pretrain: Phase = _knob(Phase(objective='mle'))
   ddo: Phase = _knob(Phase())
   evaluation: Evaluation = _knob(Evaluation())
@@ -198,8 +215,9 @@ def _is_number(value: Any) -> bool:
 def _validate_phase(name: str, phase: Phase) -> None:
   """Checks one phase; raises UserError that names the field."""
   choices = {
-    'objective': ('ddo', 'mle'),
-    'decay': ('none', 'linear', 'inverse_sqrt'),
+    'objective': ('ddo', 'mle', 'cca', 'dpo', 'unlearning'),
+    'decay': ('none', 'linear', 'inverse_sqrt', 'lin0'),
+    'fakes': ('pool', 'online'),
   }
   for field, allowed in choices.items():
     value = getattr(phase, field)
@@ -217,14 +235,17 @@ def _validate_phase(name: str, phase: Phase) -> None:
   good = all(0 < width < 0.288 for width in phase.ema_width)
   _require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
   amounts = ('warmup_images', 'decay_images', 'eval_images')
-  for field in (*amounts, 'clip_norm', 'ema_rampup'):
+  for field in (*amounts, 'clip_norm', 'ema_rampup', 'weight_decay'):
     value = getattr(phase, field)
     _require(value >= 0, f'{name}.{field}', value, '0 or more')
-  drop = phase.label_drop
-  _require(0 <= drop < 1, f'{name}.label_drop', drop, 'in [0, 1)')
+  for field in ('label_drop', 'warmup_start', 'decay_end'):
+    value = getattr(phase, field)
+    _require(0 <= value < 1, f'{name}.{field}', value, 'in [0, 1)')
   if phase.decay != 'none':
     value = phase.decay_images
-    _require(value > 0, f'{name}.decay_images', value, 'positive to decay')
+    least = phase.warmup_images if phase.decay == 'lin0' else 0
+    wanted = f'more than {least} to decay'
+    _require(value > least, f'{name}.decay_images', value, wanted)
 
 
 def validate(config: Config) -> None:
@@ -239,10 +260,11 @@ def validate(config: Config) -> None:
   )
   _require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
   _require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
-  _validate_phase('pretrain', config.pretrain)
-  _validate_phase('ddo', config.ddo)
-  objective = config.pretrain.objective
-  _require(objective == 'mle', 'pretrain.objective', objective, "'mle'")
+  for name in ('tokenizer', 'pretrain', 'ddo'):
+    _validate_phase(name, getattr(config, name))
+  for name in ('tokenizer', 'pretrain'):
+    objective = getattr(config, name).objective
+    _require(objective == 'mle', f'{name}.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
   metrics = ('fd_train', 'fd_test')
   if evaluation.protocol:

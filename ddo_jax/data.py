@@ -262,6 +262,7 @@ def batches(
   stop_step: int,
   process_index: int = 0,
   process_count: int = 1,
+  other_label: bool = False,
 ) -> Iterator[Batch]:
   """Returns this process's batches of steps start_step .. stop_step-1.
 
@@ -273,6 +274,8 @@ def batches(
     seed: see `order`.
     batch_size: B, rows of a step over all processes; of these a process reads
       b = B / process_count consecutive ones.
+    other_label: also give each row the label of the next row of the step, the
+      last that of the first, wherever that is read.
 
   Returns:
     Iterator of 'image' [b,H,W,C] as stored, 'label' int32 [b] and 'id' uint32
@@ -292,7 +295,12 @@ def batches(
     positions = step * batch_size + first
     image, label = source.read(order(seed, positions, len(source)))
     row_id = (positions % 2**32).astype(np.uint32)
-    return {'image': image, 'label': label, 'id': row_id}
+    batch = {'image': image, 'label': label, 'id': row_id}
+    if other_label:
+      following = step * batch_size + (first[-1:] + 1) % batch_size
+      _, after = source.read(order(seed, following, len(source)))
+      batch['other_label'] = np.append(label[1:], after)
+    return batch
 
   if isinstance(source, ArraySource):
     return (make(step) for step in range(start_step, stop_step))

@@ -148,11 +148,6 @@ def normalizer(alpha: jax.Array, normalize: bool) -> jax.Array:
   return jnp.maximum(alpha, 1.0) if normalize else jnp.ones_like(alpha)
 
 
-def chance_loss(weight_real: jax.Array, weight_fake: jax.Array) -> jax.Array:
-  """[] the loss at θ = θ_ref, where r ≡ 0: log 2 · (E w_real + E w_fake)."""
-  return jnp.log(2.0) * (jnp.mean(weight_real) + jnp.mean(weight_fake))
-
-
 def optimal_density(
   p_reference: jax.Array, p_data: jax.Array, beta: float
 ) -> tuple[jax.Array, jax.Array]:

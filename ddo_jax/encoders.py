@@ -44,9 +44,12 @@ class Pixels:
 
   Attributes:
     levels: pixel values are 0 .. levels−1.
+    nearest: pixels are rounded to the nearest level; or else cut off to the
+      one below, as VAR's programs write images.
   """
 
   levels: int = 256
+  nearest: bool = True
 
   def raw_shape(self, example_shape: Shape) -> Shape:
     """The same."""
@@ -61,8 +64,10 @@ class Pixels:
     return jnp.asarray(table)[raw.astype(jnp.int32)]
 
   def decode(self, x: jax.Array) -> jax.Array:
-    """[−1, 1] to pixels, rounded to the nearest level, uint8."""
+    """[−1, 1] to pixels, uint8."""
     top = self.levels - 1
+    if not self.nearest:
+      return ((jnp.clip(x, -1, 1) + 1) / 2 * top).astype(jnp.uint8)
     raw = jnp.floor(jnp.clip(x * (top / 2) + (top / 2 + 0.5), 0, top))
     return raw.astype(jnp.uint8)
 

@@ -1,7 +1,8 @@
 """Models with a likelihood, as the objective sees them.
 
 `LikelihoodModel` is all that the step, the samplers' callers and the rounds
-know of a model. `Diffusion` serves every denoiser D(x; σ).
+know of a model. `Diffusion` serves every denoiser D(x; σ);
+`autoregressive.Autoregressive` every transformer over tokens.
 """
 
 import dataclasses
@@ -56,6 +57,9 @@ class LikelihoodModel(Protocol):
   def project(self, params: Params) -> Params:
     """Puts params back on their manifold; identity for most models."""
 
+  def decay_mask(self, params: Params) -> Any:
+    """Tree of bool like params: which leaves `Phase.weight_decay` shrinks."""
+
   def log_prob(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
   ) -> jax.Array:
@@ -85,6 +89,14 @@ class LikelihoodModel(Protocol):
     sampler: Any,
   ) -> jax.Array:
     """One sample a row of label [B], from its own key of keys [B]."""
+
+  def unguided(self, sampler: Any) -> Any:
+    """The sampler of p_ref itself: without guidance and filters."""
+
+  def round_trip(
+    self, frozen: Frozen, x: jax.Array, keys: jax.Array
+  ) -> jax.Array:
+    """Samples in model units, as if they had been stored and encoded."""
 
   def encode(
     self, frozen: Frozen, raw: jax.Array, keys: jax.Array
@@ -160,6 +172,10 @@ class Diffusion:
   def project(self, params: Params) -> Params:
     """Identity: plain denoisers have no constraint on their weights."""
     return params
+
+  def decay_mask(self, params: Params) -> Any:
+    """All leaves."""
+    return jax.tree.map(lambda _: True, params)
 
   def denoise(
     self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
@@ -263,6 +279,16 @@ class Diffusion:
         sampler.guidance_max,
       )
     return sampler(denoise, self.example_shape, keys)
+
+  def unguided(self, sampler: Any) -> Any:
+    """Guidance 1."""
+    return dataclasses.replace(sampler, guidance=1.0)
+
+  def round_trip(
+    self, frozen: Frozen, x: jax.Array, keys: jax.Array
+  ) -> jax.Array:
+    """Through the stored form: rounded to the levels of pixels."""
+    return self.encode(frozen, self.decode(frozen, x), keys)
 
   def _guide(
     self, params: Params, frozen: Frozen, label: jax.Array

@@ -99,6 +99,7 @@ def _read(workdir: pathlib.Path) -> _Run:
   for record in records.read_log(workdir):
     stages[record['stage']].append(record)
   pretrain = stages.pop('pretrain', [])
+  stages.pop('tokenizer', None)
   return _Run(workdir, config, summary, rounds, columns, dict(stages), pretrain)
 
 

@@ -32,29 +32,55 @@ _LOGGER = logging.getLogger(__name__)
 GRID = 80  # images of a sample grid
 
 
-def pretrain(run: workspace.Run) -> pathlib.Path:
-  """Trains by MLE from scratch, unless `init_from` names weights.
-
-  Returns:
-    The folder of params that the first round starts from.
-  """
-  workspace.claim_workdir(run.config, run.workdir)
-  if run.config.init_from:
-    return pathlib.Path(run.config.init_from).expanduser()
-  folder, phase = run.workdir / 'pretrain', run.config.pretrain
+def _learn(
+  run: workspace.Run,
+  name: str,
+  phase: config_lib.Phase,
+  model: likelihood.LikelihoodModel,
+  frozen: likelihood.Frozen,
+) -> pathlib.Path:
+  """Trains by MLE from scratch; returns the folder of params."""
+  folder = run.workdir / name
   params_folder, done = folder / 'params', folder / 'done.json'
   if done.exists():
     return params_folder
   start = time.perf_counter()
-  model = models.build(run.config, phase)
   key = rng.stream(run.config.seed, 'init')
   params = run.executor.make_state(model.init, key)
-  job = run.job(folder, phase, 0, model, params, fake=None, score=None)
+  job = run.job(folder, phase, 0, model, frozen, params, fake=None, score=None)
   promotion = train.run(job)
-  meta = {'stage': 'pretrain', 'config': config_lib.to_json(run.config)}
+  meta = {'stage': name, 'config': config_lib.to_json(run.config)}
   checkpoint.save_params(params_folder, promotion.params, meta)
   records.write_json(done, {'seconds': time.perf_counter() - start})
   return params_folder
+
+
+def pretrain(run: workspace.Run) -> pathlib.Path:
+  """Trains by MLE from scratch, unless `init_from` names weights.
+
+  A model of tokens has its tokenizer trained before, unless `tokenizer_from`
+  names one.
+
+  Returns:
+    The folder of params that the first round starts from.
+
+  Raises:
+    config.UserError: weights are named, and not the tokenizer they go with.
+  """
+  config = run.config
+  workspace.claim_workdir(config, run.workdir)
+  learner = models.tokenizer(config.model)
+  if learner and not config.tokenizer_from:
+    if config.init_from:
+      raise config_lib.UserError(
+        f'config.init_from={config.init_from} holds a model of tokens: name'
+        ' the folder of its tokenizer too, with --config.tokenizer_from'
+      )
+    _learn(run, 'tokenizer', config.tokenizer, learner, {})
+  if config.init_from:
+    return pathlib.Path(config.init_from).expanduser()
+  model = models.build(config, config.pretrain)
+  return _learn(run, 'pretrain', config.pretrain, model, run.frozen)
 
 
 def _reference(
@@ -164,10 +190,10 @@ def play_round(
     evaluate.selection_scores, run.evaluator, generator, config=run.config
   )
   reference, meta = _reference(run, folder, origin, model)
-  if phase.objective == 'ddo':
+  if phase.objective == 'ddo' and phase.fakes == 'pool':
     fake = _fake_pool(run, folder, model, reference, meta)
   clock.append(time.perf_counter())
-  job = run.job(folder, phase, index, model, reference, fake, score)
+  job = run.job(folder, phase, index, model, run.frozen, reference, fake, score)
   promotion = train.run(job)
   provenance = meta.get('provenance', {})
   chosen = _promote(run, folder, promotion, provenance)
@@ -210,9 +236,10 @@ def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   seconds = {
     f'round_{r["round"]:03d}': sum(r['seconds'].values()) for r in rounds
   }
-  pretrained = workdir / 'pretrain' / 'done.json'
-  if pretrained.exists():
-    seconds['pretrain'] = records.read_json(pretrained)['seconds']
+  for name in ('tokenizer', 'pretrain'):
+    done = workdir / name / 'done.json'
+    if done.exists():
+      seconds[name] = records.read_json(done)['seconds']
   seconds['total'] = sum(seconds.values())
   summary = {'name': config.name, 'rounds': rounds, 'seconds': seconds}
   records.write_json(workdir / 'summary.json', summary)

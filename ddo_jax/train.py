@@ -46,7 +46,8 @@ class Job:
     reference: where θ starts; for DDO also the frozen θ_ref. On the devices.
     frozen: weights that are neither trained nor the reference.
     real: the data.
-    fake: samples of the reference; None for the 'mle' objective.
+    fake: samples of the reference; None unless the phase wants a pool.
+    sampler: draws fakes inside the step; None unless the phase wants them.
     executor: the devices.
     accumulate: microbatches a step.
     log: metrics.jsonl.
@@ -64,6 +65,7 @@ class Job:
   frozen: likelihood.Frozen
   real: data.Source
   fake: data.Source | None
+  sampler: Any
   executor: parallel.Executor
   accumulate: int
   log: records.MetricsLog
@@ -105,6 +107,7 @@ def _termination() -> Iterator[threading.Event]:
 def batches(job: Job, start: int) -> Iterator[Any]:
   """Yields (real, fake) on the devices, from step `start` on."""
   phase, steps = job.phase, job.phase.steps()
+  contrast = phase.objective not in ('ddo', 'mle')
 
   def rows(source, name):
     return data.batches(
@@ -115,6 +118,7 @@ def batches(job: Job, start: int) -> Iterator[Any]:
       steps,
       jax.process_index(),
       jax.process_count(),
+      other_label=contrast,
     )
 
   place = job.executor.place_batch
@@ -192,7 +196,8 @@ class _Logger:
       loss, chance = metrics['loss'], metrics['chance_loss']
       logit = metrics['max_abs_logit']
       # |d loss / d logit| ≤ the weights, and chance = log 2 · their mean.
-      if abs(loss - chance) > 2 * _TOLERANCE * chance or logit > _TOLERANCE:
+      away = abs(loss - chance) / max(chance, 1)
+      if away > 2 * _TOLERANCE or logit > _TOLERANCE:
         raise config_lib.UserError(
           f'{where}: loss {loss:.6f}, expected {chance:.6f} where θ = θ_ref,'
           f' largest |βΔ| {logit:.2g}; the two passes differ: try'
@@ -277,6 +282,7 @@ def run(job: Job) -> Promotion:
     train_step.train_step,
     model=job.model,
     phase=phase.static(),
+    sampler=job.sampler,
     accumulate=job.accumulate,
   )
   create = functools.partial(train_state.create, phase=phase)
@@ -297,11 +303,8 @@ def run(job: Job) -> Promotion:
       state = checkpoints.restore(start, target)
       _LOGGER.info('%s resumes at step %d of %d', job.name, start, steps)
     job.log.rewind(job.name, start)
-    evaluated = {
-      r['step']: r['selection']
-      for r in job.log.read(job.name)
-      if r['kind'] == 'eval'
-    }
+    evals = [r for r in job.log.read(job.name) if r['kind'] == 'eval']
+    evaluated = {r['step']: r['selection'] for r in evals}
     logger = _Logger(job)
     bar = tqdm.tqdm(
       total=steps * phase.batch_size,

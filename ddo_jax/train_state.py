@@ -12,6 +12,7 @@ from ddo_jax import ema as ema_lib
 from ddo_jax import likelihood
 
 Params = likelihood.Params
+_FLAT = 0.05  # of VAR's schedule 'lin0'
 
 
 @struct.dataclass
@@ -85,13 +86,18 @@ def learning_rate_factor(
   """[] in [0, 1]: the schedule at `images_seen` real rows before the step."""
   seen = images_seen.astype(jnp.result_type(float))
   factor = jnp.ones_like(seen)
-  if phase.warmup_images:
-    factor *= jnp.minimum(seen / phase.warmup_images, 1)
+  warmup, start = phase.warmup_images, phase.warmup_start
+  if warmup:
+    factor *= start + (1 - start) * jnp.minimum(seen / warmup, 1)
   if phase.decay == 'linear':
     left = (phase.images - seen) / phase.decay_images
     factor *= jnp.clip(left, 0, 1)
   elif phase.decay == 'inverse_sqrt':
     factor *= jax.lax.rsqrt(jnp.maximum(seen / phase.decay_images, 1))
+  elif phase.decay == 'lin0':
+    done = (seen - warmup) / (phase.decay_images - warmup)
+    left = jnp.clip((1 - done) / (1 - _FLAT), 0, 1)
+    factor *= phase.decay_end + (1 - phase.decay_end) * left
   return factor
 
 
@@ -113,10 +119,14 @@ def apply_gradients(
   model: likelihood.LikelihoodModel,
   phase: config_lib.Phase,
 ) -> TrainState:
-  """One optimizer step, the projection, and the averages after it."""
+  """One step of Adam or AdamW, the projection, and the averages after it."""
   direction, opt_state = make_optimizer(phase).update(
     grads, state.opt_state, state.params
   )
+  if phase.weight_decay:
+    shrink = lambda d, p, on: d + phase.weight_decay * p if on else d
+    mask = model.decay_mask(state.params)
+    direction = jax.tree.map(shrink, direction, state.params, mask)
   update = jax.tree.map(lambda d: -learning_rate * d, direction)
   params = model.project(optax.apply_updates(state.params, update))
   weights = _ema_weights(phase, state.step)

@@ -13,7 +13,9 @@ from ddo_jax import likelihood
 from ddo_jax import rng
 from ddo_jax import train_state
 
-Raw = dict[str, jax.Array]  # 'image' [B,...] as stored, 'label' [B], 'id' [B]
+# 'image' [B,...] as stored, 'label' [B], 'id' [B]; 'other_label' [B] for the
+# objectives that contrast labels.
+Raw = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -29,25 +31,64 @@ def interleave(real: Any, fake: Any) -> Any:
   )
 
 
-def _rows(
-  model: likelihood.LikelihoodModel,
-  frozen: likelihood.Frozen,
-  raw: Raw,
-  keys: jax.Array,
-  dropped: jax.Array,
-) -> likelihood.Batch:
-  x = model.encode(frozen, raw['image'], rng.split_rows(keys, 'encode'))
-  label = jnp.where(dropped, model.num_classes, raw['label'])
-  return likelihood.Batch(x, label, raw['id'])
+def _drawn(model, frozen, reference, label, keys, sampler, phase):
+  """Samples of the reference [B,...], in model units."""
+  sample_keys = rng.split_rows(keys, 'fakes')
+  x = model.sample(reference, frozen, label, sample_keys, sampler)
+  if phase.round_trip:
+    x = model.round_trip(frozen, x, rng.split_rows(keys, 'encode'))
+  return x
 
 
-def _ddo_loss(params, reference, frozen, pair, hyper, model, phase):
-  """Loss of eq. 13 / 16 on interleaved rows, and per-row results [B]."""
+def _batches(model, frozen, reference, rows, sampler, phase):
+  """The rows of a step or a part of it, ready for the loss.
+
+  Returns:
+    (batch, keys, dropped) of real rows; for all objectives but 'mle', of these
+    interleaved with their negatives.
+  """
+  real, fake, keys, dropped = rows
+  encode = lambda raw: model.encode(
+    frozen, raw['image'], rng.split_rows(keys, 'encode')
+  )
+  hide = lambda label: jnp.where(dropped, model.num_classes, label)
+  first = likelihood.Batch(encode(real), hide(real['label']), real['id'])
+  if phase.objective == 'mle':
+    return first, keys, dropped
+  if phase.objective != 'ddo':
+    second = first.replace(label=hide(real['other_label']))
+  elif phase.fakes == 'pool':
+    second = first.replace(x=encode(fake), label=hide(fake['label']))
+  else:
+    label = real['label']
+    x = _drawn(model, frozen, reference, label, keys, sampler, phase)
+    second = first.replace(x=x)
+  return interleave((first, keys, dropped), (second, keys, dropped))
+
+
+def _terms(objective, real, other, batch, dropped, hyper):
+  """([B], [B]) of an objective, from log-ratios of rows and of negatives."""
+  if objective == 'ddo':
+    weights = ddo.row_weights(dropped, hyper.alpha)
+    return ddo.per_example_loss(real, other, *weights, hyper.beta)
+  if objective == 'dpo':
+    loss = ddo.preference_loss(real, other, hyper.beta)
+    return loss, jnp.zeros_like(loss)
+  labels = batch.label[::2], batch.label[1::2]
+  weights = ddo.contrast_weights(dropped, *labels, hyper.alpha)
+  if objective == 'unlearning':
+    return ddo.unlearning_loss(real, other, *weights)
+  return ddo.contrastive_loss(real, other, *weights, hyper.beta)
+
+
+def _discriminative_loss(params, reference, frozen, pair, hyper, model, phase):
+  """Loss of eq. 13 / 16 or a sibling's, and per-row results [B]."""
   batch, keys, dropped = pair
   log_ratio, info = model.log_ratio(params, reference, frozen, batch, keys)
   real, fake = log_ratio[::2], log_ratio[1::2]
-  weights = ddo.row_weights(dropped[::2], hyper.alpha)
-  terms = ddo.per_example_loss(real, fake, *weights, hyper.beta)
+  rest = (batch, dropped[::2], hyper)
+  terms = _terms(phase.objective, real, fake, *rest)
+  chance = _terms(phase.objective, *[jnp.zeros_like(real)] * 2, *rest)
   divisor = ddo.normalizer(hyper.alpha, phase.normalize)
   loss_real, loss_fake = (jnp.mean(term) / divisor for term in terms)
   rows = {
@@ -60,7 +101,7 @@ def _ddo_loss(params, reference, frozen, pair, hyper, model, phase):
     'loss': loss_real + loss_fake,
     'loss_real': loss_real,
     'loss_fake': loss_fake,
-    'chance_loss': ddo.chance_loss(*weights) / divisor,
+    'chance_loss': sum(jnp.mean(term) for term in chance) / divisor,
   }
   return metrics['loss'], (metrics, rows)
 
@@ -73,24 +114,20 @@ def _mle_loss(params, reference, frozen, pair, hyper, model, phase):
   return loss, ({'loss': loss, 'mle_loss': loss}, {})
 
 
-def _accumulated(
-  grad_fn: Callable[..., Any], pair: Any, parts: int, group: int
-) -> Any:
+def _accumulated(grad_fn: Callable[..., Any], rows: Any, parts: int) -> Any:
   """Mean over `parts` microbatches of what grad_fn gives, rows gathered.
 
-  Every part takes each parts-th group of rows, so that it stays spread over
-  the devices. Unrolled: XLA on CPU runs convolutions in a loop many times
-  slower.
+  Every part takes each parts-th row, so that it stays spread over the devices.
+  Unrolled: XLA on CPU runs convolutions in a loop many times slower.
   """
   if parts == 1:
-    return grad_fn(pair)
+    return grad_fn(rows)
 
   def part(leaf, index):
-    split = leaf.reshape(-1, parts, group, *leaf.shape[1:])
-    return split[:, index].reshape(-1, *leaf.shape[1:])
+    return leaf.reshape(-1, parts, *leaf.shape[1:])[:, index]
 
   results = [
-    grad_fn(jax.tree.map(lambda leaf, i=i: part(leaf, i), pair))
+    grad_fn(jax.tree.map(lambda leaf, i=i: part(leaf, i), rows))
     for i in range(parts)
   ]
   means, rows = [], []
@@ -113,10 +150,11 @@ def train_step(
   *,
   model: likelihood.LikelihoodModel,
   phase: config_lib.Phase,
+  sampler: Any = None,
   accumulate: int = 1,
   axis_name: str | None = None,
 ) -> tuple[train_state.TrainState, Metrics]:
-  """One optimizer step on B real rows, and for DDO on B fake rows.
+  """One optimizer step on B real rows, and on as many fakes or negatives.
 
   Args:
     state: θ, its averages and the optimizer's state; safe to donate.
@@ -124,11 +162,12 @@ def train_step(
     frozen: weights that are neither.
     real: raw rows of the data.
     fake: raw samples of the reference, the i-th paired with the i-th real
-      row: they share noise and label drop. None for the 'mle' objective.
+      row: they share noise and label drop. None unless `phase` wants a pool.
     hyper: α, β and the peak learning rate.
     key: of (seed, round); this step's rows fold in the step and their ids.
     model: static.
     phase: static; its traced fields (α, β, learning rate) are not read.
+    sampler: static; draws online fakes, else not used.
     accumulate: microbatches; must divide the rows of each device.
     axis_name: of the devices under pmap; None where jit shards the arrays.
 
@@ -140,20 +179,16 @@ def train_step(
   if phase.label_drop:
     drop_keys = rng.split_rows(keys, 'label_drop')
     dropped = jax.vmap(jax.random.uniform)(drop_keys) < phase.label_drop
-  batch = _rows(model, frozen, real, keys, dropped)
-  pair, group = (batch, keys, dropped), 1
-  if phase.objective == 'ddo':
-    fakes = _rows(model, frozen, dict(fake, id=real['id']), keys, dropped)
-    pair = interleave(pair, (fakes, keys, dropped))
-    group = 2
-  loss_fn = {'ddo': _ddo_loss, 'mle': _mle_loss}[phase.objective]
+  loss_fn = _mle_loss if phase.objective == 'mle' else _discriminative_loss
 
-  def grad_fn(pair):
+  def grad_fn(rows):
+    pair = _batches(model, frozen, reference, rows, sampler, phase)
     return jax.value_and_grad(loss_fn, has_aux=True)(
       state.params, reference, frozen, pair, hyper, model, phase
     )
 
-  (_, (metrics, rows)), grads = _accumulated(grad_fn, pair, accumulate, group)
+  rows = (real, fake, keys, dropped)
+  (_, (metrics, rows)), grads = _accumulated(grad_fn, rows, accumulate)
   if axis_name:
     metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
     gather = lambda row: jax.lax.all_gather(row, axis_name, tiled=True)

@@ -103,6 +103,13 @@ class Run:
     test = data.open_source(self.config.data, self.config.data.test_split)
     return evaluate.Evaluator(self.real, test)
 
+  @property
+  def tokenizer_folder(self) -> pathlib.Path:
+    """Where the params of the model's tokenizer are, if it has one."""
+    if self.config.tokenizer_from:
+      return pathlib.Path(self.config.tokenizer_from).expanduser()
+    return self.workdir / 'tokenizer' / 'params'
+
   @functools.cached_property
   def frozen(self) -> likelihood.Frozen:
     """Weights that are neither trained nor the reference."""
@@ -113,6 +120,9 @@ class Run:
       config = dataclasses.replace(config, model=guide, guide=None)
       model = models.build(config, config.ddo)
       frozen['guide'] = load_params(folder, model, self.executor)[0]
+    if learner := models.tokenizer(self.config.model):
+      folder = self.tokenizer_folder
+      frozen['tokenizer'] = load_params(folder, learner, self.executor)[0]
     if config.vae_from:
       weights = vae_names.read(pathlib.Path(config.vae_from).expanduser())
       frozen['vae'] = self.executor.replicate(weights)
@@ -124,7 +134,7 @@ class Run:
     """Draws images with the config's sampler; p_ref is meant unguided."""
     batch, sampler = self.config.executor.sample_batch, self.config.sampler
     if not guided:
-      sampler = dataclasses.replace(sampler, guidance=1.0)
+      sampler = model.unguided(sampler)
     return generate.Generator(model, self.frozen, sampler, self.executor, batch)
 
   def job(
@@ -133,6 +143,7 @@ class Run:
     phase: config_lib.Phase,
     round_index: int,
     model: likelihood.LikelihoodModel,
+    frozen: likelihood.Frozen,
     reference: likelihood.Params,
     fake: data.Source | None,
     score: Callable[[likelihood.Params], evaluate.Scores] | None,
@@ -146,9 +157,12 @@ class Run:
       round_index=round_index,
       model=model,
       reference=reference,
-      frozen=self.frozen,
+      frozen=frozen,
       real=self.real,
       fake=fake,
+      sampler=(
+        model.unguided(self.config.sampler) if phase.fakes == 'online' else None
+      ),
       executor=self.executor,
       accumulate=self.config.executor.accumulate,
       log=self.log,

@@ -27,9 +27,9 @@ from ddo_jax import report
 from ddo_jax import selfplay
 from ddo_jax import workspace
 
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/digits_table', 'Folder.')
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'Pretraining seeds.')
-_OUTPUT = flags.DEFINE_string(
+WORKDIR = flags.DEFINE_string('workdir', 'runs/digits_table', 'Folder.')
+SEEDS = flags.DEFINE_integer('seeds', 3, 'Pretraining seeds.')
+OUTPUT = flags.DEFINE_string(
   'output', 'experiments/results/digits_table.json', 'Result.'
 )
 
@@ -87,7 +87,10 @@ def control(
 
 
 def guided(
-  config: config_lib.Config, workdir: pathlib.Path, params: pathlib.Path
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  params: pathlib.Path,
+  scales: tuple[float, ...] = SCALES,
 ) -> dict[str, Any]:
   """Report scores of the weights under the preferred guidance scale."""
   path = workdir / 'guided.json'
@@ -97,7 +100,7 @@ def guided(
   model = models.build(config, config.ddo)
   weights, _ = workspace.load_params(params, model, run.executor)
   choices = []
-  for scale in SCALES:
+  for scale in scales:
     run.config.sampler = dataclasses.replace(config.sampler, guidance=scale)
     generator = run.generator(model)
     scores = evaluate.selection_scores(
@@ -155,14 +158,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(_) -> None:
   absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax's voice
-  folder = pathlib.Path(_WORKDIR.value)
+  folder = pathlib.Path(WORKDIR.value)
   results = [
-    one_seed(seed, folder / f'seed_{seed}') for seed in range(_SEEDS.value)
+    one_seed(seed, folder / f'seed_{seed}') for seed in range(SEEDS.value)
   ]
   text = table(results)
   print(text)
   made = {'results': results, 'environment': parallel.environment()}
-  records.write_json(pathlib.Path(_OUTPUT.value), made)
+  records.write_json(pathlib.Path(OUTPUT.value), made)
 
 
 if __name__ == '__main__':

@@ -48,7 +48,7 @@ def _rows(count):
   return keys, x.astype(np.float32)
 
 
-@golden_io.jit
+@jax.jit
 def _augment(keys, x, p):
   return augment.apply(x, augment.draw(keys), p)
 

@@ -105,7 +105,7 @@ def test_the_network():
   images[1], images[2, 16:] = images[1] // 4, 0
   params = convert.to_flax(weights(), TINY)
 
-  @golden_io.jit
+  @jax.jit
   def run(params, images):
     return TINY.apply({'params': params}, dinov2.preprocess(images))
 

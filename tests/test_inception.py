@@ -56,7 +56,7 @@ def _zeros():
 def network():
   """One compilation for both resizes."""
   module = inception.Inception()
-  return golden_io.jit(lambda params, x: module.apply({'params': params}, x))
+  return jax.jit(lambda params, x: module.apply({'params': params}, x))
 
 
 NAMES = {

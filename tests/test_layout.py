@@ -26,7 +26,7 @@ FLOORS = {
     'records',
     'samplers',
   ),
-  2: ('likelihood', 'protocols'),
+  2: ('autoregressive', 'likelihood', 'protocols'),
   3: ('models',),
   4: ('train_state', 'data', 'datasets', 'image_files', 'convert'),
   5: ('fakes', 'train_step'),
@@ -38,9 +38,10 @@ FLOORS = {
   11: ('selfplay', 'score'),
   12: ('main',),
 }
-# Pages are drawn, and sets are prepared and read, in files of their own; these
-# may also be imported inside their own floor.
+# Pages are drawn, sets are prepared and read, and a family is kept in files of
+# their own; these may also be imported inside their own floor.
 PAIRS = {
+  ('autoregressive', 'likelihood'),
   ('report', 'figures'),
   ('data', 'datasets'),
   ('data', 'image_files'),

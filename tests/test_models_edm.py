@@ -63,7 +63,7 @@ def test_network(network, atol, wrapper, rtol, precision):
   mixed = Mixed(denoiser.network, precond.wrap('edm', None, 0.5), other)
   taps = TAPS[network]
 
-  @golden_io.jit
+  @jax.jit
   def forward(params, *rows, augment):
     variables, options = {'params': params}, {'mutable': ['intermediates']}
     return mixed.apply(
@@ -153,7 +153,7 @@ def test_resampling(case):
   down, fused = options.get('down'), options.get('fused_resample')
   sample = layers.downsample if down else layers.upsample
 
-  @golden_io.jit
+  @jax.jit
   def apply(params, x):
     def conv(x, pad):
       if not kernel:
@@ -269,7 +269,7 @@ def test_dropout_is_by_row():
   params = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, params)
   keys = jax.random.split(jax.random.key(2), 3)
 
-  @golden_io.jit
+  @jax.jit
   def apply(rows):
     keys, x, embedding = rows
     rows = {'x': x, 'embedding': embedding}

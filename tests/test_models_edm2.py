@@ -30,7 +30,7 @@ def _inputs(golden, dtype):
   return x, np.asarray(golden['sigma'], dtype), label
 
 
-@golden_io.jit
+@jax.jit
 def _primitives(a, b, c):
   return {
     'mp_silu_a': edm2_layers.mp_silu(a),
@@ -86,7 +86,7 @@ def test_layers(precision, atol):
 def _forward(denoiser):
   """Compiled once for what several tests share."""
 
-  @golden_io.jit
+  @jax.jit
   def forward(params, x, sigma, label):
     variables, options = {'params': params}, {'mutable': ['intermediates']}
     d, captured = denoiser.apply(
@@ -243,7 +243,7 @@ def test_a_step_projects_and_keeps_the_constants():
   phase = config_lib.Phase(batch_size=4, ema_width=(0.1,))
   batch, keys = _batch(4)
 
-  @golden_io.jit
+  @jax.jit
   def step(params):
     loss = lambda p: model.mle_loss(p, {}, batch, keys).mean()
     grads = jax.grad(loss)(params)

@@ -23,7 +23,7 @@ TINY = var_golden.CONFIG
 def _forward(model):
   """Compiled once for each type."""
 
-  @golden_io.jit
+  @jax.jit
   def forward(params, label, inputs, ids):
     variables = {'params': params}
     logits, captured = model.apply(
@@ -98,7 +98,7 @@ def test_causality():
   params = random_params(model, 3)
   inputs = np.random.default_rng(0).normal(size=(1, 13, 3))
 
-  @golden_io.jit
+  @jax.jit
   def slopes(inputs):
     label = jnp.zeros(1, jnp.int32)
     logits = lambda x: model.apply({'params': params}, label, x)[0].sum(-1)
@@ -122,7 +122,7 @@ def test_probabilities_of_all_strings_sum_to_one():
     lambda s: np.asarray(draw(size=s.shape), np.float32), shapes
   )
 
-  @golden_io.jit
+  @jax.jit
   def log_prob(label):
     inputs = quantizer.apply({'params': weights}, strings, method='accumulate')[
       1
@@ -158,7 +158,7 @@ def test_log_prob_is_that_of_the_logits():
     weights = jnp.array([1.0, -2.0])
     loss = lambda p: jnp.sum(weights * row_log_prob(p))
     run = lambda p: (row_log_prob(p), jax.grad(loss)(p))
-    return golden_io.jit(run)(params)
+    return jax.jit(run)(params)
 
   wanted = both(plain, params)
   got = both(functools.partial(chunked, SMALL.clone(remat=True)), params)
@@ -184,11 +184,11 @@ def test_log_ratio_is_zero_at_the_reference():
     return rows[0] - rows[1]
 
   run = lambda p, q: (log_ratio(p, q), jax.vjp(log_ratio, p, q))
-  exact, (inside, _) = golden_io.jit(run)(params, reference)
+  exact, (inside, _) = jax.jit(run)(params, reference)
   np.testing.assert_array_equal(exact, 0)
   np.testing.assert_allclose(inside, 0, atol=1e-5)
   params['head']['bias'] += np.array([0.1, 0, 0], np.float32)
-  moved = golden_io.jit(log_ratio)(params, reference)
+  moved = jax.jit(log_ratio)(params, reference)
   assert np.all(np.abs(moved) > 1e-3)
 
 
@@ -217,7 +217,7 @@ def test_initial_weights():
   model = var.transformer(config)
   label, inputs = np.zeros(1, np.int32), np.zeros((1, 29, 8), np.float32)
   key = jax.random.key(0, impl='rbg')  # compiles in less time
-  params = golden_io.jit(model.init)(key, label, inputs)['params']
+  params = jax.jit(model.init)(key, label, inputs)['params']
   unit = (1 / (3 * 64)) ** 0.5
   blocks = params['blocks']
   modulation = np.asarray(blocks['ada_lin']['kernel'])
@@ -245,7 +245,7 @@ def test_initial_weights():
       np.testing.assert_array_equal(leaf, 0)
   np.testing.assert_allclose(blocks['attn']['scale_mul_1H11'], np.log(4))
   model = var.transformer(dataclasses.replace(config, shared_modulation=True))
-  params = golden_io.jit(model.init)(key, label, inputs)['params']
+  params = jax.jit(model.init)(key, label, inputs)['params']
   offset = np.asarray(params['blocks']['ada_gss'])
   assert offset.shape == (2, 1, 1, 6, 64)
   assert np.std(offset[..., :2, :]) == pytest.approx(1e-3 / 8, rel=0.15)
@@ -276,9 +276,7 @@ def test_bfloat16_products_are_close():
   """And parameters, residuals and logits stay float32."""
   params = random_params(SMALL, 3)
   label, inputs = np.array([0, 1], np.int32), _small_inputs(2)
-  apply = lambda model: golden_io.jit(model.apply)(
-    {'params': params}, label, inputs
-  )
+  apply = lambda model: jax.jit(model.apply)({'params': params}, label, inputs)
   wanted, got = apply(SMALL), apply(SMALL.clone(dtype=jnp.bfloat16))
   assert got.dtype == np.float32
   error = golden_io.relative_error(got, wanted)

@@ -9,9 +9,11 @@ import pytest
 import var_golden
 
 from ddo_jax import config as config_lib
+from ddo_jax import encoders
 from ddo_jax.models import vqvae
 
 TINY = var_golden.TOKENIZER
+PIXELS = encoders.Pixels(nearest=False)
 
 
 @pytest.mark.golden
@@ -45,7 +47,7 @@ def test_phi():
     assert vqvae.phi_index(scales) == tuple(wanted)
 
 
-@golden_io.jit
+@jax.jit
 def _quantize10(params, f):
   quantizer = vqvae.Quantizer(vqvae.PATCH_NUMS, 64, 8)
   variables = {'params': params}
@@ -72,7 +74,7 @@ def test_ten_scales(precision):
   assert golden_io.max_error(inputs, golden['var_input']) <= 1e-5
 
 
-@golden_io.jit
+@jax.jit
 def _tokenize(params, image):
   model, variables = vqvae.build(TINY), {'params': params}
   f = model.apply(variables, image, method='features')
@@ -93,7 +95,7 @@ def test_tokenizer(precision, atol):
     image = golden_io.nhwc(golden['images_u8']).astype(dtype) / 255 * 2 - 1
     got, decoded = _tokenize(params, image.astype(dtype))
     assert got['f'].dtype == decoded.dtype == dtype
-    pixels = np.asarray(vqvae.truncate(decoded.astype(np.float32)))
+    pixels = np.asarray(PIXELS.decode(decoded.astype(np.float32)))
   np.testing.assert_array_equal(got['ids'], golden['ids'])
   assert got['ids'].dtype == np.int32
   for name in ('f', 'fhat'):
@@ -132,7 +134,7 @@ def test_truncation():
   """255·x is cut off, not rounded; beyond the range it is clipped."""
   image = np.array([-2, -1, -0.999, 0, 0.999, 1, 2], np.float32)
   wanted = [0, 0, 0, 127, 254, 255, 255]
-  np.testing.assert_array_equal(vqvae.truncate(image), wanted)
+  np.testing.assert_array_equal(PIXELS.decode(image), wanted)
 
 
 @pytest.mark.parametrize(

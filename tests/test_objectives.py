@@ -142,7 +142,7 @@ def _step():
     ]
     return loss(*gaps), (ours, theirs)
 
-  @golden_io.jit
+  @jax.jit
   def step(params, reference, inputs, dropped, hyper):
     labels = [part[0] for part in inputs['cca']]
     losses = {
@@ -226,7 +226,7 @@ def test_fakes_are_encoded_from_pixels():
   golden = golden_io.load('var_losses.npz')
   model, frozen = var_golden.tokenizer(np.float32)
 
-  @golden_io.jit
+  @jax.jit
   def run(frozen, ids):
     apply = functools.partial(model.apply, {'params': frozen})
     f_hat = apply(ids, method='f_hat')

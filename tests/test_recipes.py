@@ -1,5 +1,6 @@
 """The recipes: sound, buildable, and as their headers say."""
 
+import functools
 import importlib
 import json
 import pathlib
@@ -61,3 +62,16 @@ def test_imagenet_learning_rate_ends_at_two_fifths():
   assert 0.38 < factor < 0.42
   top = train_state.learning_rate_factor(phase, jax.numpy.float32(1e6))
   assert top == 1
+
+
+def test_var_recipes_stop_near_the_top_of_their_schedule():
+  """loss_functions.npz has 0.9904 of the peak where the scripts stop."""
+  for name in ('imagenet256_var_d16', 'imagenet256_var_d30'):
+    phase = load(name)[1].ddo
+    factor = functools.partial(train_state.learning_rate_factor, phase)
+    assert factor(jax.numpy.float32(0)) == pytest.approx(0.005)
+    assert factor(jax.numpy.float32(30_000)) == 1
+    # After 790 microbatches of 128, or 3,157 of 32; the last are in no step.
+    last = factor(jax.numpy.float32(101_000))
+    assert last == pytest.approx(0.9904, abs=2e-4)
+    assert phase.steps() == 98

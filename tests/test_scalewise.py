@@ -40,7 +40,7 @@ def test_greedy_sampling(case):
     model, params = var_golden.transformer(case, dtype)
     tokenizer, frozen = var_golden.tokenizer(dtype)
 
-    @golden_io.jit
+    @jax.jit
     def run(params, frozen):
       stages = scalewise.bind(model, tokenizer, params, frozen)
       sampler = scalewise.Scalewise(guidance=guidance, top_k=1)
@@ -113,7 +113,7 @@ def _small():
   frozen = jax.tree.map(lambda s: 3 * fill(s), frozen)
   stages = scalewise.bind(SMALL, BOOK, params, frozen)
 
-  @golden_io.jit
+  @jax.jit
   def forced(label, ids):
     inputs = BOOK.apply({'params': frozen}, ids, method='accumulate')[1]
     return SMALL.apply({'params': params}, label, inputs)
@@ -126,9 +126,7 @@ def _sampling(**options):
   """Compiled once for what several tests share."""
   sampler = scalewise.Scalewise(**options)
   stages, _ = _small()
-  return golden_io.jit(
-    lambda label, keys: _recorded(sampler, stages, label, keys)
-  )
+  return jax.jit(lambda label, keys: _recorded(sampler, stages, label, keys))
 
 
 LABEL = np.array([0, 1, 2, 1], np.int32)

@@ -68,6 +68,7 @@ def make_job(executor, tmp_path):
       frozen={},
       real=make_source('real', 1),
       fake=make_source('fake', 2),
+      sampler=None,
       executor=executor,
       accumulate=1,
       log=records.MetricsLog(tmp_path),

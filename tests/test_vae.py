@@ -65,7 +65,7 @@ def linear(state):
   }
 
 
-@golden_io.jit
+@jax.jit
 def run(params, images, latents):
   moments = SMALL.apply({'params': params}, images, method='encode_moments')
   decoded = SMALL.apply({'params': params}, latents, method='decode')

@@ -27,6 +27,10 @@ from ddo_jax.convert import pickle_reader
 from ddo_jax.convert import provenance
 from ddo_jax.convert import safetensors_file
 from ddo_jax.convert import torch_zip
+from ddo_jax.convert import var_names
+from ddo_jax.models import var
+from ddo_jax.models import vqvae
+from ddo_jax.models import vqvae_learner
 
 SUFFIXES = ('.pth', '.safetensors')  # what is written
 
@@ -36,7 +40,7 @@ class Weights:
   """A network's weights, and what is known of them.
 
   Attributes:
-    config: the model's dataclass.
+    config: the model's dataclass; of a tokenizer, its own.
     params: Flax params; numpy, in the types of the file.
     provenance: see `provenance.describe`; {} for weights trained from scratch.
   """
@@ -44,6 +48,29 @@ class Weights:
   config: Any
   params: likelihood.Params
   provenance: dict[str, str]
+
+
+def _shapes(config: Any) -> Any:
+  """Of the params of a model or of a tokenizer."""
+  if isinstance(config, vqvae.VqvaeConfig):
+    init = vqvae_learner.build(config).init
+  else:
+    init = _model(config).init
+  return jax.eval_shape(init, rng.stream(0))
+
+
+def _to_flax(config: Any, state: dict[str, np.ndarray]) -> likelihood.Params:
+  if isinstance(config, var.VarConfig | vqvae.VqvaeConfig):
+    return var_names.to_flax(state)
+  return edm_names.to_flax(state, edm_configs.taps_of(config))
+
+
+def _to_official(config: Any, params: likelihood.Params) -> Any:
+  if isinstance(config, var.VarConfig):
+    return var_names.to_official(params, config.tokenizer.patch_nums)
+  if isinstance(config, vqvae.VqvaeConfig):
+    return var_names.to_official(params, config.patch_nums)
+  return edm_names.to_official(params, edm_configs.taps_of(config))
 
 
 def _model(config: Any) -> likelihood.LikelihoodModel:
@@ -61,9 +88,10 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
 
   Args:
     path: .pkl of EDM, EDM2 or DDO, or an official state dict as .safetensors
-      or .pth.
+      or .pth; or a .pth of VAR's, CCA's or DDO's trainer.
     source: the address that it was fetched from, if any.
-    config: the model's dataclass, for a file that does not say.
+    config: the model's dataclass, for a file that does not say. With VAR's,
+      a tokenizer's file is known by its tensors.
 
   Raises:
     config.UserError: unreadable, of an unknown network, or of another one
@@ -91,11 +119,14 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
       ' recipe with that model'
     )
   with files.refusing(path, "the state dict of the config's network"):
+    if isinstance(config, var.VarConfig):
+      state = var_names.unwrap(state)
+      if var_names.is_tokenizer(state):
+        config = config.tokenizer
     if not all(isinstance(v, np.ndarray) for v in state.values()):
       raise ValueError('it holds more than arrays')
-    params = edm_names.to_flax(state, edm_configs.taps_of(config))
-  shapes = jax.eval_shape(_model(config).init, rng.stream(0))
-  checkpoint.check_shapes(params, shapes, path)
+    params = _to_flax(config, state)
+  checkpoint.check_shapes(params, _shapes(config), path)
   return Weights(config, params, origin)
 
 
@@ -105,8 +136,7 @@ def write(path: pathlib.Path, weights: Weights) -> None:
   Where the weights come from stands in the metadata of a .safetensors, and in
   a .json beside a .pth.
   """
-  taps = edm_configs.taps_of(weights.config)
-  state = edm_names.to_official(weights.params, taps)
+  state = _to_official(weights.config, weights.params)
   recorded = _recorded(weights.config)
   if path.suffix == '.safetensors':
     metadata = {'model': json.dumps(recorded), **weights.provenance}
@@ -136,7 +166,8 @@ def _project(
 def save_folder(folder: pathlib.Path, weights: Weights) -> None:
   """Writes a folder of params: float32, projected, with its provenance."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
-  params = jax.jit(_project, static_argnums=0)(_model(weights.config), params)
+  if not isinstance(weights.config, vqvae.VqvaeConfig):
+    params = jax.jit(_project, static_argnums=0)(_model(weights.config), params)
   meta = {
     'stage': 'convert',
     'config': _recorded(weights.config),
@@ -153,7 +184,10 @@ def load_folder(folder: pathlib.Path) -> Weights:
   """
   meta = checkpoint.load_meta(folder)
   config = models.from_json(meta['config'])
-  shapes = jax.eval_shape(_model(config).init, rng.stream(0))
+  # A run's folder of its tokenizer has the config of the whole model.
+  if meta.get('stage') == 'tokenizer':
+    config = config.tokenizer
+  shapes = _shapes(config)
   executor = parallel.Executor(config_lib.Executor())
   target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
   params, _ = checkpoint.load_params(folder, target)

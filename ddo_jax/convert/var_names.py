@@ -87,6 +87,11 @@ def unwrap(tree: Any, part: str = 'var_wo_ddp') -> State:
   return state
 
 
+def is_tokenizer(state: Mapping[str, np.ndarray]) -> bool:
+  """Whether a state dict is the tokenizer's, not the transformer's."""
+  return 'quantize.embedding.weight' in state
+
+
 def _to_path(key: str, ndim: int) -> Path:
   for pattern, replacement in _JOINED:
     key = pattern.sub(replacement, key)

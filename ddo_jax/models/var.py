@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddo_jax import autoregressive
 from ddo_jax import config as config_lib
+from ddo_jax import encoders
 from ddo_jax.models import var_layers
 from ddo_jax.models import vqvae
 
@@ -305,4 +307,18 @@ def transformer(config: VarConfig, remat: bool = False) -> Var:
     vocab=config.tokenizer.vocab,
     remat=remat,
     **options | {'dtype': dtypes[config.dtype]},
+  )
+
+
+def build(config: VarConfig, remat: bool) -> autoregressive.Autoregressive:
+  """The transformer and its tokenizer."""
+  tokenizer = config.tokenizer
+  return autoregressive.Autoregressive(
+    transformer=transformer(config, remat),
+    tokenizer=vqvae.build(tokenizer),
+    image_shape=tuple(tokenizer.image_shape),
+    token_channels=tokenizer.channels,
+    num_classes=config.num_classes,
+    pixels=encoders.Pixels(tokenizer.levels, tokenizer.nearest),
+    decayed=decay_mask,
   )

@@ -21,6 +21,7 @@ from ddo_jax.models import vqvae_layers
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 256 px
 _CUBIC = -0.75  # of the bicubic kernel; jax.image's 'cubic' has −0.5
 _RESIDUAL = 0.5  # share of the convolution in φ
+_COMMITMENT = 0.25  # of the features to the vectors, in training
 _CONVOLUTIONS = 4  # φ, shared by the scales
 # Which of them serves a scale. For ten scales, two lie midway and
 # are decided by rounding in the original program: a table is exact.
@@ -80,12 +81,6 @@ def phi_index(scales: int) -> tuple[int, ...]:
   ratio = np.arange(scales) / max(scales - 1, 1)
   nearest = np.abs(ticks[None, :] - ratio[:, None]).argmin(1)
   return tuple(int(k) for k in nearest)
-
-
-def truncate(image: jax.Array) -> jax.Array:
-  """[−1, 1] to uint8 as VAR's programs write images: 255·(x+1)/2, cut off."""
-  image = (jnp.clip(image, -1, 1) + 1) / 2
-  return (image * 255).astype(jnp.uint8)
 
 
 class Quantizer(nn.Module):
@@ -225,6 +220,26 @@ class Vqvae(nn.Module):
     """Image [B,H,W,3] in [−1, 1] -> tokens [B,L] int32."""
     return self.quantize(self.features(image))
 
+  def losses(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What training the tokenizer minimises, for images [B,H,W,3].
+
+    Returns:
+      [B] mean squared error of the reconstruction, and [B] the distance of
+      features and vectors after each scale, which the vectors make up for in
+      full and the features in a quarter; gradients pass the rounding straight.
+    """
+    f = self.features(image)
+    sums, _ = self.quantize.accumulate(self.quantize(jax.lax.stop_gradient(f)))
+    mean = lambda x: jnp.mean(x**2, axis=(1, 2, 3))
+    stop = jax.lax.stop_gradient
+    distances = [
+      _COMMITMENT * mean(f - stop(f_hat)) + mean(stop(f) - f_hat)
+      for f_hat in sums
+    ]
+    straight = f + stop(sums[-1] - f)
+    error = self.decoder(self.post_quant_conv(straight)) - image
+    return mean(error), sum(distances) / len(distances)
+
   def teacher_input(self, ids: jax.Array) -> jax.Array:
     """Tokens [B,L] -> what the transformer reads, [B,L−1,C]."""
     return self.quantize.accumulate(ids)[1]
@@ -260,6 +275,8 @@ class VqvaeConfig:
     channels: of a latent vector.
     base: unit of width, a multiple of 32.
     mult: width of each level, in units.
+    levels: pixel values are 0 .. levels−1.
+    nearest: see `encoders.Pixels`.
   """
 
   image_shape: tuple[int, int, int] = (256, 256, 3)
@@ -268,6 +285,8 @@ class VqvaeConfig:
   channels: int = 32
   base: int = 160
   mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+  levels: int = 256
+  nearest: bool = False
 
 
 def build(config: VqvaeConfig) -> Vqvae:

@@ -151,6 +151,11 @@ class Scalewise:
       )
     return (self.guidance - none) * ratio
 
+  def unguided(self) -> 'Scalewise':
+    """Draws from the model itself: no guidance, no filter."""
+    none = float(self.convention == 'minus_one')
+    return Scalewise(guidance=none, convention=self.convention)
+
   def __call__(
     self, stages: Stages, label: jax.Array, keys: jax.Array
   ) -> tuple[jax.Array, jax.Array]:

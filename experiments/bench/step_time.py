@@ -85,6 +85,7 @@ def make_job(
     frozen={},
     real=source,
     fake=source if objective == 'ddo' else None,
+    sampler=None,
     executor=executor,
     accumulate=1,
     log=records.MetricsLog(folder),

@@ -1,0 +1,443 @@
+"""The laws of the step for models of tokens, and what VAR's step adds."""
+
+import copy
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import chex
+from flax import linen as nn
+import golden_io
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddo_jax import config as config_lib
+from ddo_jax import data
+from ddo_jax import likelihood
+from ddo_jax import models
+from ddo_jax import parallel
+from ddo_jax import rng
+from ddo_jax import train_state
+from ddo_jax import train_step
+from ddo_jax.models import var
+from ddo_jax.models import vqvae
+from ddo_jax.samplers import scalewise
+
+BATCH = 16
+CLASSES = 3
+DROP = 0.3
+SHAPE = (2, 2, 1)
+LENGTH = 5
+ALPHA, BETA = 2.0, 0.05
+TOKENIZER = vqvae.VqvaeConfig(
+  SHAPE, (1, 2), vocab=6, channels=3, base=32, mult=(1,), levels=17
+)
+CONFIG = var.VarConfig(
+  TOKENIZER, num_classes=CLASSES, depth=1, width=8, heads=2, chunk=3
+)
+
+
+class Tokenizer(vqvae.Vqvae):
+  """With one convolution each way: its many layers would compile for long."""
+
+  def setup(self):
+    self.quantize = vqvae.Quantizer(self.patch_nums, self.vocab, self.channels)
+    self.quant_conv = nn.Conv(self.channels, (3, 3))
+    self.post_quant_conv = nn.Conv(self.channels, (3, 3))
+    self.encoder = nn.Conv(self.channels, (3, 3))
+    self.decoder = nn.Conv(self.image_channels, (3, 3))
+
+
+BUILT = var.build(CONFIG, remat=False)
+MODEL = dataclasses.replace(
+  BUILT, tokenizer=Tokenizer((1, 2), 6, 3, 32, (1,), 1)
+)
+
+
+class Case(NamedTuple):
+  """How a step is compiled."""
+
+  kind: str
+  devices: int = 1
+  accumulate: int = 1
+  objective: str = 'ddo'
+  fakes: str = 'pool'
+  round_trip: bool = True
+
+
+ONE = Case('pmap')
+ONLINE = Case('pmap', fakes='online')
+CCA = Case('pmap', objective='cca')
+MANY = {
+  'pmap': (Case('pmap', 8), ONE),
+  'fsdp-accumulate': (Case('fsdp', 8, accumulate=2), ONE),
+  'online-pmap': (Case('pmap', 8, fakes='online'), ONLINE),
+  'online-fsdp': (Case('fsdp', 8, fakes='online'), ONLINE),
+  'cca-pmap': (Case('pmap', 8, objective='cca'), CCA),
+}
+
+
+def filled(shapes, seed):
+  """Weights without a zero, of unit fan-in gain."""
+  draw = np.random.default_rng(seed).standard_normal
+
+  def fill(leaf):
+    fan = math.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 9
+    return (draw(leaf.shape) / np.sqrt(fan)).astype(np.float32)
+
+  return jax.tree.map(fill, shapes)
+
+
+@functools.cache
+def weights():
+  """Params of the transformer, and the frozen ones."""
+  params = filled(jax.eval_shape(MODEL.init, rng.stream(0)), 0)
+  init, image = MODEL.tokenizer.init, jnp.zeros((1, *SHAPE))
+  shapes = jax.eval_shape(init, rng.stream(0), image)['params']
+  return params, {'tokenizer': filled(shapes, 1)}
+
+
+def make_rows(seed):
+  numbers = np.random.default_rng(seed)
+  image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
+  label = numbers.integers(0, CLASSES, BATCH).astype(np.int32)
+  return {'image': image, 'label': label}
+
+
+@functools.cache
+def compiled(case):
+  """The devices, the phase and the step, which is compiled when first run."""
+  phase = config_lib.Phase(
+    objective=case.objective,
+    batch_size=BATCH,
+    images=100 * BATCH,
+    normalize=True,
+    label_drop=DROP,
+    weight_decay=0.05,
+    clip_norm=2.0,
+    adam_eps=1e-3,  # or rounding noise becomes steps of full length
+    fakes=case.fakes,
+    round_trip=case.round_trip,
+  )
+  settings = config_lib.Executor(kind=case.kind)
+  executor = parallel.Executor(settings, case.devices)
+  step_fn = executor.compile_step(
+    train_step.train_step,
+    model=MODEL,
+    phase=phase.static(),
+    sampler=MODEL.unguided(scalewise.Scalewise(guidance=1.5, top_k=3)),
+    accumulate=case.accumulate,
+  )
+  return executor, phase, step_fn
+
+
+@functools.cache
+def run(case, steps=6):
+  """The state after some steps from the reference, and all metrics."""
+  executor, phase, step_fn = compiled(case)
+  params, frozen = weights()
+  reference, frozen = map(executor.place_state, (params, frozen))
+  values = map(jnp.float32, (ALPHA, BETA, 1e-2))
+  hyper, key = executor.replicate(
+    (train_state.Hyper(*values), rng.stream(0, 'test'))
+  )
+  state = executor.place_state(train_state.create(params, phase))
+  history = []
+  for step in range(steps):
+    real, fake = make_rows(2 * step), make_rows(2 * step + 1)
+    real['id'] = np.arange(BATCH, dtype=np.uint32) + step * BATCH
+    if case.objective == 'cca':
+      real['other_label'] = np.roll(real['label'], -1)
+    pool = case.objective == 'ddo' and case.fakes == 'pool'
+    fake = executor.place_batch(fake) if pool else None
+    real = executor.place_batch(real)
+    state, metrics = step_fn(state, reference, frozen, real, fake, hyper, key)
+    history.append(jax.device_get(metrics))
+  assert_unchanged(reference, params)
+  return jax.device_get(state), history
+
+
+def assert_unchanged(tree, wanted):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(tree), wanted)
+
+
+def first_keys():
+  """The row keys of step 0, by the definition in `train_step`."""
+  key = jax.random.fold_in(rng.stream(0, 'test'), 0)
+  return rng.per_example(key, jnp.arange(BATCH, dtype=jnp.uint32))
+
+
+def first_drop():
+  """Which rows of step 0 lose their label, [B] bool."""
+  keys = rng.split_rows(first_keys(), 'label_drop')
+  return np.array(jax.vmap(jax.random.uniform)(keys)) < DROP
+
+
+def tokens(seed):
+  """Rows of step 0 as a batch of tokens, labels dropped."""
+  _, frozen = weights()
+  rows = make_rows(seed)
+  encode = jax.jit(MODEL.encode)
+  x = encode(frozen, jnp.asarray(rows['image']), first_keys())
+  label = np.where(first_drop(), CLASSES, rows['label'])
+  return likelihood.Batch(x, jnp.asarray(label), jnp.arange(BATCH))
+
+
+def test_law_1_the_log_ratio_to_itself_is_exactly_0():
+  params, frozen = weights()
+  batch = tokens(0)
+  assert len(np.unique(batch.x)) > 2
+  log_ratio = jax.jit(MODEL.log_ratio)
+  same, info = log_ratio(params, params, frozen, batch, first_keys())
+  np.testing.assert_array_equal(same, np.zeros(BATCH))
+  log_prob = jax.jit(MODEL.log_prob)
+  ours = log_prob(params, frozen, batch, first_keys())
+  np.testing.assert_allclose(info['mle_loss'], -ours / LENGTH, rtol=1e-6)
+  mean = jax.jit(MODEL.mle_loss)(params, frozen, batch, first_keys())
+  np.testing.assert_allclose(mean, -ours / LENGTH, rtol=1e-5)
+  # And to another it is the difference of two log-likelihoods.
+  other = jax.tree.map(lambda p: 1.1 * p, params)
+  ratio, _ = log_ratio(other, params, frozen, batch, first_keys())
+  difference = log_prob(other, frozen, batch, first_keys()) - ours
+  assert float(jnp.abs(difference).max()) > 0.01
+  np.testing.assert_allclose(ratio, difference, atol=1e-5)
+
+
+def chance(case):
+  """The loss at the reference, from the batch's own weights."""
+  dropped = first_drop()
+  if case.objective == 'ddo':
+    real = np.where(dropped, max(ALPHA, 1), 1)
+    fake = np.where(dropped, 0, ALPHA)
+  else:
+    label = make_rows(0)['label']
+    real = np.ones(BATCH)
+    same = dropped | (label == np.roll(label, -1))
+    assert dropped.sum() < same.sum() < BATCH
+    fake = np.where(same, 1, ALPHA)
+  return math.log(2) * (real.mean() + fake.mean()) / max(ALPHA, 1)
+
+
+CASES = {case for pair in MANY.values() for case in pair}
+
+
+@pytest.mark.parametrize(
+  'case', sorted(CASES), ids=lambda c: '-'.join(map(str, c))
+)
+def test_law_1_the_loss_at_the_reference_is_chance(case):
+  metrics = run(case)[1][0]
+  assert 0 < first_drop().sum() < BATCH
+  assert metrics['loss'] == pytest.approx(chance(case), rel=1e-5)
+  assert metrics['chance_loss'] == pytest.approx(chance(case), rel=1e-5)
+  assert metrics['max_abs_logit'] <= 1e-3
+  assert metrics['reference_distance'] == 0
+  assert metrics['grad_norm'] > 1e-3
+
+
+def test_law_2_the_gradient_at_the_reference():
+  """−(β/2)[∇E w_real log p(real) − ∇E w_fake log p(fake)] / max(α, 1)."""
+  params, frozen = weights()
+  dropped, batches = first_drop(), (tokens(0), tokens(1))
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    real, fake = (
+      MODEL.log_prob(params, frozen, batch, first_keys()) for batch in batches
+    )
+    real = jnp.mean(jnp.where(dropped, ALPHA, 1) * real)
+    fake = jnp.mean(jnp.where(dropped, 0, ALPHA) * fake)
+    return -BETA / 2 * (real - fake) / ALPHA
+
+  expected = gradient(params)
+  state, _ = run(ONE, 1)
+  got = jax.tree.map(lambda m: m / (1 - 0.9), state.opt_state[1].mu)
+  assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-3
+  chex.assert_trees_all_close(got, jax.device_get(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', MANY)
+def test_law_3_one_result_on_any_devices(name):
+  """Fakes drawn inside the step included."""
+  case, one = MANY[name]
+  (state, history), (wanted_state, wanted) = run(case), run(one)
+  for name in ('loss', 'mle_loss', 'margin', 'grad_norm'):
+    series = [[m[name] for m in h] for h in (history, wanted)]
+    np.testing.assert_allclose(*series, rtol=1e-4, atol=1e-4, err_msg=name)
+  assert wanted[-1]['max_abs_logit'] > 0.01  # the steps went somewhere
+  chex.assert_trees_all_close(
+    state.params, wanted_state.params, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_online_fakes_are_the_references_own():
+  """Of the real rows' labels, before the drop, through pixels and back."""
+  params, frozen = weights()
+  rows, keys = make_rows(0), first_keys()
+  phase = config_lib.Phase(fakes='online', label_drop=DROP)
+  args = (
+    {**rows, 'image': jnp.asarray(rows['image']), 'id': jnp.arange(BATCH)},
+    None,
+    keys,
+    jnp.asarray(first_drop()),
+  )
+  sampler = scalewise.Scalewise()
+
+  def fakes(phase):
+    call = lambda params, frozen, rows: train_step._batches(
+      MODEL, frozen, params, rows, sampler, phase
+    )
+    return jax.jit(call)(params, frozen, args)[0]
+
+  skipped = fakes(dataclasses.replace(phase, round_trip=False))
+  settled = fakes(phase)
+  x = jax.jit(
+    lambda p, f: MODEL.sample(
+      p, f, rows['label'], rng.split_rows(keys, 'fakes'), sampler
+    )
+  )(params, frozen)
+  np.testing.assert_array_equal(skipped.x[1::2], x)
+  np.testing.assert_array_equal(skipped.label[::2], skipped.label[1::2])
+  np.testing.assert_array_equal(skipped.x[::2], tokens(0).x)
+  # Unrounded: the decoder's image, not the uint8 one.
+  apply = functools.partial(
+    MODEL.tokenizer.apply, {'params': frozen['tokenizer']}
+  )
+  image = apply(apply(x, method='f_hat'), method='decode')
+  again = apply(image, method='encode')
+  np.testing.assert_array_equal(settled.x[1::2], again)
+  assert np.any(again != x)
+
+
+def test_the_other_objectives():
+  """Their terms, and that nothing is divided by what they do not weigh."""
+  values = map(jnp.float32, (ALPHA, BETA, 1))
+  hyper = train_state.Hyper(*values)
+  real, other = jnp.array([1.0, 2.0, 3.0]), jnp.array([-1.0, 0.0, 5.0])
+  label = jnp.array([0, 1, 1, 2, 2, 2])  # the third pair has one label
+  batch = likelihood.Batch(None, label, None)
+  dropped = jnp.array([True, False, False])
+  rest = (real, other, batch, dropped, hyper)
+  first, second = train_step._terms('unlearning', *rest)
+  np.testing.assert_array_equal(first, -real)
+  np.testing.assert_array_equal(second, [1, 0, -5])
+  first, second = train_step._terms('dpo', *rest)
+  margin = BETA * (real - other)
+  np.testing.assert_allclose(first, jnp.log1p(jnp.exp(-margin)), rtol=1e-6)
+  np.testing.assert_array_equal(second, 0)
+
+
+def test_pixels_there_and_back():
+  """Whole levels survive `encode`; `decode` cuts off as published."""
+  _, frozen = weights()
+  pixels = MODEL.pixels
+  raw = jnp.arange(17, dtype=jnp.uint8)
+  np.testing.assert_array_equal(pixels.decode(pixels.encode(raw, None)), raw)
+  x = jnp.array([-1.0, -0.876, 0.99])
+  np.testing.assert_array_equal(pixels.decode(x), [0, 0, 15])
+  nearest = dataclasses.replace(pixels, nearest=True)
+  np.testing.assert_array_equal(nearest.decode(x), [0, 1, 16])
+  batch = tokens(0)
+  image = jax.jit(MODEL.decode)(frozen, batch.x)
+  assert (image.shape, image.dtype) == ((BATCH, *SHAPE), np.uint8)
+
+
+@pytest.mark.golden
+def test_only_what_var_decays_decays():
+  """AdamW: three steps of the original, clipped; p2 is exempt."""
+  golden = golden_io.load('loss_functions.npz')
+  with golden_io.precision('f64'):
+    names = ('p1', 'p2')
+    phase = config_lib.Phase(
+      adam_b2=0.95, clip_norm=2.0, weight_decay=0.05, batch_size=1
+    )
+    model = dataclasses.replace(
+      MODEL, decayed=lambda params: {'p1': True, 'p2': False}
+    )
+    start = {n: jnp.asarray(golden[f'aw_{n}_0']) for n in names}
+    state = train_state.create(start, phase)
+    for step in range(3):
+      grads = {n: jnp.asarray(golden[f'aw_g{n[1]}_{step}']) for n in names}
+      state = train_state.apply_gradients(
+        state, grads, golden['aw_lr'], model, phase
+      )
+      for n in names:
+        wanted = golden[f'aw_{n}_{step + 1}']
+        # The original divides by the norm + 1e-6 where it clips.
+        assert golden_io.max_error(state.params[n], wanted) <= 1e-8
+  mask = MODEL.decay_mask(weights()[0])
+  assert not mask['pos_start']
+  assert mask['head']['kernel']
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+  ('name', 'batch', 'warmup'), [('d16', 128, 200), ('d30', 32, 801)]
+)
+def test_the_schedule_of_var(name, batch, warmup):
+  """loss_functions.npz: the rate at micro-iterations of DDO's scripts."""
+  golden = golden_io.load('loss_functions.npz')
+  steps = int(golden[f'sched_{name}_iters'])
+  phase = config_lib.Phase(
+    images=100_352,
+    warmup_images=warmup * batch,
+    warmup_start=0.005,
+    decay='lin0',
+    decay_images=(steps - 1) * batch,
+    decay_end=0.1,
+  )
+  with golden_io.precision('f64'):
+    for step, wanted in zip(
+      golden[f'sched_{name}_g_it'], golden[f'sched_{name}_lr_mult'], strict=True
+    ):
+      seen = jnp.float64(step) * batch
+      got = train_state.learning_rate_factor(phase, seen)
+      assert abs(float(got) - wanted) <= 1e-12, step
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_other_labels_are_the_next_rows_of_the_whole_step(processes):
+  labels = np.arange(12)
+  images = np.zeros((12, 2, 2, 1), np.uint8)
+  source = data.ArraySource('s', images, labels, 12, 17)
+  parts = [
+    list(data.batches(source, 0, 8, 0, 3, i, processes, other_label=True))
+    for i in range(processes)
+  ]
+  for step in range(3):
+    both = [part[step] for part in parts]
+    label = np.concatenate([b['label'] for b in both])
+    other = np.concatenate([b['other_label'] for b in both])
+    np.testing.assert_array_equal(other, np.roll(label, -1))
+
+
+def test_a_config_survives_json():
+  config = config_lib.Config(model=copy.deepcopy(CONFIG))
+  assert models.from_json(config_lib.to_json(config)) == CONFIG
+  assert models.build(config, config_lib.Phase()) == BUILT
+
+
+def test_mistakes():
+  params, frozen = weights()
+  label = jnp.zeros(2, jnp.int32)
+  keys = jax.random.split(rng.stream(0), 2)
+  draw = lambda frozen, sampler: MODEL.sample(
+    params, frozen, label, keys, sampler
+  )
+  with pytest.raises(config_lib.UserError, match='tokenizer_from'):
+    draw({}, scalewise.Scalewise())
+  with pytest.raises(config_lib.UserError, match='smooth=False'):
+    draw(frozen, scalewise.Scalewise(smooth=True))
+  with pytest.raises(config_lib.UserError, match='guide_from'):
+    draw(frozen | {'guide': {}}, scalewise.Scalewise())
+  with pytest.raises(config_lib.UserError, match='tokenizer to the data'):
+    MODEL.check_source('s', SHAPE, CLASSES, 256)
+  MODEL.check_source('s', SHAPE, CLASSES, 17)
+  guide = config_lib.Config(model=CONFIG, guide=CONFIG)
+  with pytest.raises(config_lib.UserError, match='goes with denoisers'):
+    models.build(guide, config_lib.Phase())
+  minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)
+  assert MODEL.unguided(minus) == scalewise.Scalewise(1.0, 'minus_one')

@@ -1,0 +1,110 @@
+"""The whole job for a model of tokens: tokenizer, pretraining, a round."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits_var
+from ddo_jax import config as config_lib
+from ddo_jax import main
+from ddo_jax import selfplay
+from ddo_jax import workspace
+from ddo_jax.models import vqvae
+from ddo_jax.models import vqvae_learner
+
+
+def tiny() -> config_lib.Config:
+  config = digits_var.get_config()
+  config.model.depth, config.model.width = 1, 8
+  config.model.tokenizer.mult = (1,)
+  config.model.tokenizer.patch_nums = (1, 8)
+  for phase in (config.tokenizer, config.pretrain, config.ddo):
+    phase.batch_size = 8
+    phase.images = 2 * 8
+  config.ddo.eval_images = 8
+  config.ddo.round_trip = False  # its step would compile for long
+  config.executor.sample_batch = 64
+  config.evaluation = dataclasses.replace(
+    config.evaluation, selection_samples=64, samples=64, seeds=1
+  )
+  return config
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run')
+  main.run(tiny(), folder)
+  return folder
+
+
+def test_selfplay(workdir):
+  summary = json.loads((workdir / 'summary.json').read_text())
+  assert {'tokenizer', 'pretrain', 'round_000'} <= summary['seconds'].keys()
+  assert summary['rounds'][0]['after']['fd_train']['mean'] > 0
+  assert not (workdir / 'round_000' / 'fakes').exists()
+  records = (workdir / 'metrics.jsonl').read_text().splitlines()
+  stages = [json.loads(line)['stage'] for line in records]
+  assert set(stages) == {'tokenizer', 'pretrain', 'round_000'}
+  assert (workdir / 'report.html').stat().st_size > 10_000
+
+
+def test_it_returns_at_once(workdir):
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  main.run(tiny(), workdir)
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_another_run_takes_its_weights(workdir, tmp_path):
+  config = tiny()
+  config.init_from = str(workdir / 'pretrain' / 'params')
+  run = workspace.Run(config, tmp_path / 'a')
+  with pytest.raises(config_lib.UserError, match='tokenizer_from'):
+    selfplay.pretrain(run)
+  config.tokenizer_from = str(workdir / 'tokenizer' / 'params')
+  run = workspace.Run(config, tmp_path / 'b')
+  assert selfplay.pretrain(run) == workdir / 'pretrain' / 'params'
+  assert not (tmp_path / 'b' / 'tokenizer').exists()
+  own = workspace.Run(tiny(), workdir).frozen
+  jax.tree.map(np.testing.assert_array_equal, run.frozen, own)
+
+
+def test_what_the_tokenizer_learns():
+  """Error of the rounded features' image; every part gets a gradient."""
+  config = vqvae.VqvaeConfig(
+    (2, 2, 1), (1, 2), 6, 3, base=32, mult=(1,), levels=17
+  )
+  learner = vqvae_learner.build(config)
+  params = jax.jit(learner.init)(jax.random.key(0))
+  draw = np.random.default_rng(0).integers
+  raw = jnp.asarray(draw(0, 17, (4, 2, 2, 1), np.uint8))
+  image = learner.encode({}, raw, None)
+
+  @jax.jit
+  def run(params):
+    apply = lambda method, *args: learner.module.apply(
+      {'params': params}, *args, method=method
+    )
+
+    def loss(params):
+      losses = learner.module.apply({'params': params}, image, method='losses')
+      return jnp.mean(sum(losses)), losses
+
+    (_, losses), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    ids = apply('encode', image)
+    f, f_hat = apply('features', image), apply('f_hat', ids)
+    return losses, grads, f, f_hat, apply('decode', f_hat)
+
+  (error, distance), grads, f, f_hat, decoded = run(params)
+  assert np.abs(decoded).max() < 1  # nothing is clamped here
+  wanted = np.mean((decoded - image) ** 2, axis=(1, 2, 3))
+  np.testing.assert_allclose(error, wanted, rtol=1e-4)
+  last = 1.25 * np.mean((f - f_hat) ** 2, axis=(1, 2, 3))
+  assert np.all(np.asarray(distance) > last / 2)
+  for name in ('encoder', 'decoder', 'quantize', 'quant_conv'):
+    sizes = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[name])]
+    assert max(sizes) > 1e-4, name
+  assert np.abs(grads['quantize']['embedding']['embedding']).max() > 1e-4
