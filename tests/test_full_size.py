@@ -1,4 +1,4 @@
-"""Released sizes on a CPU: convert, denoise, one DDO step; time and memory.
+"""Released sizes on a CPU: convert, evaluate, one DDO step; time and memory.
 
 python -m pytest -m full_size tests/test_full_size.py
 
@@ -21,6 +21,7 @@ import official_files
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import likelihood
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax import parallel
@@ -31,7 +32,10 @@ from ddo_jax import train_step
 from ddo_jax import workspace
 from ddo_jax.convert import edm_configs
 from ddo_jax.convert import edm_names
+from ddo_jax.convert import torch_zip
+from ddo_jax.convert import var_names
 from ddo_jax.models import presets
+from ddo_jax.models import var_presets
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULT = ROOT / 'experiments' / 'results' / 'full_size.json'
@@ -58,19 +62,20 @@ EDM2_S = {
   'model_channels': 192,
   'dropout': 0.0,
 }
-# Preset: the class in its file, its arguments, its type, real rows of a step.
+# Preset: its config, real rows of a step, and the knobs of its phase.
 CASES = {
-  'edm-cifar10-32x32-cond-vp': ('EDMPrecond', CIFAR10, np.float32, 2),
-  'edm2-img64-s': ('Precond', EDM2_S, np.float16, 1),
+  'edm-cifar10-32x32-cond-vp': (presets.get, 2, {}),
+  'edm2-img64-s': (presets.get, 1, {'ema_width': (0.05,)}),
+  'var_d16': (var_presets.get, 1, {'normalize': True}),
+}
+# Of a .pkl: the class in it, its arguments, its type.
+PICKLED = {
+  'edm-cifar10-32x32-cond-vp': ('EDMPrecond', CIFAR10, np.float32),
+  'edm2-img64-s': ('Precond', EDM2_S, np.float16),
 }
 
 
-def write_pkl(name, path):
-  """A file in the official layout, with random weights."""
-  class_name, kwargs, dtype, _ = CASES[name]
-  config = config_lib.Config(model=presets.get(name))
-  model = models.build(config, config.ddo)
-  shapes = jax.eval_shape(model.init, rng.stream(0))
+def random_params(init, dtype):
   draw = np.random.default_rng(0)
 
   def leaf(shape):
@@ -78,25 +83,51 @@ def write_pkl(name, path):
     fan_in = np.prod(shape.shape[:-1], initial=1.0)
     return (values / np.sqrt(fan_in)).astype(dtype)
 
-  params = jax.tree.map(leaf, shapes)
-  taps = edm_configs.taps_of(presets.get(name))
-  state = edm_names.to_official(params, taps)
-  table = official_files.released(class_name, state, kwargs)
-  path.write_bytes(official_files.dumps(table))
+  return jax.tree.map(leaf, jax.eval_shape(init, rng.stream(0)))
+
+
+def write_files(name, folder):
+  """Files in the official layout, with random weights."""
+  config = config_lib.Config(model=CASES[name][0](name))
+  model = models.build(config, config.ddo)
+  if name in PICKLED:
+    class_name, kwargs, dtype = PICKLED[name]
+    params = random_params(model.init, dtype)
+    state = edm_names.to_official(params, edm_configs.taps_of(config.model))
+    table = official_files.released(class_name, state, kwargs)
+    (folder / 'params.pkl').write_bytes(official_files.dumps(table))
+    return
+  learner = models.tokenizer(config.model)
+  for part, init in (('params', model.init), ('tokenizer', learner.init)):
+    params = random_params(init, np.float32)
+    patch_nums = config.model.tokenizer.patch_nums
+    state = var_names.to_official(params, patch_nums)
+    torch_zip.write(folder / f'{part}.pth', state)
+
+
+def load_files(config, model, executor, folder):
+  """Converts the files; returns the reference and the frozen weights."""
+  paths = sorted(folder.glob('*.p*'))
+  for path in paths:
+    main.convert(str(path), folder / path.stem, config)
+  load = lambda part, model: workspace.load_params(
+    folder / part, model, executor
+  )[0]
+  frozen = {}
+  if learner := models.tokenizer(config.model):
+    frozen = {'tokenizer': load('tokenizer', learner)}
+  return load('params', model), frozen
 
 
 def measure(name, folder):
   """Seconds of each piece, peak memory, and the loss of the first step."""
-  batch = CASES[name][-1]
-  phase = config_lib.Phase(
-    batch_size=batch, ema_width=() if name.startswith('edm-') else (0.05,)
-  )
-  config = config_lib.Config(model=presets.get(name), ddo=phase)
+  get_config, batch, knobs = CASES[name]
+  phase = config_lib.Phase(batch_size=batch, **knobs)
+  config = config_lib.Config(model=get_config(name), ddo=phase)
   model = models.build(config, phase)
-  # Elsewhere, as its publisher would: its memory is not counted here.
-  path = folder / f'{name}.pkl'
+  # Elsewhere, as their publisher would: its memory is not counted here.
   process = multiprocessing.get_context('spawn').Process(
-    target=write_pkl, args=(name, path)
+    target=write_files, args=(name, folder)
   )
   process.start()
   process.join()
@@ -110,24 +141,26 @@ def measure(name, folder):
     usage = resource.getrusage(resource.RUSAGE_SELF)
     peak[stage] = usage.ru_maxrss / 2**20  # of Linux's KiB: GiB so far
 
-  main.convert(str(path), folder / 'params')
-  lap('convert')
   executor = parallel.Executor(config.executor)
-  reference, _ = workspace.load_params(folder / 'params', model, executor)
-  lap('load')
-  x = np.random.default_rng(1).uniform(-1, 1, (batch, *model.example_shape))
-  rows = {
-    'x': np.asarray(x, np.float32),
-    'sigma': np.full(batch, 0.5, np.float32),
-    'label': np.arange(batch, dtype=np.int32),
-  }
-  denoised = jax.jit(model.denoise)(reference, *rows.values())
-  assert np.isfinite(denoised).all()
-  lap('denoise, compiled', denoised)
-  pixels = np.asarray((x + 1) * 127.5, np.uint8)
-  real = {'image': pixels, 'label': rows['label']}
-  fake = executor.place_batch({k: v.copy() for k, v in real.items()})
-  real = executor.place_batch(real | {'id': np.arange(batch, dtype=np.uint32)})
+  reference, frozen = load_files(config, model, executor, folder)
+  lap('convert', (reference, frozen))
+  shape = getattr(model, 'image_shape', model.example_shape)
+  draw = np.random.default_rng(1)
+  pixels = lambda: draw.integers(0, 256, (batch, *shape), np.uint8)
+  label, ids = np.arange(batch, dtype=np.int32), np.arange(batch)
+  real = {'image': pixels(), 'label': label, 'id': ids.astype(np.uint32)}
+  fake = executor.place_batch({'image': pixels(), 'label': label})
+  real = executor.place_batch(real)
+  keys = jax.random.split(rng.stream(0), batch)
+
+  def log_prob(params, frozen, image):
+    x = model.encode(frozen, image[0], keys)
+    batch = likelihood.Batch(x, label, ids)
+    return model.log_prob(params, frozen, batch, keys)
+
+  found = jax.jit(log_prob)(reference, frozen, real['image'])
+  lap('log-likelihood, compiled', found)
+  assert np.isfinite(found).all()
   step = executor.compile_step(
     train_step.train_step, model=model, phase=phase.static(), accumulate=1
   )
@@ -137,7 +170,7 @@ def measure(name, folder):
   create = functools.partial(train_state.create, phase=phase)
   state = executor.make_state(create, reference)
   lap('state', state)
-  state, metrics = step(state, reference, {}, real, fake, hyper, key)
+  state, metrics = step(state, reference, frozen, real, fake, hyper, key)
   lap('DDO step, compiled', metrics)
   metrics = jax.device_get(metrics)
   np.testing.assert_allclose(metrics['loss'], metrics['chance_loss'], rtol=1e-3)
