@@ -6,6 +6,9 @@ python -m ddo_jax.main --config=configs/cifar10_edm_uncond.py \
   --workdir=runs/cifar10_edm_uncond \
   --config.data.raw_dir=<folder of cifar-10-binary.tar.gz>
 
+FID needs Inception's weights and EDM's cifar10-32x32.npz: without them, one
+line says what to bring and where to put it.
+
 Cost: a round is 1.5 M images, 2 forward and backward passes of a 56 M
 parameter network each, and 50,000 samples of 35 evaluations; the paper plays
 12 rounds and sweeps alpha and beta anew in each. Expected: one round takes FID
@@ -43,7 +46,8 @@ def get_config() -> config_lib.Config:
       eval_images=100_352,  # [?]; quality peaks inside a round
     ),
     evaluation=config_lib.Evaluation(
+      protocol='edm-cifar10',
+      metric='fid',
       selection_samples=10_000,  # [?]
-      samples=50_000,
     ),
   )

@@ -9,6 +9,8 @@ python -m ddo_jax.main --config=configs/imagenet512_edm2_l.py \
 Guided at 1.1 by EDM2-XS, once edm2-img512-xs-0134217-0.165.pkl is converted:
   --config.sampler.guidance=1.1 --config.guide_from=weights/imagenet512_edm2_xs
 
+Images, for FID, need sd-vae-ft-mse: --config.vae_from=<its .safetensors>
+
 Cost: a round is 6.4 M latents through a 777 M parameter network; the paper
 plays 28 rounds and sweeps alpha and beta anew in each. Not run here.
 
@@ -31,4 +33,5 @@ def get_config() -> config_lib.Config:
   config.ddo.p_mean = (-0.4,)  # EDM2's
   # 1.6 -> 2.0 -> 3.0, says the appendix; from which rounds on is [?].
   config.ddo.p_std = (1.6,)
+  config.evaluation.protocol = 'edm2-img512'
   return config

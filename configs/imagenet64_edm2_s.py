@@ -49,8 +49,10 @@ def get_config() -> config_lib.Config:
       eval_images=409_600,  # [?]
     ),
     evaluation=config_lib.Evaluation(
+      protocol='edm2-img64',
+      metric='fid',
+      features=('fid',),
       selection_samples=10_000,  # [?]
-      samples=50_000,
     ),
     executor=config_lib.Executor(kind='fsdp', sample_batch=512),
   )

@@ -105,10 +105,25 @@ class Phase:
 class Evaluation:
   """How much is sampled to choose a checkpoint, and to report one."""
 
+  # Under a named protocol (see `protocols`) Inception's or DINOv2's features
+  # are compared with a published reference; '' fits a small classifier to the
+  # training split and measures in its features.
+  protocol: str = _knob('')
   metric: str = _knob('fd_train')  # selects checkpoints; lower is better
   selection_samples: int = _knob(5_000)  # on one fixed seed of their own
-  samples: int = _knob(5_000)  # a reported number: each of `seeds` blocks
-  seeds: int = _knob(3)  # disjoint sample seeds: mean ± sd
+  # A reported number: samples of each block, and disjoint blocks of seeds
+  # (mean ± sd); 0: as the protocol has them, without one 5,000 and 3.
+  samples: int = _knob(0)
+  seeds: int = _knob(0)
+  # Under a protocol: which of its features, () for all, and how many training
+  # images are embedded for kid, precision and recall, 0 for none.
+  features: tuple[str, ...] = _knob(())
+  real_images: int = _knob(0)
+  # Files of the reference and of the networks' weights; '' looks for them in
+  # ~/.cache/ddo_jax/references and ~/.cache/ddo_jax/networks.
+  reference: str = _knob('', science=False)
+  inception: str = _knob('', science=False)
+  dinov2: str = _knob('', science=False)
 
 
 @dataclasses.dataclass
@@ -252,15 +267,21 @@ def validate(config: Config) -> None:
     _require(objective == 'mle', f'{name}.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
   metrics = ('fd_train', 'fd_test')
+  if evaluation.protocol:
+    metrics = ('fid', 'sfid', 'fd_dinov2')
   _require(
     evaluation.metric in metrics,
     'evaluation.metric',
     evaluation.metric,
     f'one of {metrics}',
   )
-  for field in ('selection_samples', 'samples', 'seeds'):
+  value = evaluation.selection_samples
+  _require(
+    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
+  )
+  for field in ('samples', 'seeds', 'real_images'):
     value = getattr(evaluation, field)
-    _require(value > 0, f'evaluation.{field}', value, 'a positive integer')
+    _require(value >= 0, f'evaluation.{field}', value, '0 or more')
   kinds = ('pmap', 'fsdp')
   _require(
     executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'

@@ -1,6 +1,7 @@
 """Scores of images against the training and the held-out data."""
 
 from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -18,6 +19,23 @@ from ddo_jax.metrics import prdc
 Scores = dict[str, float]
 
 
+class Measures(Protocol):
+  """What a run asks of its evaluator."""
+
+  num_images: int  # of a reported block, where the config does not say
+  num_blocks: int
+
+  def measure(
+    self,
+    generator: generate.Generator,
+    params: likelihood.Params,
+    key: jax.Array,
+    block: int,
+    count: int,
+  ) -> Scores:
+    """Scores of `count` images drawn with the key, for block `block`."""
+
+
 class Evaluator:
   """Measures images in the features of a small classifier.
 
@@ -26,6 +44,8 @@ class Evaluator:
   (samples classified as their own label), `precision`, `recall`, `nn_ratio`
   and `memorised` (see `metrics`).
   """
+
+  num_images, num_blocks = 5_000, 3
 
   def __init__(self, train: data.Source, test: data.Source):
     """Reads both splits whole and fits the classifier.
@@ -67,21 +87,23 @@ class Evaluator:
     near = memorisation.compare(images, self._train, self._test)
     return scores | near._asdict()
 
-
-def _scores(
-  evaluator: Evaluator,
-  generator: generate.Generator,
-  params: likelihood.Params,
-  key: jax.Array,
-  count: int,
-) -> Scores:
-  images, labels = generator.images(params, key, count, 'evaluate')
-  conditional = generator.model.num_classes > 0
-  return evaluator.scores(images, labels if conditional else None)
+  def measure(
+    self,
+    generator: generate.Generator,
+    params: likelihood.Params,
+    key: jax.Array,
+    block: int,
+    count: int,
+  ) -> Scores:
+    """Scores of `count` images of the key; the block is in the key alone."""
+    del block
+    images, labels = generator.images(params, key, count, 'evaluate')
+    conditional = generator.model.num_classes > 0
+    return self.scores(images, labels if conditional else None)
 
 
 def selection_scores(
-  evaluator: Evaluator,
+  evaluator: Measures,
   generator: generate.Generator,
   params: likelihood.Params,
   config: config_lib.Config,
@@ -89,28 +111,46 @@ def selection_scores(
   """Scores on the one fixed seed by which checkpoints are compared."""
   key = rng.stream(config.seed, 'select')
   count = config.evaluation.selection_samples
-  return _scores(evaluator, generator, params, key, count)
+  return evaluator.measure(generator, params, key, 0, count)
 
 
 def report_scores(
-  evaluator: Evaluator,
+  evaluator: Measures,
   generator: generate.Generator,
   params: likelihood.Params,
   config: config_lib.Config,
 ) -> dict[str, Any]:
-  """Scores as {name: {'mean', 'sd', 'values'}} over disjoint fresh seeds.
+  """Scores over disjoint fresh seeds, see `summarize`.
 
   No seed here ever selects a checkpoint; sd is the sample deviation, None
   for a single seed.
   """
-  blocks = []
-  for block in range(config.evaluation.seeds):
+  blocks, (count, num_blocks) = [], sizes(evaluator, config)
+  for block in range(num_blocks):
     key = rng.stream(config.seed, 'report', block)
-    count = config.evaluation.samples
-    blocks.append(_scores(evaluator, generator, params, key, count))
+    blocks.append(evaluator.measure(generator, params, key, block, count))
+  return summarize(blocks)
+
+
+def sizes(evaluator: Measures, config: config_lib.Config) -> tuple[int, int]:
+  """(images of a reported block, blocks)."""
+  evaluation = config.evaluation
+  return (
+    evaluation.samples or evaluator.num_images,
+    evaluation.seeds or evaluator.num_blocks,
+  )
+
+
+def summarize(blocks: list[Scores]) -> dict[str, Any]:
+  """{name: {'mean', 'sd', 'minimum', 'values'}} of the blocks' scores."""
   summary = {}
   for name in blocks[0]:
     values = [block[name] for block in blocks]
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    summary[name] = {'mean': float(np.mean(values)), 'sd': sd, 'values': values}
+    summary[name] = {
+      'mean': float(np.mean(values)),
+      'sd': sd,
+      'minimum': min(values),
+      'values': values,
+    }
   return summary

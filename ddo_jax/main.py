@@ -21,12 +21,12 @@ from ml_collections import config_flags
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import evaluate
 from ddo_jax import generate
 from ddo_jax import models
 from ddo_jax import records
 from ddo_jax import report
 from ddo_jax import rng
+from ddo_jax import score
 from ddo_jax import selfplay
 from ddo_jax import train
 from ddo_jax import workspace
@@ -40,9 +40,18 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _MODE = flags.DEFINE_enum(
   'mode',
   'selfplay',
-  ['selfplay', 'pretrain', 'sample', 'evaluate', 'report', 'convert'],
+  [
+    'selfplay',
+    'pretrain',
+    'sample',
+    'evaluate',
+    'report',
+    'convert',
+    'reference',
+  ],
   'selfplay: pretrain, play the rounds, report; pretrain .. report: one part of'
-  ' it; convert: released weights to a folder of params, and back.',
+  ' it; convert: released weights to a folder of params, and back; reference:'
+  ' statistics of the data for --config.evaluation.reference.',
 )
 _PARAMS = flags.DEFINE_string(
   'params', None, 'sample, evaluate: a folder of params; default the newest.'
@@ -58,6 +67,17 @@ _OUTPUT = flags.DEFINE_string(
   None,
   'sample, evaluate: folder of the result; default workdir. convert: a folder'
   ' of params, or a .safetensors or .pth file, to write.',
+)
+_IMAGES = flags.DEFINE_string(
+  'images', None, 'evaluate: score these, a folder or zip of PNGs or an .npz.'
+)
+_AGAINST = flags.DEFINE_string(
+  'against', None, 'evaluate: an eval.json; also print the differences to it.'
+)
+_SAVE_IMAGES = flags.DEFINE_string(
+  'save_images',
+  None,
+  "evaluate: a folder (PNGs in EDM's layout) or .npz (OpenAI's) to write.",
 )
 _SOURCE = flags.DEFINE_string(
   'source',
@@ -108,32 +128,6 @@ def sample(
   return output / 'samples.png'
 
 
-def evaluate_params(
-  config: config_lib.Config,
-  workdir: pathlib.Path,
-  params: pathlib.Path | None = None,
-  output: pathlib.Path | None = None,
-) -> dict[str, Any]:
-  """Scores params on the reporting seeds; writes and returns eval.json."""
-  run_ = workspace.Run(config, workdir)
-  model = models.build(config, config.ddo)
-  folder = params or workspace.newest_params(workdir)
-  weights, meta = workspace.load_params(folder, model, run_.executor)
-  scores = evaluate.report_scores(
-    run_.evaluator, run_.generator(model), weights, config
-  )
-  result = {
-    'params': str(folder),
-    'sha256': meta['sha256'],
-    'provenance': meta.get('provenance', {}),
-    'sampler': dataclasses.asdict(config.sampler),
-    'samples': config.evaluation.samples,
-    'scores': scores,
-  }
-  records.write_json((output or workdir) / 'eval.json', result)
-  return result
-
-
 def convert(
   source: str,
   output: pathlib.Path,
@@ -177,6 +171,7 @@ def run(
   num_samples: int = 100,
   output: pathlib.Path | None = None,
   control: pathlib.Path | None = None,
+  save_images: pathlib.Path | None = None,
 ) -> Any:
   """Runs one mode on a run's folder; see the flags."""
   if mode == 'selfplay':
@@ -187,7 +182,7 @@ def run(
   if mode == 'sample':
     return sample(config, workdir, params, num_samples, output)
   if mode == 'evaluate':
-    return evaluate_params(config, workdir, params, output)
+    return score.score_params(config, workdir, params, output, save_images)
   return report.write(workdir, control)
 
 
@@ -222,18 +217,67 @@ def _check_flags(argv: Sequence[str]) -> None:
   """Exits where a mode lacks what it needs."""
   if len(argv) > 1:
     sys.exit(f'FATAL unexpected argument {argv[1]!r}; flags start with --')
-  mode = _MODE.value
-  if mode == 'convert':
-    if not _SOURCE.value or not _OUTPUT.value:
-      sys.exit(
-        'FATAL --mode=convert wants --source and --output, e.g. --source='
-        'edm-cifar10-32x32-uncond-vp.pkl --output=weights/cifar10_edm_uncond'
-      )
-  elif not _WORKDIR.value or (mode != 'report' and not _CONFIG.value):
+  wanted, example = {
+    'convert': (
+      (_SOURCE, _OUTPUT),
+      '--source=edm-cifar10-32x32-uncond-vp.pkl --output=weights/cifar10',
+    ),
+    'reference': (
+      (_CONFIG, _OUTPUT),
+      '--config=configs/cifar10_edm_uncond.py --output=references',
+    ),
+    'report': ((_WORKDIR,), '--workdir=runs/digits'),
+  }.get(
+    _MODE.value,
+    (
+      (_CONFIG, _OUTPUT if _IMAGES.value else _WORKDIR),
+      '--config=configs/digits.py --workdir=runs/digits',
+    ),
+  )
+  if lost := [f'--{flag.name}' for flag in wanted if not flag.value]:
     sys.exit(
-      'FATAL --config and --workdir are required, e.g.'
-      ' --config=configs/digits.py --workdir=runs/digits'
+      f'FATAL --mode={_MODE.value} wants {" and ".join(lost)}, e.g. {example}'
     )
+
+
+def _dispatch() -> Any:
+  """Does what the flags say; returns the mode's result."""
+  path = lambda flag: (
+    pathlib.Path(flag.value).expanduser() if flag.value else None
+  )
+  config, mode, output = _CONFIG.value, _MODE.value, path(_OUTPUT)
+  if mode == 'convert':
+    return convert(_SOURCE.value, output, config, _SHA256.value)
+  if mode == 'reference':
+    return score.write_reference(config, output)
+  if mode == 'evaluate' and _IMAGES.value:
+    return score.score_images(config, path(_IMAGES), output)
+  return run(
+    config,
+    path(_WORKDIR),
+    mode,
+    path(_PARAMS),
+    _NUM_SAMPLES.value,
+    output,
+    path(_CONTROL),
+    path(_SAVE_IMAGES),
+  )
+
+
+def _print(result: Any) -> None:
+  """Scores as a table, what else a mode returns as it is."""
+  if not isinstance(result, dict):
+    print(result)
+    return
+  for name, values in result['scores'].items():
+    sd = '' if values['sd'] is None else f' ± {values["sd"]:.4f}'
+    print(f'{name:16} {values["mean"]:.4f}{sd}')
+  if _AGAINST.value:
+    other = records.read_json(pathlib.Path(_AGAINST.value).expanduser())
+    for name, gap in score.compare(result, other).items():
+      print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
+  for note in result.get('notes', []):
+    print(f'note: {note}')
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -246,32 +290,12 @@ def _main(argv: Sequence[str]) -> None:
     jax.config.update('jax_compilation_cache_dir', str(cache))
   # Between training steps nothing needs saving: stages are whole or absent.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EX_TEMPFAIL))
-  path = lambda flag: pathlib.Path(flag).expanduser() if flag else None
   try:
-    if _MODE.value == 'convert':
-      result = convert(
-        _SOURCE.value, path(_OUTPUT.value), _CONFIG.value, _SHA256.value
-      )
-    else:
-      result = run(
-        _CONFIG.value,
-        path(_WORKDIR.value),
-        _MODE.value,
-        path(_PARAMS.value),
-        _NUM_SAMPLES.value,
-        path(_OUTPUT.value),
-        path(_CONTROL.value),
-      )
+    _print(_dispatch())
   except config_lib.UserError as error:
     sys.exit(f'FATAL {error}')
   except KeyboardInterrupt:
     sys.exit('interrupted; run the same command again to continue')
-  if isinstance(result, dict):
-    for name, score in result['scores'].items():
-      sd = '' if score['sd'] is None else f' ± {score["sd"]:.4f}'
-      print(f'{name:12} {score["mean"]:.4f}{sd}')
-  else:
-    print(result)
 
 
 if __name__ == '__main__':

@@ -108,22 +108,6 @@ class Protocol:
     draw = lambda key: jax.random.randint(key, (), 0, num_classes)
     return np.asarray(jax.vmap(draw)(keys), np.int32)
 
-  def to_uint8(self, x: np.ndarray) -> np.ndarray:
-    """Images in model units, [-1, 1] when clean, as they are written.
-
-    Raises:
-      UserError: NaN among them.
-    """
-    x = np.asarray(x, np.float32)
-    if np.isnan(x).any():
-      raise config.UserError(
-        'images hold NaN; look for a diverged model or sampler'
-      )
-    offset = {'edm': 128, 'var': 127.5}[self.pixels]
-    return np.clip(x * np.float32(127.5) + np.float32(offset), 0, 255).astype(
-      np.uint8
-    )
-
 
 def _three(n: int) -> tuple[int, int, int]:
   return (0, n, 2 * n)

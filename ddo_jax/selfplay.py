@@ -186,13 +186,14 @@ def play_round(
   clock, phase = [time.perf_counter()], run.config.ddo
   model = models.build(run.config, phase, index)
   generator, fake = run.generator(model), None
+  # Now, as a missing reference file should not cost the pool.
+  score = functools.partial(
+    evaluate.selection_scores, run.evaluator, generator, config=run.config
+  )
   reference, meta = _reference(run, folder, origin, model)
   if phase.objective == 'ddo' and phase.fakes == 'pool':
     fake = _fake_pool(run, folder, model, reference, meta)
   clock.append(time.perf_counter())
-  score = functools.partial(
-    evaluate.selection_scores, run.evaluator, generator, config=run.config
-  )
   job = run.job(folder, phase, index, model, run.frozen, reference, fake, score)
   promotion = train.run(job)
   provenance = meta.get('provenance', {})

@@ -12,6 +12,7 @@ from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
 from ddo_jax import data
 from ddo_jax import evaluate
+from ddo_jax import fidelity
 from ddo_jax import generate
 from ddo_jax import likelihood
 from ddo_jax import models
@@ -95,8 +96,10 @@ class Run:
     return source
 
   @functools.cached_property
-  def evaluator(self) -> evaluate.Evaluator:
-    """The metrics; fits their classifier."""
+  def evaluator(self) -> evaluate.Measures:
+    """The metrics: a protocol's, or those of a classifier that is fitted."""
+    if self.config.evaluation.protocol:
+      return fidelity.Evaluator(self.config, self.real)
     test = data.open_source(self.config.data, self.config.data.test_split)
     return evaluate.Evaluator(self.real, test)
 

@@ -31,11 +31,12 @@ FLOORS = {
   4: ('train_state', 'data', 'datasets', 'image_files', 'convert'),
   5: ('fakes', 'train_step'),
   6: ('generate',),
-  7: ('evaluate',),
-  8: ('train', 'report', 'figures'),
-  9: ('workspace',),
-  10: ('selfplay',),
-  11: ('main',),
+  7: ('features',),
+  8: ('evaluate', 'fidelity'),
+  9: ('train', 'report', 'figures'),
+  10: ('workspace',),
+  11: ('selfplay', 'score'),
+  12: ('main',),
 }
 # Pages are drawn, sets are prepared and read, and a family is kept in files of
 # their own; these may also be imported inside their own floor.

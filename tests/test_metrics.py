@@ -118,6 +118,21 @@ def test_distance_of_rank_deficient_sets():
   assert got == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize('ridge', [0, 1e-15])
+def test_distance_of_a_rank_deficient_set_from_a_full_one(ridge):
+  # The ridge is below rounding, but lets Cholesky pass where it should not.
+  random = np.random.default_rng(10)
+  root_a, root_b = random.normal(size=(30, 12)), random.normal(size=(30, 40))
+  a, b = root_a @ root_a.T, root_b @ root_b.T
+  cross = scipy.linalg.svdvals(root_a.T @ root_b).sum()
+  expected = np.trace(a) + np.trace(b) - 2 * cross
+  a += ridge * np.linalg.norm(a, 2) * np.eye(30)
+  zero = np.zeros(30)
+  for moments in ((zero, a, zero, b), (zero, b, zero, a)):
+    got = frechet.distance_of_moments(*moments)
+    assert got == pytest.approx(expected, rel=1e-11)
+
+
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_features_that_are_not_finite_raise(value):
   features = _features(8, 50, 3)

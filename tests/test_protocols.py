@@ -56,20 +56,6 @@ def test_random_classes_hang_on_seed_and_id_alone():
   assert (protocol.classes(ids, 10, seed=4) != classes).mean() > 0.8
 
 
-def test_pixels_are_truncated_by_either_rule():
-  edm, var = protocols.get('edm-cifar10'), protocols.get('adm-img256')
-  levels = np.arange(256)
-  x = np.float32(levels) / np.float32(127.5) - 1
-  np.testing.assert_array_equal(edm.to_uint8(x), levels)
-  x = np.float32([-2, -1, 0, 0.003, 1, 2])
-  np.testing.assert_array_equal(edm.to_uint8(x), [0, 0, 128, 128, 255, 255])
-  np.testing.assert_array_equal(var.to_uint8(x), [0, 0, 127, 127, 255, 255])
-  x = np.float32([0.25 / 127.5])  # 128.25 and 127.75
-  assert (edm.to_uint8(x), var.to_uint8(x)) == (128, 127)
-  with pytest.raises(config.UserError, match='images hold NaN'):
-    edm.to_uint8(np.float32([np.nan]))
-
-
 def test_scores_of_one_protocol_are_compared_and_others_refused():
   protocol = protocols.get('edm2-img64')
   a = protocols.Score('fid', 1.58, protocol, 50_000, 'a' * 64)

@@ -72,7 +72,6 @@ def test_our_own_file(tmp_path):
   got = references.read(path).of('fd_dinov2')
   assert_moments(got, {'mu': sums.mean, 'sigma': sums.covariance})
   assert got.n == 40 and got.provenance['network'] == 'dinov2'
-  assert 'rank 39' in statistics.rank_note('own', got)
   with np.load(path, allow_pickle=False) as arrays:  # as EDM's fid.py does
     np.testing.assert_array_equal(arrays['mu'], sums.mean)
 

@@ -141,7 +141,14 @@ def test_the_config_inside_the_file(tmp_path, case):
   assert released.read(path).config == CASES[case][2]
 
 
-@pytest.mark.parametrize('name', ['edm-cifar10-32x32-cond-vp', 'edm2-img64-s'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'edm-cifar10-32x32-cond-vp',
+    'edm-imagenet-64x64-cond-adm',
+    'edm2-img64-s',
+  ],
+)
 def test_released_arguments_give_the_preset(name):
   """What the release's training script passes; the rest are defaults."""
   interface = {'img_resolution': 32, 'img_channels': 3, 'label_dim': 10}
@@ -152,6 +159,10 @@ def test_released_arguments_give_the_preset(name):
   }
   kwargs |= {'model_channels': 128, 'channel_mult': [2, 2, 2]}
   class_name, augment = 'EDMPrecond', 0.12
+  if name == 'edm-imagenet-64x64-cond-adm':
+    kwargs = {'img_resolution': 64, 'img_channels': 3, 'label_dim': 1000}
+    kwargs |= {'model_type': 'DhariwalUNet', 'model_channels': 192}
+    kwargs |= {'channel_mult': [1, 2, 3, 4], 'dropout': 0.1}
   if name == 'edm2-img64-s':
     kwargs = {'img_resolution': 64, 'img_channels': 3, 'label_dim': 1000}
     kwargs |= {'model_channels': 192, 'dropout': 0.0, 'use_fp16': True}

@@ -166,14 +166,6 @@ def groups_of(rows, count):
   return [frechet.Statistics.of(x) for x in np.split(rows, count)]
 
 
-def test_blocks_of_seeds():
-  got = uncertainty.blocks([1.5, 1.0, 2.0])
-  assert got[:3] == (1.0, 1.5, 0.5) and '3 disjoint blocks' in got.label
-  for scores in ([1.0, 2.0], [1.0, 2.0, np.nan]):
-    with pytest.raises(config.UserError, match='three or more'):
-      uncertainty.blocks(scores)
-
-
 def test_the_jackknife_of_a_mean_is_its_standard_error():
   rows = np.random.default_rng(2).normal(size=(200, 3)) + 5
   got = uncertainty.jackknife(groups_of(rows, 20), lambda s: float(s.mean[1]))
@@ -204,6 +196,12 @@ def test_the_limit_of_many_images():
   assert exact.value == pytest.approx(3, rel=1e-9)
   assert exact.slope == pytest.approx(70, rel=1e-9)
   np.testing.assert_array_equal(exact.sizes, [400, 800, 1_600, 3_200, 4_000])
+  # Sizes of which there are more sets weigh more: 10, 5, 2, 1 and 1.
+  noisy = uncertainty.extrapolate(groups, lambda s: float(s.mean[0]))
+  roots = np.sqrt([10, 5, 2, 1, 1])
+  design = np.stack([np.ones(5), 1 / noisy.sizes], axis=1)
+  fit = np.linalg.lstsq(design * roots[:, None], noisy.scores * roots)[0]
+  np.testing.assert_allclose([noisy.value, noisy.slope], fit, rtol=1e-6)
   # The true distance is 0; that of N images is not.
   rows = np.random.default_rng(4).normal(size=(8_000, 24))
   many = 10**9

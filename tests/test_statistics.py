@@ -146,16 +146,10 @@ def test_the_network_gives_equal_bits_on_any_number_of_devices():
 
 
 def test_a_covariance_of_too_few_rows_is_named():
-  sums = accumulate(features(20)).statistics()
-  assert 'rank 19' in statistics.rank_note('fake', sums)
-  assert (
-    statistics.rank_note('fake', accumulate(features(30)).statistics()) == ''
-  )
-  moments = statistics.Moments(sums.mean, sums.covariance)  # n unknown
-  line = statistics.rank_note('fake', moments)
-  assert (
-    line.startswith('fake: the covariance of its rows of 24') and '19' in line
-  )
+  line = statistics.rank_note('fake', 24, 24)
+  assert line.startswith('fake: the covariance of 24 rows of 24 features')
+  assert '(rank 23 at most)' in line
+  assert statistics.rank_note('fake', 25, 24) == ''
 
 
 def test_mistakes_raise():

@@ -35,7 +35,10 @@ PUBLISHED = (
   'inception-2015-12-05.pkl',
   'classify_image_graph_def.pb',
 )
-LICENCE = 'Apache-2.0 (Google: the Inception model of 2015-12-05)'
+LICENCE = (
+  'Apache-2.0 (Google: the Inception model of 2015-12-05); for this copy of it'
+  ' see the publisher of the file'
+)
 
 _LEAVES = {
   'kernel': 'conv.weight',

@@ -73,7 +73,7 @@ class Moments:
     return cls(sums.mean, sums.covariance, sums.n, provenance)
 
 
-def rank_note(name: str, moments: Moments | frechet.Statistics) -> str:
+def rank_note(name: str, n: int, width: int) -> str:
   """One line if a covariance is singular for want of rows, else ''.
 
   A Fréchet distance of such a set is defined, but biased upward by far: say
@@ -81,19 +81,15 @@ def rank_note(name: str, moments: Moments | frechet.Statistics) -> str:
 
   Args:
     name: of the set, for the line.
-    moments: its moments; without a row count the rank itself is computed.
+    n: rows.
+    width: features.
   """
-  width = len(moments.mean)
-  if moments.n:
-    rank = min(moments.n - 1, width)
-  else:
-    rank = int(np.linalg.matrix_rank(moments.covariance, hermitian=True))
-  if rank >= width:
+  if n > width:
     return ''
-  rows = f'{moments.n} rows' if moments.n else 'its rows'
   return (
-    f'{name}: the covariance of {rows} of {width} features has rank {rank}; '
-    f'use more than {width} images for a distance that can be compared'
+    f'{name}: the covariance of {n} rows of {width} features is rank-deficient'
+    f' (rank {n - 1} at most); use more than {width} images for a distance'
+    ' that can be compared'
   )
 
 

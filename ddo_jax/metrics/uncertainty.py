@@ -21,22 +21,6 @@ Metric = Callable[[frechet.Statistics], float]
 _LEVEL = 0.95
 
 
-class Blocks(NamedTuple):
-  """A score of disjoint blocks of seeds, each of the protocol's full size.
-
-  Attributes:
-    minimum: the best block: what EDM's and EDM2's papers print, low by chance.
-    mean: over the blocks.
-    sd: sample standard deviation (n - 1) over the blocks.
-    label: what this is.
-  """
-
-  minimum: float
-  mean: float
-  sd: float
-  label: str
-
-
 class Interval(NamedTuple):
   """A score with its sampling error.
 
@@ -72,23 +56,6 @@ class Limit(NamedTuple):
   sizes: np.ndarray
   scores: np.ndarray
   label: str
-
-
-def blocks(scores: Sequence[float]) -> Blocks:
-  """Summarises the scores of three or more disjoint blocks of seeds.
-
-  Raises:
-    UserError: fewer than three, or one that is not finite.
-  """
-  scores = np.asarray(scores, np.float64)
-  if scores.ndim != 1 or len(scores) < 3 or not np.isfinite(scores).all():
-    raise config.UserError(
-      f'scores {scores.tolist()} of blocks of seeds; wanted three or more '
-      'numbers, one for each block of the full number of images'
-    )
-  label = f'minimum, mean and sd of {len(scores)} disjoint blocks of seeds'
-  spread = float(scores.std(ddof=1))
-  return Blocks(float(scores.min()), float(scores.mean()), spread, label)
 
 
 def _total(

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import json
 import math
 import multiprocessing
+import os
 import pathlib
-import resource
 import time
 from typing import Any
 
@@ -167,7 +167,7 @@ def _neighbours(rows: int, width: int, out: Any) -> None:
   random = np.random.default_rng(0)
   draw = lambda: random.standard_normal((rows, width), dtype=np.float32)
   real, fake = draw(), draw()
-  out.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+  out.put(_peak_gigabytes(os.getpid()))
   out.put(tuple(prdc.precision_recall(real, fake)))
 
 
