@@ -68,8 +68,10 @@ def get_config() -> config_lib.Config:
       log_images=1_024,
     ),
     evaluation=config_lib.Evaluation(
+      protocol='adm-img256',
+      metric='fid',
+      features=('fid',),
       selection_samples=10_000,  # [?]; the script takes 50,000
-      samples=50_000,
     ),
     # 16 images a device and microbatch on eight devices, as published.
     executor=config_lib.Executor(accumulate=8, sample_batch=256),

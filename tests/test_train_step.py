@@ -328,6 +328,16 @@ def test_real_and_fake_rows_alternate():
   assert got.tolist() == [0, 10, 1, 11, 2, 12]
 
 
+def test_samples_of_a_step_are_rounded_to_levels():
+  """As if they had been stored: or else the discriminator sees it."""
+  model = make_model()
+  x = jnp.linspace(-1, 1, 3 * 16).reshape(3, *SHAPE)
+  got = model.round_trip({}, x, first_keys()[:3])
+  np.testing.assert_array_equal(got * 8, np.round(got * 8))
+  np.testing.assert_allclose(got, x, atol=1 / 16 + 1e-6)
+  assert np.any(got != x)
+
+
 def schedule(phase, images):
   factor = train_state.learning_rate_factor
   return [float(factor(phase, jnp.int32(seen))) for seen in images]
