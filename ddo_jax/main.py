@@ -89,7 +89,7 @@ _SHA256 = flags.DEFINE_string(
   'sha256', None, 'convert: what the source must hash to.'
 )
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = logging.getLogger('ddo_jax.main')  # also as __main__
 
 
 def sample(
