@@ -143,5 +143,17 @@ class Evaluator:
     count: int,
   ) -> dict[str, float]:
     """Scores of `count` images of a block's ids; see `evaluate.Measures`."""
+    return self.scores(self.draw(generator, params, key, block, count))
+
+  def draw(
+    self,
+    generator: generate.Generator,
+    params: likelihood.Params,
+    key: jax.Array,
+    block: int,
+    count: int,
+    **options: Any,
+  ) -> features.Rows:
+    """Features of a block's images; `options` as `Extractor.draw` has them."""
     ids = np.arange(block * count, (block + 1) * count)
-    return self.scores(self.extractor.draw(generator, params, key, ids))
+    return self.extractor.draw(generator, params, key, ids, **options)

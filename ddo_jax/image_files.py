@@ -68,7 +68,7 @@ def decode_latents(where: str, encoded: bytes) -> np.ndarray:
   return latents
 
 
-def _opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
+def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
   """Returns the names in a folder or zip, and a thread-safe reader of one."""
   if path.is_dir():
     names = [file.relative_to(path).as_posix() for file in path.rglob('*')]
@@ -128,7 +128,7 @@ def open_files(path: pathlib.Path) -> Files:
     UserError: unreadable, empty, of both kinds, or with wrong labels; by
       `fetch` and `decode`, which name the file: damaged or another kind.
   """
-  names, opener = _opener(path)
+  names, read_bytes = opener(path)
   images = sorted(n for n in names if n.lower().endswith(_SUFFIXES))
   latents = sorted(n for n in names if n.lower().endswith(_LATENT))
   if bool(images) == bool(latents):
@@ -142,7 +142,7 @@ def open_files(path: pathlib.Path) -> Files:
 
   def read(name: str) -> tuple[str, bytes]:
     with user_error(f'{path / name} cannot be read, copy it again'):
-      return str(path / name), opener(name)
+      return str(path / name), read_bytes(name)
 
   labels = []
   if 'dataset.json' in names:

@@ -16,6 +16,7 @@ from ddo_jax import evaluate
 from ddo_jax import features
 from ddo_jax import fidelity
 from ddo_jax import generate
+from ddo_jax import image_files
 from ddo_jax import models
 from ddo_jax import parallel
 from ddo_jax import protocols
@@ -80,15 +81,17 @@ def _under_protocol(
 ) -> dict[str, Any]:
   """The blocks' scores; goes on with the features that a cut-off run left."""
   (count, num_blocks), blocks = evaluate.sizes(evaluator, config), []
-  digest = hashlib.sha256(json.dumps(identity | _about(evaluator)).encode())
+  identity |= _about(evaluator) | {'seed': config.seed}
+  digest = hashlib.sha256(json.dumps(identity).encode())
   kept = output / f'features_{digest.hexdigest()[:16]}'
   writer = save_images and generate.ImageWriter(save_images)
   for block in range(num_blocks):
-    ids = np.arange(block * count, (block + 1) * count)
     key = rng.stream(config.seed, 'report', block)
     folder = None if writer else kept / f'block_{block}'
     keep = writer.add if writer and block == 0 else None
-    rows = evaluator.extractor.draw(generator, weights, key, ids, folder, keep)
+    rows = evaluator.draw(
+      generator, weights, key, block, count, folder=folder, keep=keep
+    )
     blocks.append(evaluator.scores(rows))
     if block == 0:
       spread = evaluator.uncertainty(rows)
@@ -131,14 +134,11 @@ def open_images(path: pathlib.Path) -> data.Source:
         ' uint8 [N,H,W,3]'
       )
     return data.ArraySource(str(path), images, np.zeros(len(images), np.int32))
-  if path.is_dir():
-    names = [file.name for file in path.rglob('*')]
-  elif zipfile.is_zipfile(path):
-    names = zipfile.ZipFile(path).namelist()
-  else:
+  if not path.is_dir() and not zipfile.is_zipfile(path):
     raise config_lib.UserError(
       f'no images at {path}; wanted a folder or zip of PNGs, or an .npz'
     )
+  names, _ = image_files.opener(path)
   if lossy := [name for name in names if name.lower().endswith(_LOSSY)]:
     raise config_lib.UserError(
       f'{path} holds {lossy[0]}: compression with loss changes the score by'

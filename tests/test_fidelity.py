@@ -241,6 +241,30 @@ def test_params_are_scored_and_their_images_written(settings, run_folder):
     assert np.bincount(arrays['arr_1']).tolist() == [50, 50, 50]
 
 
+def test_features_of_another_seed_are_not_gone_on_with(
+  settings, run_folder, monkeypatch
+):
+  def scores(output):
+    return main.run(
+      settings,
+      run_folder / 'run',
+      'evaluate',
+      run_folder / 'params',
+      output=run_folder / output,
+    )['scores']
+
+  def cut_off(evaluator, rows):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fidelity.Evaluator, 'scores', cut_off)
+    with pytest.raises(KeyboardInterrupt):
+      scores('out')
+  assert list((run_folder / 'out').glob('features_*/block_0/fid.npy'))
+  settings.seed = 1
+  assert scores('out') == scores('fresh')
+
+
 def test_a_round_is_selected_and_reported_by_the_protocol(settings, run_folder):
   run = workspace.Run(settings, run_folder / 'run')
   model = models.build(settings, settings.ddo)
