@@ -188,7 +188,7 @@ def _padded(source: Source, side: int) -> Source:
 
 
 def open_source(data: config.Data, split: str) -> Source:
-  """Opens the real images of a split.
+  """Opens the real images of a split, padded as `data` says.
 
   Args:
     data: `source` is a key of `datasets.SPECS` (prepared on first use), else
@@ -200,19 +200,23 @@ def open_source(data: config.Data, split: str) -> Source:
   Raises:
     UserError: nothing is there, or what is there is no set of images.
   """
+  return _padded(_open(data, split), data.pad_to)
+
+
+def _open(data: config.Data, split: str) -> Source:
+  """As `open_source`, the images as they are."""
   path = pathlib.Path(data.source.replace('{split}', split)).expanduser()
   is_path = path.suffix in ('.npz', '.zip') or path.is_dir()
   if data.source in datasets.SPECS or not is_path:
-    return _padded(_open_tfds(data, split), data.pad_to)
+    return _open_tfds(data, split)
   if '{split}' not in data.source and split != data.train_split:
     raise config.UserError(
       f'{path} is the split {data.train_split!r}, not {split!r}: put {{split}}'
       ' into config.data.source where the paths differ'
     )
   if path.suffix == '.npz':
-    return _padded(open_npz(path), data.pad_to)
-  source = EncodedSource(str(path), **vars(image_files.open_files(path)))
-  return _padded(source, data.pad_to)
+    return open_npz(path)
+  return EncodedSource(str(path), **vars(image_files.open_files(path)))
 
 
 @functools.lru_cache(maxsize=4)

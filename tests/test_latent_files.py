@@ -3,10 +3,10 @@
 import io
 import json
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
+import test_data
 
 from ddo_jax import config
 from ddo_jax import data
@@ -43,32 +43,11 @@ def edm2_files():
   return files | {'dataset.json': json.dumps({'labels': entries}).encode()}
 
 
-def write(path, files):
-  """Writes `files` into a folder, or a zip if the path says so."""
-  if path.suffix == '.zip':
-    with zipfile.ZipFile(path, 'w') as archive:
-      for name, content in files.items():
-        archive.writestr(name, content)
-  else:
-    for name, content in files.items():
-      (path / name).parent.mkdir(parents=True, exist_ok=True)
-      (path / name).write_bytes(content)
-  return path
-
-
-def open_path(path):
-  return data.open_source(config.Data(source=str(path)), 'train')
-
-
-def read_all(source):
-  return source.read(np.arange(len(source)))
-
-
 @pytest.mark.parametrize('name', ['set', 'set.zip'])
 def test_folder_and_zip_give_latents_and_labels_back(tmp_path, name):
   latents, labels = make_latents()
-  source = open_path(write(tmp_path / name, edm2_files()))
-  got, got_labels = read_all(source)
+  source = test_data.open_path(test_data.write(tmp_path / name, edm2_files()))
+  got, got_labels = test_data.read_all(source)
   assert (got.dtype, got_labels.dtype) == (np.float32, np.int32)
   np.testing.assert_array_equal(got, latents)
   np.testing.assert_array_equal(got_labels, labels)
@@ -83,8 +62,10 @@ def test_the_order_in_memory_does_not_matter(tmp_path):
   files = edm2_files()
   planes = np.load(io.BytesIO(files[name_of(0)]))
   files[name_of(0)] = encode(np.asfortranarray(planes))
-  source = open_path(write(tmp_path / 'set', files))
-  np.testing.assert_array_equal(read_all(source)[0], make_latents()[0])
+  source = test_data.open_path(test_data.write(tmp_path / 'set', files))
+  np.testing.assert_array_equal(
+    test_data.read_all(source)[0], make_latents()[0]
+  )
 
 
 PLANES = np.moveaxis(make_latents(1)[0][0], -1, 0)
@@ -116,10 +97,12 @@ def with_value(index, value):
   ],
 )
 def test_a_wrong_latent_is_refused_by_its_name(tmp_path, content, words):
-  path = write(tmp_path / 'set.zip', edm2_files() | {name_of(3): content})
-  source = open_path(path)
+  path = test_data.write(
+    tmp_path / 'set.zip', edm2_files() | {name_of(3): content}
+  )
+  source = test_data.open_path(path)
   with pytest.raises(config.UserError) as caught:
-    read_all(source)
+    test_data.read_all(source)
   line = str(caught.value)
   assert words in line and f'{path}/{name_of(3)}' in line and '\n' not in line
 
@@ -128,29 +111,29 @@ def test_an_npz_for_a_latent_is_refused(tmp_path):
   file = io.BytesIO()
   np.savez(file, PLANES)
   files = edm2_files() | {name_of(3): file.getvalue()}
-  source = open_path(write(tmp_path / 'set', files))
+  source = test_data.open_path(test_data.write(tmp_path / 'set', files))
   with pytest.raises(config.UserError, match=r'00000003\.npy is no whole'):
-    read_all(source)
+    test_data.read_all(source)
 
 
 def test_images_and_latents_in_one_set_are_refused(tmp_path):
-  path = write(tmp_path / 'set', edm2_files() | {'a.png': b''})
+  path = test_data.write(tmp_path / 'set', edm2_files() | {'a.png': b''})
   with pytest.raises(config.UserError, match='holds 1 images and 5 latents'):
-    open_path(path)
+    test_data.open_path(path)
 
 
 def test_labels_must_be_those_of_the_latents(tmp_path):
   files = edm2_files()
   del files[name_of(4)]
-  path = write(tmp_path / 'set', files)
+  path = test_data.write(tmp_path / 'set', files)
   with pytest.raises(config.UserError, match='missing files'):
-    open_path(path)
+    test_data.open_path(path)
 
 
 def test_latents_in_memory():
   latents, labels = make_latents()
   source = data.ArraySource('pool', latents, labels, num_classes=3)
-  got, got_labels = read_all(source)
+  got, got_labels = test_data.read_all(source)
   np.testing.assert_array_equal(got, latents)
   np.testing.assert_array_equal(got_labels, labels)
   assert got.dtype == np.float32
@@ -186,7 +169,7 @@ def test_a_pool_keeps_latents_to_the_bit(tmp_path):
     ids = pool.ids(shard)
     pool.write(shard, latents[ids], fakes.balanced_labels(ids, 3))
   source = pool.source(num_classes=3, levels=256)
-  got, labels = read_all(source)
+  got, labels = test_data.read_all(source)
   assert got.dtype == np.float32 and got.tobytes() == latents.tobytes()
   assert labels.tolist() == [0, 1, 2, 0, 1]
   assert source.image_shape == SHAPE

@@ -52,11 +52,7 @@ class Weights:
 
 def _shapes(config: Any) -> Any:
   """Of the params of a model or of a tokenizer."""
-  if isinstance(config, vqvae.VqvaeConfig):
-    init = vqvae_learner.build(config).init
-  else:
-    init = _model(config).init
-  return jax.eval_shape(init, rng.stream(0))
+  return jax.eval_shape(_model(config).init, rng.stream(0))
 
 
 def _to_flax(config: Any, state: dict[str, np.ndarray]) -> likelihood.Params:
@@ -73,7 +69,10 @@ def _to_official(config: Any, params: likelihood.Params) -> Any:
   return edm_names.to_official(params, edm_configs.taps_of(config))
 
 
-def _model(config: Any) -> likelihood.LikelihoodModel:
+def _model(config: Any) -> likelihood.LikelihoodModel | vqvae_learner.Learner:
+  """What knows `init` and `project` of the params."""
+  if isinstance(config, vqvae.VqvaeConfig):
+    return vqvae_learner.build(config)
   return models.build(config_lib.Config(model=config), config_lib.Phase())
 
 
@@ -148,7 +147,8 @@ def write(path: pathlib.Path, weights: Weights) -> None:
 
 
 def _project(
-  model: likelihood.LikelihoodModel, params: likelihood.Params
+  model: likelihood.LikelihoodModel | vqvae_learner.Learner,
+  params: likelihood.Params,
 ) -> likelihood.Params:
   """Projects what is not yet projected; the rest is kept to the bit.
 
@@ -166,8 +166,7 @@ def _project(
 def save_folder(folder: pathlib.Path, weights: Weights) -> None:
   """Writes a folder of params: float32, projected, with its provenance."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
-  if not isinstance(weights.config, vqvae.VqvaeConfig):
-    params = jax.jit(_project, static_argnums=0)(_model(weights.config), params)
+  params = jax.jit(_project, static_argnums=0)(_model(weights.config), params)
   meta = {
     'stage': 'convert',
     'config': _recorded(weights.config),

@@ -124,19 +124,7 @@ class DPMSolverV3:
     shape: tuple[int, ...],
     keys: jax.Array,
   ) -> jax.Array:
-    """Draws one sample a key.
-
-    Args:
-      denoise: (x [B,...], sigma [B]) -> D [B,...].
-      shape: of one sample.
-      keys: [B] a row's own key: its sample depends on nothing else.
-
-    Returns:
-      x [B, *shape], in the denoiser's units.
-
-    Raises:
-      config.UserError: the settings make no grid.
-    """
+    """Draws one sample a key, as `heun.Heun` does."""
     start = noise_lib.normal(keys, shape, 'start')
     return self.integrate(denoise, start)[0]
 

@@ -9,6 +9,7 @@ the same run, and the bytes of a DDO step, counted from shapes.
 """
 
 from collections.abc import Callable
+import functools
 import json
 import pathlib
 import time
@@ -129,7 +130,8 @@ def step_speed(
   step = executor.compile_step(
     train_step.train_step, model=model, phase=phase.static(), accumulate=1
   )
-  state = executor.place_state(train_state.create(params, phase))
+  create = functools.partial(train_state.create, phase=phase)
+  state = executor.make_state(create, params)
 
   def call():
     nonlocal state
@@ -150,7 +152,7 @@ def measure(name: str, rows: int) -> dict[str, Any]:
   )
   model = models.build(config, phase)
   executor = parallel.Executor(config.executor)
-  params = executor.place_state(jax.jit(model.init)(rng.stream(0)))
+  params = executor.make_state(model.init, rng.stream(0))
   label, keys = (
     jnp.zeros(rows, jnp.int32),
     jax.random.split(rng.stream(0), rows),

@@ -9,6 +9,7 @@ of the loop that this adds, and DDO's step against MLE's of the same batch.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -81,7 +82,7 @@ def make_job(
     phase=phase,
     round_index=0,
     model=model,
-    reference=executor.place_state(jax.jit(model.init)(rng.stream(0))),
+    reference=executor.make_state(model.init, rng.stream(0)),
     frozen={},
     real=source,
     fake=source if objective == 'ddo' else None,
@@ -102,7 +103,8 @@ def pure_step(job: train.Job, steps: int) -> float:
     phase=job.phase.static(),
     accumulate=1,
   )
-  state = job.executor.place_state(train_state.create(job.reference, job.phase))
+  create = functools.partial(train_state.create, phase=job.phase)
+  state = job.executor.make_state(create, job.reference)
   real, fake = next(train.batches(job, 0))
   hyper, key = job.executor.replicate(
     (train_state.Hyper.of(job.phase, 0), rng.stream(0))
