@@ -36,6 +36,8 @@ class Autoregressive:
     num_classes: of the labels.
     pixels: between uint8 images and [−1, 1].
     decayed: params -> tree of bool, which leaves decay.
+    cast: params -> tree of bool, which leaves the transformer converts to its
+      `dtype` before all else.
     num_levels: bins of the diagnostics; a token has no noise level.
   """
 
@@ -46,6 +48,7 @@ class Autoregressive:
   num_classes: int
   pixels: encoders.Pixels
   decayed: Any
+  cast: Any
   num_levels: int = 1
 
   @property
@@ -80,6 +83,14 @@ class Autoregressive:
   def project(self, params: Params) -> Params:
     """Identity."""
     return params
+
+  def reduced(self, params: Params) -> Params:
+    """Leaves that are converted at every use, converted already."""
+    dtype = self.transformer.dtype
+    if dtype is None:
+      return params
+    convert = lambda p, on: p.astype(dtype) if on else p
+    return jax.tree.map(convert, params, self.cast(params))
 
   def decay_mask(self, params: Params) -> Any:
     """The transformer's own."""

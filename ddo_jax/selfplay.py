@@ -4,6 +4,7 @@ Each stage leaves its result on disk and returns at once if it is there, so
 resuming, and adding a round, are running the same command again.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import logging
@@ -46,8 +47,8 @@ def _learn(
     return params_folder
   start = time.perf_counter()
   key = rng.stream(run.config.seed, 'init')
-  params = run.executor.make_state(model.init, key)
-  job = run.job(folder, phase, 0, model, frozen, params, fake=None, score=None)
+  init = functools.partial(run.executor.make_state, model.init, key)
+  job = run.job(folder, phase, 0, model, frozen, init, init(), fake=None)
   promotion = train.run(job)
   meta = {'stage': name, 'config': config_lib.to_json(run.config)}
   checkpoint.save_params(params_folder, promotion.params, meta)
@@ -88,12 +89,15 @@ def _reference(
   folder: pathlib.Path,
   origin: pathlib.Path,
   model: likelihood.LikelihoodModel,
-) -> tuple[likelihood.Params, dict[str, Any]]:
-  """The round's reference, copied from `origin` once, and what is known."""
+) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
+  """Reads the round's reference, copied from `origin` once; its metadata."""
+  load = functools.partial(
+    workspace.load_params, model=model, executor=run.executor
+  )
   if not (folder / 'reference').exists():
-    params, meta = workspace.load_params(origin, model, run.executor)
-    checkpoint.save_params(folder / 'reference', params, meta)
-  return workspace.load_params(folder / 'reference', model, run.executor)
+    checkpoint.save_params(folder / 'reference', *load(origin))
+  read = lambda: load(folder / 'reference')[0]
+  return read, checkpoint.load_meta(folder / 'reference')
 
 
 def _fake_pool(
@@ -160,6 +164,27 @@ def _report_scores(
   return result
 
 
+def warnings(job_records: list[dict[str, Any]]) -> list[str]:
+  """What the train records of a round say of its discriminator's health."""
+  late = [r for r in job_records if r['kind'] == 'train' and 'accuracy' in r]
+  late = late[len(late) // 2 :]
+  if not late:
+    return []
+  mean = lambda name: float(np.mean([r[name] for r in late]))
+  accuracy, saturated = mean('accuracy'), mean('saturated')
+  if saturated > 0.5:
+    return [
+      f'the discriminator saturates (|βΔ| > 4 on {saturated:.0%} of the rows):'
+      ' lower beta or the learning rate, or shorten the round'
+    ]
+  if accuracy < 0.505:
+    return [
+      f'the discriminator stays at chance (accuracy {accuracy:.3f}): raise'
+      ' beta or the learning rate, or lengthen the round'
+    ]
+  return []
+
+
 def play_round(
   run: workspace.Run,
   index: int,
@@ -189,11 +214,13 @@ def play_round(
   score = functools.partial(
     evaluate.selection_scores, run.evaluator, generator, config=run.config
   )
-  reference, meta = _reference(run, folder, origin, model)
+  start, meta = _reference(run, folder, origin, model)
+  reference = run.executor.make_state(model.reduced, start())
   if phase.objective == 'ddo' and phase.fakes == 'pool':
     fake = _fake_pool(run, folder, model, reference, meta)
   clock.append(time.perf_counter())
-  job = run.job(folder, phase, index, model, run.frozen, reference, fake, score)
+  args = (model, run.frozen, start, reference, fake, score)
+  job = run.job(folder, phase, index, *args)
   promotion = train.run(job)
   provenance = meta.get('provenance', {})
   chosen = _promote(run, folder, promotion, provenance)
@@ -204,7 +231,7 @@ def play_round(
   clock.append(time.perf_counter())
   stages, spent = ('fakes', 'train', 'evaluate'), np.diff(clock).tolist()
   result['seconds'] = dict(zip(stages, spent, strict=True))
-  result['warnings'] = train.warnings(run.log.read(folder.name))
+  result['warnings'] = warnings(run.log.read(folder.name))
   for warning in result['warnings']:
     _LOGGER.warning('%s: %s', folder.name, warning)
   records.write_json(done, result)

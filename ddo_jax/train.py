@@ -43,7 +43,9 @@ class Job:
     phase: its knobs.
     round_index: which of the per-round values hold.
     model: the family.
-    reference: where θ starts; for DDO also the frozen θ_ref. On the devices.
+    start: gives the params where θ starts, on the devices; they are let go
+      once the state is made of them.
+    reference: the same function as `start`'s, the frozen θ_ref of the step.
     frozen: weights that are neither trained nor the reference.
     real: the data.
     fake: samples of the reference; None unless the phase wants a pool.
@@ -61,6 +63,7 @@ class Job:
   phase: config_lib.Phase
   round_index: int
   model: likelihood.LikelihoodModel
+  start: Callable[[], likelihood.Params]
   reference: likelihood.Params
   frozen: likelihood.Frozen
   real: data.Source
@@ -230,27 +233,6 @@ def _due(step: int, images: int, batch: int) -> bool:
   return images > 0 and step % max(1, round(images / batch)) == 0
 
 
-def warnings(job_records: list[dict[str, Any]]) -> list[str]:
-  """What the train records of a round say of its discriminator's health."""
-  late = [r for r in job_records if r['kind'] == 'train' and 'accuracy' in r]
-  late = late[len(late) // 2 :]
-  if not late:
-    return []
-  mean = lambda name: float(np.mean([r[name] for r in late]))
-  accuracy, saturated = mean('accuracy'), mean('saturated')
-  if saturated > 0.5:
-    return [
-      f'the discriminator saturates (|βΔ| > 4 on {saturated:.0%} of the rows):'
-      ' lower beta or the learning rate, or shorten the round'
-    ]
-  if accuracy < 0.505:
-    return [
-      f'the discriminator stays at chance (accuracy {accuracy:.3f}): raise'
-      ' beta or the learning rate, or lengthen the round'
-    ]
-  return []
-
-
 def _promote(
   job: Job, checkpoints: checkpoint.Checkpoints, target: Any, last: int
 ) -> Promotion:
@@ -263,7 +245,7 @@ def _promote(
   best = min(evaluations, key=lambda r: r['selection'])
   step, profile = best['step'], best['profile']
   if step == 0:
-    return Promotion(job.reference, 0, 'params', best['selection'])
+    return Promotion(job.start(), 0, 'params', best['selection'])
   state = checkpoints.restore(step, target)
   params = state.candidates()[profile]
   return Promotion(params, step, profile, best['selection'])
@@ -286,8 +268,9 @@ def run(job: Job) -> Promotion:
     accumulate=job.accumulate,
   )
   create = functools.partial(train_state.create, phase=phase)
-  state = executor.make_state(create, job.reference)
-  target = checkpoint.abstract(state, executor.state_shardings(state))
+  fresh = lambda key: create(job.model.init(key))
+  shapes = jax.eval_shape(fresh, rng.stream(0))
+  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
   hyper, key = executor.replicate(
     (
       train_state.Hyper.of(phase, job.round_index),
@@ -299,7 +282,9 @@ def run(job: Job) -> Promotion:
     _termination() as terminated,
   ):
     start = checkpoints.latest_step() or 0
-    if start:
+    if not start:
+      state = executor.make_state(create, job.start())
+    else:
       state = checkpoints.restore(start, target)
       _LOGGER.info('%s resumes at step %d of %d', job.name, start, steps)
     job.log.rewind(job.name, start)

@@ -114,6 +114,12 @@ def _mle_loss(params, reference, frozen, pair, hyper, model, phase):
   return loss, ({'loss': loss, 'mle_loss': loss}, {})
 
 
+def _away(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+  """The difference in the precision of the reference, see `reduced`."""
+  kept = jnp.finfo(theirs.dtype)
+  return jax.lax.reduce_precision(ours, kept.nexp, kept.nmant) - theirs
+
+
 def _accumulated(grad_fn: Callable[..., Any], rows: Any, parts: int) -> Any:
   """Mean over `parts` microbatches of what grad_fn gives, rows gathered.
 
@@ -199,7 +205,7 @@ def train_step(
   learning_rate = hyper.learning_rate * factor
   metrics['learning_rate'] = learning_rate
   metrics['grad_norm'] = optax.tree.norm(grads)
-  away = jax.tree.map(jnp.subtract, state.params, reference)
+  away = jax.tree.map(_away, state.params, reference)
   metrics['reference_distance'] = optax.tree.norm(away)
   if rows:
     metrics['mle_loss'] = jnp.mean(rows.pop('mle_loss'))

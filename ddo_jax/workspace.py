@@ -144,9 +144,10 @@ class Run:
     round_index: int,
     model: likelihood.LikelihoodModel,
     frozen: likelihood.Frozen,
+    start: Callable[[], likelihood.Params],
     reference: likelihood.Params,
     fake: data.Source | None,
-    score: Callable[[likelihood.Params], evaluate.Scores] | None,
+    score: Callable[[likelihood.Params], evaluate.Scores] | None = None,
   ) -> train.Job:
     """The training job of a stage; see `train.Job`."""
     return train.Job(
@@ -156,6 +157,7 @@ class Run:
       phase=phase,
       round_index=round_index,
       model=model,
+      start=start,
       reference=reference,
       frozen=frozen,
       real=self.real,

@@ -12,6 +12,7 @@ from configs import digits_var
 from ddo_jax import config as config_lib
 from ddo_jax import main
 from ddo_jax import selfplay
+from ddo_jax import train
 from ddo_jax import workspace
 from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
@@ -20,6 +21,7 @@ from ddo_jax.models import vqvae_learner
 def tiny() -> config_lib.Config:
   config = digits_var.get_config()
   config.model.depth, config.model.width = 1, 8
+  config.model.dtype = 'bfloat16'  # its reference takes less memory
   config.model.tokenizer.mult = (1,)
   config.model.tokenizer.patch_nums = (1, 8)
   for phase in (config.tokenizer, config.pretrain, config.ddo):
@@ -35,9 +37,23 @@ def tiny() -> config_lib.Config:
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
+def jobs():
+  """The training jobs of the run, by name."""
+  return {}
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory, jobs):
   folder = tmp_path_factory.mktemp('run')
-  main.run(tiny(), folder)
+  run = train.run
+
+  def watched(job):
+    jobs[job.name] = job
+    return run(job)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'run', watched)
+    main.run(tiny(), folder)
   return folder
 
 
@@ -50,6 +66,16 @@ def test_selfplay(workdir):
   stages = [json.loads(line)['stage'] for line in records]
   assert set(stages) == {'tokenizer', 'pretrain', 'round_000'}
   assert (workdir / 'report.html').stat().st_size > 10_000
+
+
+def test_the_reference_is_reduced_and_the_start_is_not(workdir, jobs):
+  job = jobs['round_000']
+  kernel = lambda params: params['blocks']['ffn']['fc1']['kernel']
+  assert kernel(job.reference).dtype == jnp.bfloat16
+  assert kernel(job.start()).dtype == np.float32
+  leaves = jax.tree.leaves(job.model.reduced(job.start()))
+  for ours, kept in zip(jax.tree.leaves(job.reference), leaves, strict=True):
+    np.testing.assert_array_equal(ours, kept)
 
 
 def test_it_returns_at_once(workdir):

@@ -57,6 +57,7 @@ def make_job(executor, tmp_path):
     shapes = jax.eval_shape(MODEL.init, rng.stream(0))
     numbers = np.random.default_rng(0)
     normal = lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32)
+    params = executor.place_state(jax.tree.map(normal, shapes))
     return train.Job(
       name='round_000',
       folder=tmp_path / 'round_000',
@@ -64,7 +65,8 @@ def make_job(executor, tmp_path):
       phase=PHASE,
       round_index=0,
       model=MODEL,
-      reference=executor.place_state(jax.tree.map(normal, shapes)),
+      start=lambda: params,
+      reference=params,
       frozen={},
       real=make_source('real', 1),
       fake=make_source('fake', 2),
@@ -145,7 +147,8 @@ def test_law_4_pmap_resumes_as_fsdp(make_job, tmp_path):
   fsdp = parallel.Executor(config_lib.Executor(kind='fsdp'))
   reference = fsdp.place_state(job.reference)
   promotion = train.run(
-    dataclasses.replace(job, executor=fsdp, reference=reference)
+    # Where a checkpoint is, nothing is read of the start.
+    dataclasses.replace(job, executor=fsdp, reference=reference, start=None)
   )
   again = records.read_log(tmp_path)
   assert again[:3] == first_half != log[:3]  # images/s tells them apart

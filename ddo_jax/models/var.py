@@ -56,6 +56,17 @@ def decay_mask(params: Any) -> Any:
   )
 
 
+def cast(params: Any) -> Any:
+  """Which leaves the blocks convert to `Var.dtype`: those of the products."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: (
+      bool({entry.key for entry in path} & {'attn', 'ffn'})
+      and path[-1].key != 'scale_mul_1H11'
+    ),
+    params,
+  )
+
+
 class Var(nn.Module):
   """The transformer. Embeddings, norms and logits are in the params' type.
 
@@ -321,4 +332,5 @@ def build(config: VarConfig, remat: bool) -> autoregressive.Autoregressive:
     num_classes=config.num_classes,
     pixels=encoders.Pixels(tokenizer.levels, tokenizer.nearest),
     decayed=decay_mask,
+    cast=cast,
   )

@@ -75,6 +75,7 @@ def make_job(
   source = data.ArraySource(
     'random', images.astype(np.uint8), labels, 10, model.levels
   )
+  start = functools.partial(executor.make_state, model.init, rng.stream(0))
   return train.Job(
     name=objective,
     folder=folder,
@@ -82,7 +83,8 @@ def make_job(
     phase=phase,
     round_index=0,
     model=model,
-    reference=executor.make_state(model.init, rng.stream(0)),
+    start=start,
+    reference=start(),
     frozen={},
     real=source,
     fake=source if objective == 'ddo' else None,
