@@ -123,25 +123,28 @@ def _away(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 def _accumulated(grad_fn: Callable[..., Any], rows: Any, parts: int) -> Any:
   """Mean over `parts` microbatches of what grad_fn gives, rows gathered.
 
-  Every part takes each parts-th row, so that it stays spread over the devices.
-  Unrolled: XLA on CPU runs convolutions in a loop many times slower.
+  A scan: compiled once for any number of parts, one sum of gradients held.
+  (XLA on CPU runs convolutions in a loop many times slower.)
   """
   if parts == 1:
     return grad_fn(rows)
 
-  def part(leaf, index):
-    return leaf.reshape(-1, parts, *leaf.shape[1:])[:, index]
+  def split(leaf):
+    # Every part takes each parts-th row, and so stays spread over the devices.
+    return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
 
-  results = [
-    grad_fn(jax.tree.map(lambda leaf, i=i: part(leaf, i), rows))
-    for i in range(parts)
-  ]
-  means, rows = [], []
-  for (_, (metrics, row)), grads in results:
-    means.append((metrics, grads))
-    rows.append(row)
-  metrics, grads = jax.tree.map(lambda *v: sum(v) / parts, *means)
-  rows = jax.tree.map(lambda *v: jnp.concatenate(v), *rows)
+  def add(total, part):
+    (_, (metrics, row)), grads = grad_fn(part)
+    return jax.tree.map(jnp.add, total, (metrics, grads)), row
+
+  rows = jax.tree.map(split, rows)
+  (_, (metrics, _)), grads = jax.eval_shape(
+    grad_fn, jax.tree.map(lambda leaf: leaf[0], rows)
+  )
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (metrics, grads))
+  total, rows = jax.lax.scan(add, zero, rows)
+  metrics, grads = jax.tree.map(lambda leaf: leaf / parts, total)
+  rows = jax.tree.map(lambda leaf: leaf.reshape(-1), rows)
   return (metrics['loss'], (metrics, rows)), grads
 
 
