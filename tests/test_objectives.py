@@ -222,20 +222,28 @@ def test_steps_of_the_network(precision):
 
 @pytest.mark.golden
 def test_fakes_are_encoded_from_pixels():
-  """var_losses.npz: sampled tokens, image, and the tokens of the image."""
+  """var_losses.npz: sampled tokens, image, and the tokens of the image.
+
+  And var_adaln.npz: the images of guided greedy sampling.
+  """
   golden = golden_io.load('var_losses.npz')
+  guided = golden_io.load('var_adaln.npz')
   model, frozen = var_golden.tokenizer(np.float32)
 
   @jax.jit
-  def run(frozen, ids):
+  def run(frozen, ids, more):
     apply = functools.partial(model.apply, {'params': frozen})
     f_hat = apply(ids, method='f_hat')
-    image = apply(f_hat, method='decode')
+    images = apply(jnp.concatenate([f_hat, more]), method='decode')
+    image, more = jnp.split(images, [len(f_hat)])
     again = apply(image, method='encode')
-    return f_hat, image, again, apply(again, method='teacher_input')
+    return f_hat, image, again, apply(again, method='teacher_input'), more
 
   sampled = golden['fake_ids_sampled'].astype(np.int32)
-  f_hat, image, ids, inputs = run(frozen, sampled)
+  greedy = golden_io.nhwc(guided['ar_cfg1.5_fhat']).astype(np.float32)
+  f_hat, image, ids, inputs, more = run(frozen, sampled, greedy)
+  wanted = golden_io.nhwc(guided['ar_cfg1.5_img01'])
+  assert golden_io.max_error((more + 1) / 2, wanted) <= 2e-5
   wanted = golden_io.nhwc(golden['fake_fhat'])
   assert golden_io.max_error(f_hat, wanted) <= 2e-5
   wanted = golden_io.nhwc(golden['fake_img01'])

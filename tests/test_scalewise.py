@@ -29,13 +29,13 @@ def _recorded(sampler, stages, label, keys):
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize('guidance', [0, 1, 1.5])
 @pytest.mark.parametrize('case', var_golden.CASES)
-def test_greedy_sampling(case):
-  """var_*.npz: tokens, guided logits and f̂, a strength each."""
+def test_greedy_sampling(case, guidance):
+  """var_*.npz: tokens, guided logits and f̂."""
   golden = golden_io.load(f'{case}.npz')
   label = golden['ar_labels'].astype(np.int32)
   keys = jax.random.split(jax.random.key(0), 3)
-  guidance = {'var_adaln': 1.5, 'var_shared': 0, 'var_nol2': 1}[case]
   with golden_io.precision('f64') as dtype:
     model, params = var_golden.transformer(case, dtype)
     tokenizer, frozen = var_golden.tokenizer(dtype)

@@ -31,6 +31,7 @@ from ddo_jax import train_state
 from ddo_jax import train_step
 from ddo_jax.models import presets
 from ddo_jax.samplers import heun
+from experiments.bench import memory
 
 _MODEL = flags.DEFINE_string(
   'model', 'edm-cifar10-32x32-cond-vp', 'A released name; see models/presets.'
@@ -63,49 +64,6 @@ def matmul_rate(size: int = 2048) -> float:
   product = jax.jit(lambda a: jnp.matmul(a, a, precision='highest'))
   matrix = jnp.ones((size, size))
   return 2 * size**3 / timed(lambda: product(matrix), 1)['seconds']
-
-
-def size_of(tree: Any) -> int:
-  """Bytes of arrays or of their shapes."""
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'dtype')]
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def step_memory(
-  model: likelihood.Diffusion, phase: config_lib.Phase, params: Any
-) -> dict[str, int]:
-  """Bytes that a DDO step holds, counted from shapes.
-
-  The activations are what the backward pass of θ keeps from 2B rows, the
-  params among it left out; the reference keeps none.
-  """
-  rows = 2 * phase.batch_size
-  shape = jax.ShapeDtypeStruct
-  batch = likelihood.Batch(
-    shape((rows, *model.example_shape), jnp.float32),
-    shape((rows,), jnp.int32),
-    shape((rows,), jnp.uint32),
-  )
-
-  def residuals(params, reference, batch):
-    keys = rng.per_example(rng.stream(0), batch.id)
-
-    def loss(params):
-      ratio, _ = model.log_ratio(params, reference, {}, batch, keys)
-      return jnp.mean(jax.nn.softplus(ratio))
-
-    return jax.vjp(loss, params)[1]
-
-  kept = jax.eval_shape(residuals, params, params, batch)
-  state = jax.eval_shape(lambda p: train_state.create(p, phase), params)
-  return {
-    'params': size_of(state.params),
-    'reference': size_of(params),
-    'optimizer': size_of(state.opt_state),
-    'ema': size_of(state.ema),
-    'gradient': size_of(params),
-    'activations': size_of(kept) - size_of(params),
-  }
 
 
 def step_speed(
@@ -175,7 +133,7 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     'forward_gflop_per_image': cost['flops'] / rows / 1e9,
     'forward_gflop_per_second': rate / 1e9,
     'matmul_gflop_per_second': ceiling / 1e9,
-    'step_bytes': step_memory(model, phase, params),
+    'step_bytes': memory.counted(model, phase, {}),
     'batch': rows,
     'remat': _REMAT.value,
     'environment': parallel.environment(),
