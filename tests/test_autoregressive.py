@@ -7,11 +7,11 @@ import math
 from typing import NamedTuple
 
 import chex
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_var
 
 from ddo_jax import config as config_lib
 from ddo_jax import likelihood
@@ -20,46 +20,13 @@ from ddo_jax import parallel
 from ddo_jax import rng
 from ddo_jax import train_state
 from ddo_jax import train_step
-from ddo_jax.models import var
-from ddo_jax.models import vqvae
 from ddo_jax.samplers import scalewise
 
-BATCH = 16
-CLASSES = 3
+BATCH = tiny_var.BATCH
 DROP = 0.3
-SHAPE = (2, 2, 1)
 LENGTH = 5
+MODEL = tiny_var.MODEL
 ALPHA, BETA = 2.0, 0.05
-TOKENIZER = vqvae.VqvaeConfig(
-  SHAPE, (1, 2), vocab=6, channels=3, base=32, mult=(1,), levels=17
-)
-CONFIG = var.VarConfig(
-  TOKENIZER, num_classes=CLASSES, depth=1, width=8, heads=2, chunk=3
-)
-
-
-class Tokenizer(vqvae.Vqvae):
-  """With one convolution each way: its many layers would compile for long."""
-
-  def setup(self):
-    self.quantize = vqvae.Quantizer(self.patch_nums, self.vocab, self.channels)
-    self.quant_conv = nn.Conv(self.channels, (3, 3))
-    self.post_quant_conv = nn.Conv(self.channels, (3, 3))
-    self.encoder = nn.Conv(self.channels, (3, 3))
-    self.decoder = nn.Conv(self.image_channels, (3, 3))
-
-
-BUILT = var.build(CONFIG, remat=False)
-MODEL = dataclasses.replace(
-  BUILT, tokenizer=Tokenizer((1, 2), 6, 3, 32, (1,), 1)
-)
-
-
-def with_dtype(dtype):
-  """The model, its blocks' products in another type."""
-  config = dataclasses.replace(CONFIG, dtype=dtype)
-  transformer = var.transformer(config)
-  return dataclasses.replace(MODEL, transformer=transformer)
 
 
 class Case(NamedTuple):
@@ -87,33 +54,6 @@ MANY = {
 }
 
 
-def filled(shapes, seed):
-  """Weights without a zero, of unit fan-in gain."""
-  draw = np.random.default_rng(seed).standard_normal
-
-  def fill(leaf):
-    fan = math.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 9
-    return (draw(leaf.shape) / np.sqrt(fan)).astype(np.float32)
-
-  return jax.tree.map(fill, shapes)
-
-
-@functools.cache
-def weights():
-  """Params of the transformer, and the frozen ones."""
-  params = filled(jax.eval_shape(MODEL.init, rng.stream(0)), 0)
-  init, image = MODEL.tokenizer.init, jnp.zeros((1, *SHAPE))
-  shapes = jax.eval_shape(init, rng.stream(0), image)['params']
-  return params, {'tokenizer': filled(shapes, 1)}
-
-
-def make_rows(seed):
-  numbers = np.random.default_rng(seed)
-  image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
-  label = numbers.integers(0, CLASSES, BATCH).astype(np.int32)
-  return {'image': image, 'label': label}
-
-
 @functools.cache
 def compiled(case):
   """The devices, the phase and the step, which is compiled when first run."""
@@ -133,7 +73,7 @@ def compiled(case):
   executor = parallel.Executor(settings, case.devices)
   step_fn = executor.compile_step(
     train_step.train_step,
-    model=with_dtype(case.dtype),
+    model=tiny_var.with_dtype(case.dtype),
     phase=phase.static(),
     sampler=MODEL.unguided(scalewise.Scalewise(guidance=1.5, top_k=3)),
     accumulate=case.accumulate,
@@ -145,8 +85,8 @@ def compiled(case):
 def run(case, steps=6):
   """The state after some steps from the reference, and all metrics."""
   executor, phase, step_fn = compiled(case)
-  params, frozen = weights()
-  whole = with_dtype(case.dtype).reduced(params)
+  params, frozen = tiny_var.weights()
+  whole = tiny_var.with_dtype(case.dtype).reduced(params)
   reference, frozen = map(executor.place_state, (whole, frozen))
   values = map(jnp.float32, (ALPHA, BETA, 1e-2))
   hyper, key = executor.replicate(
@@ -155,7 +95,7 @@ def run(case, steps=6):
   state = executor.place_state(train_state.create(params, phase))
   history = []
   for step in range(steps):
-    real, fake = make_rows(2 * step), make_rows(2 * step + 1)
+    real, fake = tiny_var.make_rows(2 * step), tiny_var.make_rows(2 * step + 1)
     real['id'] = np.arange(BATCH, dtype=np.uint32) + step * BATCH
     if case.objective == 'cca':
       real['other_label'] = np.roll(real['label'], -1)
@@ -186,16 +126,16 @@ def first_drop():
 
 def tokens(seed):
   """Rows of step 0 as a batch of tokens, labels dropped."""
-  _, frozen = weights()
-  rows = make_rows(seed)
+  _, frozen = tiny_var.weights()
+  rows = tiny_var.make_rows(seed)
   encode = jax.jit(MODEL.encode)
   x = encode(frozen, jnp.asarray(rows['image']), first_keys())
-  label = np.where(first_drop(), CLASSES, rows['label'])
+  label = np.where(first_drop(), tiny_var.CLASSES, rows['label'])
   return likelihood.Batch(x, jnp.asarray(label), jnp.arange(BATCH))
 
 
 def test_law_1_the_log_ratio_to_itself_is_exactly_0():
-  params, frozen = weights()
+  params, frozen = tiny_var.weights()
   batch = tokens(0)
   assert len(np.unique(batch.x)) > 2
   log_ratio = jax.jit(MODEL.log_ratio)
@@ -216,8 +156,8 @@ def test_law_1_the_log_ratio_to_itself_is_exactly_0():
 
 def test_a_reduced_reference_is_the_same_function():
   """Bit for bit; biases and scales that are not converted stay as they are."""
-  params, frozen = weights()
-  model = with_dtype('bfloat16')
+  params, frozen = tiny_var.weights()
+  model = tiny_var.with_dtype('bfloat16')
   small = model.reduced(params)
   kept = {
     '.'.join(entry.key for entry in path)
@@ -243,7 +183,7 @@ def chance(case):
     real = np.where(dropped, max(ALPHA, 1), 1)
     fake = np.where(dropped, 0, ALPHA)
   else:
-    label = make_rows(0)['label']
+    label = tiny_var.make_rows(0)['label']
     real = np.ones(BATCH)
     same = dropped | (label == np.roll(label, -1))
     assert dropped.sum() < same.sum() < BATCH
@@ -269,7 +209,7 @@ def test_law_1_the_loss_at_the_reference_is_chance(case):
 
 def test_law_2_the_gradient_at_the_reference():
   """−(β/2)[∇E w_real log p(real) − ∇E w_fake log p(fake)] / max(α, 1)."""
-  params, frozen = weights()
+  params, frozen = tiny_var.weights()
   dropped, batches = first_drop(), (tokens(0), tokens(1))
 
   @jax.jit
@@ -305,8 +245,8 @@ def test_law_3_one_result_on_any_devices(name):
 
 def test_online_fakes_are_the_references_own():
   """Of the real rows' labels, before the drop, through pixels and back."""
-  params, frozen = weights()
-  rows, keys = make_rows(0), first_keys()
+  params, frozen = tiny_var.weights()
+  rows, keys = tiny_var.make_rows(0), first_keys()
   phase = config_lib.Phase(fakes='online', label_drop=DROP)
   args = (
     {**rows, 'image': jnp.asarray(rows['image']), 'id': jnp.arange(BATCH)},
@@ -344,7 +284,7 @@ def test_online_fakes_are_the_references_own():
 
 def test_pixels_there_and_back():
   """Whole levels survive `encode`; `decode` cuts off as published."""
-  _, frozen = weights()
+  _, frozen = tiny_var.weights()
   pixels = MODEL.pixels
   raw = jnp.arange(17, dtype=jnp.uint8)
   np.testing.assert_array_equal(pixels.decode(pixels.encode(raw, None)), raw)
@@ -354,17 +294,17 @@ def test_pixels_there_and_back():
   np.testing.assert_array_equal(nearest.decode(x), [0, 1, 16])
   batch = tokens(0)
   image = jax.jit(MODEL.decode)(frozen, batch.x)
-  assert (image.shape, image.dtype) == ((BATCH, *SHAPE), np.uint8)
+  assert (image.shape, image.dtype) == ((BATCH, *tiny_var.SHAPE), np.uint8)
 
 
 def test_a_config_survives_json():
-  config = config_lib.Config(model=copy.deepcopy(CONFIG))
-  assert models.from_json(config_lib.to_json(config)) == CONFIG
-  assert models.build(config, config_lib.Phase()) == BUILT
+  config = config_lib.Config(model=copy.deepcopy(tiny_var.CONFIG))
+  assert models.from_json(config_lib.to_json(config)) == tiny_var.CONFIG
+  assert models.build(config, config_lib.Phase()) == tiny_var.BUILT
 
 
 def test_mistakes():
-  params, frozen = weights()
+  params, frozen = tiny_var.weights()
   label = jnp.zeros(2, jnp.int32)
   keys = jax.random.split(rng.stream(0), 2)
   draw = lambda frozen, sampler: MODEL.sample(
@@ -377,9 +317,9 @@ def test_mistakes():
   with pytest.raises(config_lib.UserError, match='guide_from'):
     draw(frozen | {'guide': {}}, scalewise.Scalewise())
   with pytest.raises(config_lib.UserError, match='tokenizer to the data'):
-    MODEL.check_source('s', SHAPE, CLASSES, 256)
-  MODEL.check_source('s', SHAPE, CLASSES, 17)
-  guide = config_lib.Config(model=CONFIG, guide=CONFIG)
+    MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 256)
+  MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 17)
+  guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
   with pytest.raises(config_lib.UserError, match='goes with denoisers'):
     models.build(guide, config_lib.Phase())
   minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)

@@ -77,27 +77,6 @@ def refusal(path, read=True):
   return line
 
 
-def test_every_epoch_is_another_permutation():
-  index = data.order(3, np.arange(40), 10).reshape(4, 10)
-  np.testing.assert_array_equal(np.sort(index), np.tile(np.arange(10), (4, 1)))
-  assert len({tuple(epoch) for epoch in index}) == 4
-  assert not np.array_equal(index[0], data.order(4, np.arange(10), 10))
-
-
-def test_order_depends_on_the_position_alone():
-  data._permutation.cache_clear()
-  positions = np.array([[61, 5], [17, 5]])  # any order, shape and repeats
-  alone = [data.order(3, np.array(p), 10) for p in positions.ravel()]
-  data.order(9, np.arange(99), 7)  # pushes the permutations from the cache
-  np.testing.assert_array_equal(data.order(3, positions, 10).ravel(), alone)
-
-
-def test_order_stays_the_same_for_good():
-  # A resumed run relies on these numbers; they must survive any update.
-  assert data.order(0, np.arange(8), 8).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]
-  assert data.order(0, np.arange(8, 16), 8).tolist() == [0, 5, 6, 1, 3, 2, 4, 7]
-
-
 @pytest.fixture
 def in_memory():
   images, labels = make_images(10)

@@ -11,6 +11,9 @@ from scipy import special
 import var_golden
 
 from ddo_jax import ddo
+from ddo_jax import likelihood
+from ddo_jax import train_state
+from ddo_jax import train_step
 from ddo_jax.convert import var_names
 from ddo_jax.models import var
 
@@ -251,3 +254,21 @@ def test_fakes_are_encoded_from_pixels():
   np.testing.assert_array_equal(ids, golden['fake_ids'])
   assert np.mean(ids == sampled) < 0.1
   assert golden_io.max_error(inputs, golden['var_input_fake']) <= 2e-5
+
+
+def test_the_other_objectives():
+  """Their terms, and that nothing is divided by what they do not weigh."""
+  beta = 0.05
+  hyper = train_state.Hyper(*map(jnp.float32, (2.0, beta, 1)))
+  real, other = jnp.array([1.0, 2.0, 3.0]), jnp.array([-1.0, 0.0, 5.0])
+  label = jnp.array([0, 1, 1, 2, 2, 2])  # the third pair has one label
+  batch = likelihood.Batch(None, label, None)
+  dropped = jnp.array([True, False, False])
+  rest = (real, other, batch, dropped, hyper)
+  first, second = train_step._terms('unlearning', *rest)
+  np.testing.assert_array_equal(first, -real)
+  np.testing.assert_array_equal(second, [1, 0, -5])
+  first, second = train_step._terms('dpo', *rest)
+  margin = beta * (real - other)
+  np.testing.assert_allclose(first, jnp.log1p(jnp.exp(-margin)), rtol=1e-6)
+  np.testing.assert_array_equal(second, 0)

@@ -317,9 +317,8 @@ def test_a_changed_science_field_is_refused(images, whole):
   with pytest.raises(config_lib.UserError) as caught:
     selfplay.play(config, whole)
   line = str(caught.value)
-  assert 'seed: 0 -> 1' in line
+  assert 'seed: 0 -> 1' in line and str(whole) in line
   assert 'ddo.alpha: [1.0, 2.0] -> [3.0]' in line
-  assert str(whole) in line
   assert (whole / 'config.json').read_bytes() == before
 
 
@@ -347,8 +346,6 @@ def test_the_pool_of_another_reference_is_refused(images, whole, tmp_path):
   (second / 'done.json').unlink()
   shutil.rmtree(second / 'reference')
   shutil.copytree(whole / 'pretrain' / 'params', second / 'reference')
-  with pytest.raises(
-    config_lib.UserError, match='drawn with reference = '
-  ) as e:
+  with pytest.raises(config_lib.UserError, match='drawn with reference') as e:
     selfplay.play(make_config(images), tmp_path / 'run')
   assert str(second / 'fakes') in str(e.value) and first.exists()

@@ -336,31 +336,3 @@ def test_samples_of_a_step_are_rounded_to_levels():
   np.testing.assert_array_equal(got * 8, np.round(got * 8))
   np.testing.assert_allclose(got, x, atol=1 / 16 + 1e-6)
   assert np.any(got != x)
-
-
-def schedule(phase, images):
-  factor = train_state.learning_rate_factor
-  return [float(factor(phase, jnp.int32(seen))) for seen in images]
-
-
-def test_the_learning_rate_warms_up_and_decays():
-  phase = config.Phase(images=100, warmup_images=10)
-  assert schedule(phase, [0, 5, 10, 99]) == [0, 0.5, 1, 1]
-  phase = config.Phase(images=100, decay='linear', decay_images=20)
-  assert schedule(phase, [0, 80, 90, 100]) == [1, 1, 0.5, 0]
-  phase = config.Phase(images=100, decay='inverse_sqrt', decay_images=10)
-  assert schedule(phase, [0, 10, 40]) == pytest.approx([1, 1, 0.5])
-
-
-def test_the_average_halves_what_is_old_in_its_halflife():
-  phase = config.Phase(batch_size=8, ema_halflife=(16.0,))
-  state = train_state.create({'a': jnp.full(3, 2.0)}, phase)
-  zero = {'a': jnp.zeros(3)}
-  state = state.replace(params=zero)
-  for _ in range(2):  # two steps of 8 images, without a gradient
-    state = train_state.apply_gradients(
-      state, zero, jnp.float32(1), make_model(), phase
-    )
-  (average,) = state.ema.values()
-  np.testing.assert_allclose(average['a'], np.ones(3), rtol=1e-6)
-  assert state.step == 2

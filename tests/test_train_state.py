@@ -1,4 +1,4 @@
-"""VAR's optimizer, schedule and baselines."""
+"""Optimizers, schedules and averages, VAR's among them."""
 
 import dataclasses
 
@@ -9,29 +9,40 @@ import optax
 import pytest
 
 from ddo_jax import config as config_lib
-from ddo_jax import data
-from ddo_jax import likelihood
 from ddo_jax import train_state
-from ddo_jax import train_step
 from ddo_jax.models import var
 
 
-def test_the_other_objectives():
-  """Their terms, and that nothing is divided by what they do not weigh."""
-  beta = 0.05
-  hyper = train_state.Hyper(*map(jnp.float32, (2.0, beta, 1)))
-  real, other = jnp.array([1.0, 2.0, 3.0]), jnp.array([-1.0, 0.0, 5.0])
-  label = jnp.array([0, 1, 1, 2, 2, 2])  # the third pair has one label
-  batch = likelihood.Batch(None, label, None)
-  dropped = jnp.array([True, False, False])
-  rest = (real, other, batch, dropped, hyper)
-  first, second = train_step._terms('unlearning', *rest)
-  np.testing.assert_array_equal(first, -real)
-  np.testing.assert_array_equal(second, [1, 0, -5])
-  first, second = train_step._terms('dpo', *rest)
-  margin = beta * (real - other)
-  np.testing.assert_allclose(first, jnp.log1p(jnp.exp(-margin)), rtol=1e-6)
-  np.testing.assert_array_equal(second, 0)
+def _model(**changes):
+  return dataclasses.replace(var.build(var.VarConfig(), remat=False), **changes)
+
+
+def schedule(phase, images):
+  factor = train_state.learning_rate_factor
+  return [float(factor(phase, jnp.int32(seen))) for seen in images]
+
+
+def test_the_learning_rate_warms_up_and_decays():
+  phase = config_lib.Phase(images=100, warmup_images=10)
+  assert schedule(phase, [0, 5, 10, 99]) == [0, 0.5, 1, 1]
+  phase = config_lib.Phase(images=100, decay='linear', decay_images=20)
+  assert schedule(phase, [0, 80, 90, 100]) == [1, 1, 0.5, 0]
+  phase = config_lib.Phase(images=100, decay='inverse_sqrt', decay_images=10)
+  assert schedule(phase, [0, 10, 40]) == pytest.approx([1, 1, 0.5])
+
+
+def test_the_average_halves_what_is_old_in_its_halflife():
+  phase = config_lib.Phase(batch_size=8, ema_halflife=(16.0,))
+  state = train_state.create({'a': jnp.full(3, 2.0)}, phase)
+  zero = {'a': jnp.zeros(3)}
+  state = state.replace(params=zero)
+  for _ in range(2):  # two steps of 8 images, without a gradient
+    state = train_state.apply_gradients(
+      state, zero, jnp.float32(1), _model(), phase
+    )
+  (average,) = state.ema.values()
+  np.testing.assert_allclose(average['a'], np.ones(3), rtol=1e-6)
+  assert state.step == 2
 
 
 @pytest.mark.golden
@@ -41,10 +52,7 @@ def test_only_what_var_decays_decays():
   with golden_io.precision('f64'):
     names = ('p1', 'p2')
     phase = config_lib.Phase(adam_b2=0.95, weight_decay=0.05, batch_size=1)
-    model = dataclasses.replace(
-      var.build(var.VarConfig(), remat=False),
-      decayed=lambda params: {'p1': True, 'p2': False},
-    )
+    model = _model(decayed=lambda params: {'p1': True, 'p2': False})
     start = {n: jnp.asarray(golden[f'aw_{n}_0']) for n in names}
     state = train_state.create(start, phase)
     for step in range(3):
@@ -84,19 +92,3 @@ def test_the_schedule_of_var(name, batch, warmup):
       seen = jnp.float64(step) * batch
       got = train_state.learning_rate_factor(phase, seen)
       assert abs(float(got) - wanted) <= 1e-12, step
-
-
-@pytest.mark.parametrize('processes', [1, 2])
-def test_other_labels_are_the_next_rows_of_the_whole_step(processes):
-  labels = np.arange(12)
-  images = np.zeros((12, 2, 2, 1), np.uint8)
-  source = data.ArraySource('s', images, labels, 12, 17)
-  parts = [
-    list(data.batches(source, 0, 8, 0, 3, i, processes, other_label=True))
-    for i in range(processes)
-  ]
-  for step in range(3):
-    both = [part[step] for part in parts]
-    label = np.concatenate([b['label'] for b in both])
-    other = np.concatenate([b['other_label'] for b in both])
-    np.testing.assert_array_equal(other, np.roll(label, -1))
