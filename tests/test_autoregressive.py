@@ -20,6 +20,7 @@ from ddo_jax import parallel
 from ddo_jax import rng
 from ddo_jax import train_state
 from ddo_jax import train_step
+from ddo_jax.models import var
 from ddo_jax.samplers import scalewise
 
 BATCH = tiny_var.BATCH
@@ -174,6 +175,27 @@ def test_a_reduced_reference_is_the_same_function():
   np.testing.assert_array_equal(log_ratio(other, small), wanted)
   assert np.abs(wanted).max() > 0.01
   assert MODEL.reduced(params) is params
+
+
+def test_law_1_the_compiler_drops_no_rounding():
+  """Optimised as users have it: a kernel converted there and back is not."""
+  transformer = var.Var((1, 8), 32, 3, 128, 2, 2, dtype=jnp.bfloat16)
+  tokenizer = tiny_var.Tokenizer((1, 8), 32, 8, 32, (1,), 1)
+  model = dataclasses.replace(
+    MODEL, transformer=transformer, tokenizer=tokenizer, token_channels=8
+  )
+  params = tiny_var.filled(jax.eval_shape(model.init, rng.stream(0)), 0)
+  inits = functools.partial(tokenizer.init, rng.stream(0))
+  shapes = jax.eval_shape(inits, jnp.zeros((1, 8, 8, 1)))['params']
+  frozen = {'tokenizer': tiny_var.filled(shapes, 1)}
+  ids = np.random.default_rng(2).integers(0, 32, (64, 65), np.int32)
+  rows = np.arange(64, dtype=np.int32)
+  batch = likelihood.Batch(ids, rows % 3, rows)
+  fn = jax.jit(lambda *p: model.log_ratio(*p, frozen, batch, None)[0])
+  args = (params, jax.jit(model.reduced)(params))
+  options = {'xla_backend_optimization_level': 3}
+  log_ratio = fn.lower(*args).compile(compiler_options=options)
+  np.testing.assert_array_equal(log_ratio(*args), np.zeros(64))
 
 
 def chance(case):
