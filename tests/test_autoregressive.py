@@ -1,6 +1,5 @@
 """The laws of the step for models of tokens, and what VAR's step adds."""
 
-import copy
 import dataclasses
 import functools
 import math
@@ -15,7 +14,6 @@ import tiny_var
 
 from ddo_jax import config as config_lib
 from ddo_jax import likelihood
-from ddo_jax import models
 from ddo_jax import parallel
 from ddo_jax import rng
 from ddo_jax import train_state
@@ -302,47 +300,3 @@ def test_online_fakes_are_the_references_own():
   again = apply(image, method='encode')
   np.testing.assert_array_equal(settled.x[1::2], again)
   assert np.any(again != x)
-
-
-def test_pixels_there_and_back():
-  """Whole levels survive `encode`; `decode` cuts off as published."""
-  _, frozen = tiny_var.weights()
-  pixels = MODEL.pixels
-  raw = jnp.arange(17, dtype=jnp.uint8)
-  np.testing.assert_array_equal(pixels.decode(pixels.encode(raw, None)), raw)
-  x = jnp.array([-1.0, -0.876, 0.99])
-  np.testing.assert_array_equal(pixels.decode(x), [0, 0, 15])
-  nearest = dataclasses.replace(pixels, nearest=True)
-  np.testing.assert_array_equal(nearest.decode(x), [0, 1, 16])
-  batch = tokens(0)
-  image = jax.jit(MODEL.decode)(frozen, batch.x)
-  assert (image.shape, image.dtype) == ((BATCH, *tiny_var.SHAPE), np.uint8)
-
-
-def test_a_config_survives_json():
-  config = config_lib.Config(model=copy.deepcopy(tiny_var.CONFIG))
-  assert models.from_json(config_lib.to_json(config)) == tiny_var.CONFIG
-  assert models.build(config, config_lib.Phase()) == tiny_var.BUILT
-
-
-def test_mistakes():
-  params, frozen = tiny_var.weights()
-  label = jnp.zeros(2, jnp.int32)
-  keys = jax.random.split(rng.stream(0), 2)
-  draw = lambda frozen, sampler: MODEL.sample(
-    params, frozen, label, keys, sampler
-  )
-  with pytest.raises(config_lib.UserError, match='tokenizer_from'):
-    draw({}, scalewise.Scalewise())
-  with pytest.raises(config_lib.UserError, match='smooth=False'):
-    draw(frozen, scalewise.Scalewise(smooth=True))
-  with pytest.raises(config_lib.UserError, match='guide_from'):
-    draw(frozen | {'guide': {}}, scalewise.Scalewise())
-  with pytest.raises(config_lib.UserError, match='tokenizer to the data'):
-    MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 256)
-  MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 17)
-  guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
-  with pytest.raises(config_lib.UserError, match='goes with denoisers'):
-    models.build(guide, config_lib.Phase())
-  minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)
-  assert MODEL.unguided(minus) == scalewise.Scalewise(1.0, 'minus_one')
