@@ -57,7 +57,7 @@ def get_config() -> config_lib.Config:
       label_drop=0.1,
     ),
     ddo=config_lib.Phase(
-      images=100 * 128,
+      images=60 * 128,
       batch_size=128,
       alpha=(1.0,),  # above, mass leaks off both: see experiments/
       beta=(0.1,),
@@ -66,7 +66,7 @@ def get_config() -> config_lib.Config:
       weight_decay=0.05,
       clip_norm=2.0,
       fakes='online',
-      eval_images=20 * 128,
+      eval_images=15 * 128,
       log_images=10 * 128,
     ),
   )
