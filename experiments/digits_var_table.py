@@ -32,22 +32,19 @@ flags.set_default(digits_table.WORKDIR, 'runs/digits_var_table')
 flags.set_default(
   digits_table.OUTPUT, 'experiments/results/digits_var_table.json'
 )
+_ONE = {'alpha': (1.0,), 'beta': (0.1,)}
+_FIFTY = {'alpha': (50.0,), 'beta': (0.02,), 'normalize': True}  # as published
+_CCA = {'objective': 'cca', 'label_drop': 0.1}
+# Changes of the recipe's round, and learning rates around the best. All steps
+# are constant in rate, so that a shorter round is an earlier checkpoint.
 SETTINGS = {
   'mle': ({'objective': 'mle'}, (1e-4, 3e-4, 1e-3, 3e-3)),
+  'cca_1': (_CCA | _ONE, (3e-5, 1e-4, 3e-4, 1e-3)),
+  'cca_50': (_CCA | _FIFTY, (3e-5, 1e-4, 3e-4)),
+  'ddo_1': (_ONE, (3e-5, 1e-4, 3e-4, 1e-3)),
+  'ddo_50': (_FIFTY, (1e-5, 3e-5, 1e-4)),
+  'ddo_1_no_round_trip': (_ONE | {'round_trip': False}, (1e-4, 3e-4, 1e-3)),
 }
-_RATES = {1: (3e-5, 1e-4, 3e-4, 1e-3), 50: (1e-5, 3e-5, 1e-4)}
-_WEIGHTS = {
-  1: {'alpha': (1.0,), 'beta': (0.1,)},
-  50: {'alpha': (50.0,), 'beta': (0.02,), 'normalize': True},  # as published
-}
-for _weight, _changes in _WEIGHTS.items():
-  _cca = {'objective': 'cca', 'label_drop': 0.1} | _changes
-  SETTINGS[f'cca_{_weight}'] = (_cca, _RATES[_weight])
-  SETTINGS[f'ddo_{_weight}'] = (_changes, _RATES[_weight])
-SETTINGS['ddo_1_no_round_trip'] = (
-  {'round_trip': False} | _WEIGHTS[1],
-  (1e-4, 3e-4, 1e-3),
-)
 # The rows of the methods: of their settings the one that selection prefers.
 METHODS = {'CCA': ('cca_1', 'cca_50'), 'DDO': ('ddo_1', 'ddo_50')}
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -71,10 +68,9 @@ def start_of(
   return run, selfplay.pretrain(run)
 
 
-def scores_of(
-  run: workspace.Run, params: pathlib.Path, path: pathlib.Path
-) -> dict[str, Any]:
-  """Report scores of a folder of params; kept at `path`."""
+def scores_of(run: workspace.Run, params: pathlib.Path) -> dict[str, Any]:
+  """Report scores of a folder of params; kept beside it."""
+  path = params.parent / 'report.json'
   if not path.exists():
     model = models.build(run.config, run.config.ddo)
     weights, _ = workspace.load_params(params, model, run.executor)
@@ -129,12 +125,12 @@ def one_seed(
     The rows and what was tried for them; the tokenizer's folder.
   """
   run, start = start_of(seed, workdir, tokenizer)
-  before = scores_of(run, start, workdir / 'reference.json')
+  before = scores_of(run, start)
   tried = {name: play(run, start, name, before) for name in CHOSEN.value}
   scores = {'reference (MLE)': before}
   for name, results in tried.items():
     params = pathlib.Path(results[0]['params'])
-    scores[name] = scores_of(run, params, workdir / f'{name}.json')
+    scores[name] = scores_of(run, params)
   config = dataclasses.replace(
     run.config, tokenizer_from=str(run.tokenizer_folder)
   )
