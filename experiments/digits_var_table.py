@@ -38,8 +38,8 @@ _CCA = {'objective': 'cca', 'label_drop': 0.1}
 # Changes of the recipe's round, and learning rates around the best. All steps
 # are constant in rate, so that a shorter round is an earlier checkpoint.
 SETTINGS = {
-  'mle': ({'objective': 'mle'}, (1e-4, 3e-4, 1e-3, 3e-3)),
-  'cca_1': (_CCA | _ONE, (3e-5, 1e-4, 3e-4, 1e-3)),
+  'mle': ({'objective': 'mle'}, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+  'cca_1': (_CCA | _ONE, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
   'cca_50': (_CCA | _FIFTY, (3e-5, 1e-4, 3e-4)),
   'ddo_1': (_ONE, (3e-5, 1e-4, 3e-4, 1e-3)),
   'ddo_50': (_FIFTY, (1e-5, 3e-5, 1e-4)),
