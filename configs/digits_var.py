@@ -30,7 +30,7 @@ def get_config() -> config_lib.Config:
       ),
       num_classes=10,
       depth=1,
-      width=16,  # too small to fit: DDO lives on that, see experiments
+      width=16,  # too small to fit
       heads=2,
       chunk=21,
     ),
@@ -59,7 +59,7 @@ def get_config() -> config_lib.Config:
     ddo=config_lib.Phase(
       images=60 * 128,
       batch_size=128,
-      alpha=(1.0,),  # above, mass leaks off both: see experiments/
+      alpha=(1.0,),  # larger ones for fewer steps: see experiments/
       beta=(0.1,),
       learning_rate=(3e-4,),
       adam_b2=0.95,

@@ -18,12 +18,15 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 import jax
+import numpy as np
 
 from configs import digits_var
 from ddo_jax import evaluate
+from ddo_jax import likelihood
 from ddo_jax import models
 from ddo_jax import parallel
 from ddo_jax import records
+from ddo_jax import rng
 from ddo_jax import selfplay
 from ddo_jax import workspace
 from experiments import digits_table
@@ -79,6 +82,43 @@ def scores_of(run: workspace.Run, params: pathlib.Path) -> dict[str, Any]:
     )
     records.write_json(path, scores)
   return records.read_json(path)
+
+
+def round_trip(run: workspace.Run, start: pathlib.Path) -> dict[str, Any]:
+  """What decoding and encoding again does to real and to reference tokens.
+
+  Returns:
+    fd_train of the decoded training images; for the tokens of both kinds, one
+    of the reference for each image: the share that a round trip changes, and
+    the reference's mean log p before and after [nats an image].
+  """
+  model = models.build(run.config, run.config.ddo)
+  weights, _ = workspace.load_params(start, model, run.executor)
+  frozen, sampler = run.frozen, model.unguided(run.config.sampler)
+  ids = np.arange(len(run.real))
+  images, labels = run.real.read(ids)
+  keys = rng.per_example(rng.stream(run.config.seed, 'round trip'), ids)
+  log_prob = jax.jit(
+    lambda x: model.log_prob(
+      weights, frozen, likelihood.Batch(x, labels, ids), keys
+    )
+  )
+  again = jax.jit(lambda x: model.round_trip(frozen, x, keys))
+  real = model.encode(frozen, images, keys)
+  kinds = {
+    'real': real,
+    'reference': model.sample(weights, frozen, labels, keys, sampler),
+  }
+  decoded = np.asarray(model.decode(frozen, real))
+  found = {'fd_train': run.evaluator.scores(decoded, labels)['fd_train']}
+  for name, tokens in kinds.items():
+    other = again(tokens)
+    found[name] = {
+      'changed': float(np.mean(tokens != other)),
+      'log_prob': float(np.mean(log_prob(tokens))),
+      'log_prob_after': float(np.mean(log_prob(other))),
+    }
+  return found
 
 
 def play(
@@ -150,6 +190,7 @@ def one_seed(
     for result in results:
       del result['params']
   made = {'rows': means, 'chosen': chosen, 'tried': tried}
+  made['round_trip'] = round_trip(run, start)
   return made | {'guidance': guidance['scale']}, str(run.tokenizer_folder)
 
 
