@@ -104,12 +104,13 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
   image = np.random.RandomState(0).randint(0, model.levels, shape)
   raw = {'image': jnp.asarray(image, jnp.uint8), 'label': label, 'id': ids}
 
+  state = train_state.create(params, config.ddo)
+  reference = model.reduced(params)
+
   def stepping(**changes):
     phase = dataclasses.replace(config.ddo, batch_size=rows, **changes)
     static = {'model': model, 'phase': phase, 'sampler': scalewise.Scalewise()}
     fn = jax.jit(functools.partial(train_step.train_step, **static))
-    state = train_state.create(params, phase)
-    reference = model.reduced(params)
     hyper = train_state.Hyper.of(phase, 0)
     pool = raw if (phase.objective, phase.fakes) == ('ddo', 'pool') else None
     return fn, (state, reference, frozen, raw, pool, hyper, rng.stream(3))
