@@ -14,8 +14,6 @@ from ddo_jax import main
 from ddo_jax import selfplay
 from ddo_jax import train
 from ddo_jax import workspace
-from ddo_jax.models import vqvae
-from ddo_jax.models import vqvae_learner
 
 
 def tiny() -> config_lib.Config:
@@ -96,41 +94,3 @@ def test_another_run_takes_its_weights(workdir, tmp_path):
   assert not (tmp_path / 'b' / 'tokenizer').exists()
   own = workspace.Run(tiny(), workdir).frozen
   jax.tree.map(np.testing.assert_array_equal, run.frozen, own)
-
-
-def test_what_the_tokenizer_learns():
-  """Error of the rounded features' image; every part gets a gradient."""
-  config = vqvae.VqvaeConfig(
-    (2, 2, 1), (1, 2), 6, 3, base=32, mult=(1,), levels=17
-  )
-  learner = vqvae_learner.build(config)
-  params = jax.jit(learner.init)(jax.random.key(0))
-  draw = np.random.default_rng(0).integers
-  raw = jnp.asarray(draw(0, 17, (4, 2, 2, 1), np.uint8))
-  image = learner.encode({}, raw, None)
-
-  @jax.jit
-  def run(params):
-    apply = lambda method, *args: learner.module.apply(
-      {'params': params}, *args, method=method
-    )
-
-    def loss(params):
-      losses = learner.module.apply({'params': params}, image, method='losses')
-      return jnp.mean(sum(losses)), losses
-
-    (_, losses), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    ids = apply('encode', image)
-    f, f_hat = apply('features', image), apply('f_hat', ids)
-    return losses, grads, f, f_hat, apply('decode', f_hat)
-
-  (error, distance), grads, f, f_hat, decoded = run(params)
-  assert np.abs(decoded).max() < 1  # nothing is clamped here
-  wanted = np.mean((decoded - image) ** 2, axis=(1, 2, 3))
-  np.testing.assert_allclose(error, wanted, rtol=1e-4)
-  last = 1.25 * np.mean((f - f_hat) ** 2, axis=(1, 2, 3))
-  assert np.all(np.asarray(distance) > last / 2)
-  for name in ('encoder', 'decoder', 'quantize', 'quant_conv'):
-    sizes = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[name])]
-    assert max(sizes) > 1e-4, name
-  assert np.abs(grads['quantize']['embedding']['embedding']).max() > 1e-4
