@@ -3,17 +3,22 @@
 import dataclasses
 import json
 
+import interruption
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import digits_var
+from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
 from ddo_jax import main
+from ddo_jax import models
+from ddo_jax import records
 from ddo_jax import selfplay
 from ddo_jax import train
 from ddo_jax import workspace
+from ddo_jax.samplers import scalewise
 
 
 def tiny() -> config_lib.Config:
@@ -74,6 +79,42 @@ def test_the_reference_is_reduced_and_the_start_is_not(workdir, jobs):
   leaves = jax.tree.leaves(job.model.reduced(job.start()))
   for ours, kept in zip(jax.tree.leaves(job.reference), leaves, strict=True):
     np.testing.assert_array_equal(ours, kept)
+
+
+def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
+  """Killed after a step; by the step that the run compiled."""
+  job = jobs['round_000']
+
+  def again(name):
+    scores = iter((3.0, 2.0, 1.0))  # the last state is promoted
+    return dataclasses.replace(
+      job,
+      folder=tmp_path / name / job.name,
+      log=records.MetricsLog(tmp_path / name),
+      evaluate=lambda params: {job.metric: next(scores)},
+    )
+
+  whole, cut = train.run(again('whole')), again('cut')
+  interruption.interrupted(cut, 1)
+  # Where a checkpoint is, nothing is read of the start.
+  resumed = train.run(dataclasses.replace(cut, start=None))
+  assert (resumed.step, resumed.selection) == (2, 1.0)
+  sha256 = checkpoint.tree_hash(resumed.params)
+  assert sha256 == checkpoint.tree_hash(whole.params)
+  assert sha256 != checkpoint.tree_hash(job.start())
+  lines = [len(records.read_log(tmp_path / n)) for n in ('whole', 'cut')]
+  assert lines[0] == lines[1]
+
+
+def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):
+  config = tiny()
+  config.sampler = scalewise.Scalewise(2.0, 'minus_one', top_k=5, top_p=0.9)
+  run = workspace.Run(config, tmp_path)
+  model = models.build(config, config.ddo)
+  rest = (0, model, {}, None, None, None)
+  job = run.job(tmp_path / 'round_000', config.ddo, *rest)
+  assert job.sampler == scalewise.Scalewise(1.0, 'minus_one')
+  assert run.job(tmp_path / 'pretrain', config.pretrain, *rest).sampler is None
 
 
 def test_it_returns_at_once(workdir):
