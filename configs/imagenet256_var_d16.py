@@ -21,8 +21,17 @@ counts microbatches of 128 images and stops long before its end; here the rate
 of a step is that of its first microbatch.
 
 What "guidance 1.0" means in the published evaluation is ambiguous (see
-`samplers.scalewise`): guided results are those of
+`samplers.scalewise`): guided results are those of one of
   --config.sampler.guidance=1.5 [?]
+  --config.sampler.convention=minus_one --config.sampler.guidance=1.4 [?]
+
+CCA (4.03 without guidance, under top-k 900 and top-p 0.96), in another
+--workdir; its warm-up is taken to be DDO's, 2 % of the epoch [?]:
+  --config.rounds=1 --config.ddo.objective=cca --config.ddo.batch_size=256
+  --config.ddo.images=1281024 --config.ddo.decay_images=1281024
+  --config.ddo.warmup_images=25600 --config.ddo.learning_rate='(2e-5,)'
+  --config.ddo.label_drop=0.1 --config.executor.accumulate=4
+  --config.sampler.top_k=900 --config.sampler.top_p=0.96
 [?] marks what no public source states.
 """
 
@@ -74,5 +83,5 @@ def get_config() -> config_lib.Config:
       selection_samples=10_000,  # [?]; the script takes 50,000
     ),
     # 16 images a device and microbatch on eight devices, as published.
-    executor=config_lib.Executor(accumulate=8, sample_batch=256),
+    executor=config_lib.Executor(accumulate=8, remat=True, sample_batch=256),
   )

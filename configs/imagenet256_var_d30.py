@@ -11,6 +11,10 @@ The tokenizer is that of configs/imagenet256_var_d16.py, and so are the notes
 there. Expected: 4.74 without guidance and 1.92 with before; 1.79 and 1.73
 after two rounds. Two billion parameters: see the memory table in BUILD.md. Not
 run here.
+
+CCA (2.54): as there, with --config.ddo.alpha='(1000.0,)',
+--config.ddo.decay_end=0.01 and --config.executor.accumulate=16. Its weight
+decay rises to 0.08 and its paths are dropped at random; neither is done here.
 """
 
 from configs import imagenet256_var_d16

@@ -153,6 +153,18 @@ class Autoregressive:
     del keys
     return self._apply(params, frozen, batch, 'cross_entropy')
 
+  def _sampled(self, params, frozen, label, keys, sampler):
+    """Tokens [B,L] and f̂ of a `scalewise.Scalewise`."""
+    self._check_sampler(sampler)
+    if 'guide' in frozen:
+      raise config_lib.UserError(
+        'this model is guided by itself without labels: unset config.guide_from'
+      )
+    chex.assert_equal_shape([label, keys])
+    weights = self._weights(frozen)
+    stages = scalewise.bind(self.transformer, self.tokenizer, params, weights)
+    return sampler(stages, label, keys)
+
   def sample(
     self,
     params: Params,
@@ -167,23 +179,41 @@ class Autoregressive:
       config.UserError: it is no such sampler, it mixes vectors, which tokens
         cannot tell, or there is a guide.
     """
-    if not isinstance(sampler, scalewise.Scalewise) or sampler.smooth:
+    self._check_sampler(sampler)
+    if sampler.smooth:
       raise config_lib.UserError(
-        f'config.sampler is {sampler}; this model wants a Scalewise with'
-        ' smooth=False'
+        f'config.sampler is {sampler}; tokens cannot tell of mixed vectors: set'
+        ' config.sampler.smooth=False'
       )
-    if 'guide' in frozen:
-      raise config_lib.UserError(
-        'this model is guided by itself without labels: unset config.guide_from'
-      )
-    chex.assert_equal_shape([label, keys])
-    weights = self._weights(frozen)
-    stages = scalewise.bind(self.transformer, self.tokenizer, params, weights)
-    return sampler(stages, label, keys)[0]
+    return self._sampled(params, frozen, label, keys, sampler)[0]
+
+  def draw(
+    self,
+    params: Params,
+    frozen: Frozen,
+    label: jax.Array,
+    keys: jax.Array,
+    sampler: Any,
+  ) -> jax.Array:
+    """uint8 images [B,H,W,C] of a `scalewise.Scalewise`, smooth ones too."""
+    _, f_hat = self._sampled(params, frozen, label, keys, sampler)
+    return self.pixels.decode(self._tokenizer(frozen, 'decode', f_hat))
 
   def unguided(self, sampler: Any) -> Any:
-    """No guidance in the sampler's own convention, no filter."""
+    """No guidance in the sampler's own convention, no filter.
+
+    Raises:
+      config.UserError: the sampler does not go with tokens.
+    """
+    self._check_sampler(sampler)
     return sampler.unguided()
+
+  def _check_sampler(self, sampler: Any) -> None:
+    if not isinstance(sampler, scalewise.Scalewise):
+      raise config_lib.UserError(
+        f'config.sampler is {sampler}; this model wants a'
+        ' samplers.scalewise.Scalewise'
+      )
 
   def _image(self, frozen: Frozen, x: jax.Array) -> jax.Array:
     """The image [B,H,W,C] in [−1, 1] of tokens [B,L]."""

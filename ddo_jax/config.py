@@ -59,7 +59,9 @@ class Phase:
   # α of eq. 13: weight of the fakes; λ of CCA.
   alpha: tuple[float, ...] = _knob((4.0,))
   beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
-  normalize: bool = _knob(False)  # divide by max(α, 1): VAR as published
+  # Divide by max(α, 1), VAR as published; but for DPO, which has no α, and for
+  # CCA and unlearning without label_drop.
+  normalize: bool = _knob(False)
   learning_rate: tuple[float, ...] = _knob((1.5e-4,))  # peak
   warmup_images: int = _knob(0)  # linear; the paper: a whole round
   warmup_start: float = _knob(0.0)  # share of the peak at the start; VAR: 0.005
@@ -203,7 +205,8 @@ def science_changes(config: Config, recorded: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+def require(condition: bool, name: str, value: Any, wanted: str) -> None:
+  """Raises UserError, naming the field, unless the condition holds."""
   if not condition:
     raise UserError(f'config.{name} is {value!r}; it must be {wanted}')
 
@@ -221,71 +224,71 @@ def _validate_phase(name: str, phase: Phase) -> None:
   }
   for field, allowed in choices.items():
     value = getattr(phase, field)
-    _require(value in allowed, f'{name}.{field}', value, f'one of {allowed}')
+    require(value in allowed, f'{name}.{field}', value, f'one of {allowed}')
   for field in ('alpha', 'beta', 'learning_rate', 'p_std', 'ema_halflife'):
     values = getattr(phase, field)
     good = all(_is_number(v) and v > 0 for v in values)
     good &= bool(values) or field == 'ema_halflife'
-    _require(good, f'{name}.{field}', values, 'positive, one value a round')
+    require(good, f'{name}.{field}', values, 'positive, one value a round')
   good = bool(phase.p_mean) and all(map(_is_number, phase.p_mean))
-  _require(good, f'{name}.p_mean', phase.p_mean, 'numbers, one a round')
+  require(good, f'{name}.p_mean', phase.p_mean, 'numbers, one a round')
   for field in ('images', 'batch_size', 'pool_size', 'log_images'):
     value = getattr(phase, field)
-    _require(value > 0, f'{name}.{field}', value, 'a positive integer')
+    require(value > 0, f'{name}.{field}', value, 'a positive integer')
   good = all(0 < width < 0.288 for width in phase.ema_width)
-  _require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
+  require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
   amounts = ('warmup_images', 'decay_images', 'eval_images')
   for field in (*amounts, 'clip_norm', 'ema_rampup', 'weight_decay'):
     value = getattr(phase, field)
-    _require(value >= 0, f'{name}.{field}', value, '0 or more')
+    require(value >= 0, f'{name}.{field}', value, '0 or more')
   for field in ('label_drop', 'warmup_start', 'decay_end'):
     value = getattr(phase, field)
-    _require(0 <= value < 1, f'{name}.{field}', value, 'in [0, 1)')
+    require(0 <= value < 1, f'{name}.{field}', value, 'in [0, 1)')
   if phase.decay != 'none':
     value = phase.decay_images
     least = phase.warmup_images if phase.decay == 'lin0' else 0
     wanted = f'more than {least} to decay'
-    _require(value > least, f'{name}.decay_images', value, wanted)
+    require(value > least, f'{name}.decay_images', value, wanted)
 
 
 def validate(config: Config) -> None:
   """Raises UserError, naming the field, where a value makes no sense."""
-  _require(config.model is not None, 'model', None, "a model's dataclass")
-  _require(config.sampler is not None, 'sampler', None, "a sampler's dataclass")
-  _require(
+  require(config.model is not None, 'model', None, "a model's dataclass")
+  require(config.sampler is not None, 'sampler', None, "a sampler's dataclass")
+  require(
     config.guide is None or bool(config.guide_from),
     'guide_from',
     '',
     "the folder of the guide's params",
   )
-  _require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
-  _require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
+  require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
+  require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
   for name in ('tokenizer', 'pretrain', 'ddo'):
     _validate_phase(name, getattr(config, name))
   for name in ('tokenizer', 'pretrain'):
     objective = getattr(config, name).objective
-    _require(objective == 'mle', f'{name}.objective', objective, "'mle'")
+    require(objective == 'mle', f'{name}.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
   metrics = ('fd_train', 'fd_test')
   if evaluation.protocol:
     metrics = ('fid', 'sfid', 'fd_dinov2')
-  _require(
+  require(
     evaluation.metric in metrics,
     'evaluation.metric',
     evaluation.metric,
     f'one of {metrics}',
   )
   value = evaluation.selection_samples
-  _require(
+  require(
     value > 0, 'evaluation.selection_samples', value, 'a positive integer'
   )
   for field in ('samples', 'seeds', 'real_images'):
     value = getattr(evaluation, field)
-    _require(value >= 0, f'evaluation.{field}', value, '0 or more')
+    require(value >= 0, f'evaluation.{field}', value, '0 or more')
   kinds = ('pmap', 'fsdp')
-  _require(
+  require(
     executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'
   )
   for field in ('accumulate', 'sample_batch'):
     value = getattr(executor, field)
-    _require(value > 0, f'executor.{field}', value, 'a positive integer')
+    require(value > 0, f'executor.{field}', value, 'a positive integer')

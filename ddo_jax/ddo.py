@@ -99,8 +99,8 @@ def contrastive_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """The two terms of CCA; divide their means by `normalizer` of λ.
 
-  With no label dropped as published, all rows count as negatives and nothing
-  is divided: that is `per_example_loss` with weights 1 and λ.
+  Where labels are never dropped, as published all second rows are negatives,
+  (λ, −1), and nothing is divided.
 
   Args:
     log_ratio: [B] r of images under their labels [nats].

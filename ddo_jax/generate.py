@@ -23,8 +23,7 @@ _RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a ro
 def _sample(weights, rows, *, model, sampler):
   params, frozen, key = weights
   keys = rng.per_example(key, rows['id'])
-  x = model.sample(params, frozen, rows['label'], keys, sampler)
-  return model.decode(frozen, x)
+  return model.draw(params, frozen, rows['label'], keys, sampler)
 
 
 @functools.partial(jax.jit, static_argnames='model')

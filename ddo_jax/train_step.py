@@ -66,17 +66,19 @@ def _batches(model, frozen, reference, rows, sampler, phase):
   return interleave((first, keys, dropped), (second, keys, dropped))
 
 
-def _terms(objective, real, other, batch, dropped, hyper):
-  """([B], [B]) of an objective, from log-ratios of rows and of negatives."""
-  if objective == 'ddo':
+def _terms(phase, real, other, batch, dropped, hyper):
+  """([B], [B]) of the objective, from log-ratios of rows and of negatives."""
+  if phase.objective == 'ddo':
     weights = ddo.row_weights(dropped, hyper.alpha)
     return ddo.per_example_loss(real, other, *weights, hyper.beta)
-  if objective == 'dpo':
+  if phase.objective == 'dpo':
     loss = ddo.preference_loss(real, other, hyper.beta)
     return loss, jnp.zeros_like(loss)
-  labels = batch.label[::2], batch.label[1::2]
-  weights = ddo.contrast_weights(dropped, *labels, hyper.alpha)
-  if objective == 'unlearning':
+  weights = jnp.full_like(real, hyper.alpha), jnp.full_like(real, -1)
+  if phase.label_drop:
+    labels = batch.label[::2], batch.label[1::2]
+    weights = ddo.contrast_weights(dropped, *labels, hyper.alpha)
+  if phase.objective == 'unlearning':
     return ddo.unlearning_loss(real, other, *weights)
   return ddo.contrastive_loss(real, other, *weights, hyper.beta)
 
@@ -87,9 +89,12 @@ def _discriminative_loss(params, reference, frozen, pair, hyper, model, phase):
   log_ratio, info = model.log_ratio(params, reference, frozen, batch, keys)
   real, fake = log_ratio[::2], log_ratio[1::2]
   rest = (batch, dropped[::2], hyper)
-  terms = _terms(phase.objective, real, fake, *rest)
-  chance = _terms(phase.objective, *[jnp.zeros_like(real)] * 2, *rest)
-  divisor = ddo.normalizer(hyper.alpha, phase.normalize)
+  terms = _terms(phase, real, fake, *rest)
+  chance = _terms(phase, *[jnp.zeros_like(real)] * 2, *rest)
+  weighed = phase.objective == 'ddo' or (
+    phase.objective != 'dpo' and phase.label_drop > 0
+  )
+  divisor = ddo.normalizer(hyper.alpha, phase.normalize and weighed)
   loss_real, loss_fake = (jnp.mean(term) / divisor for term in terms)
   rows = {
     'log_ratio_real': real,

@@ -68,6 +68,17 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
   return folders[-1]
 
 
+def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
+  """Raises UserError where a model without classes is to go by labels."""
+  contrasts = phase.objective not in ('ddo', 'mle')
+  if not num_classes and (contrasts or phase.label_drop):
+    raise config_lib.UserError(
+      f'config.{name} has objective {phase.objective!r} and label_drop'
+      f' {phase.label_drop}, which go by labels, and the model has no classes:'
+      ' take objective ddo or mle, and label_drop 0'
+    )
+
+
 class Run:
   """What the stages of one run share; the costly parts when first needed."""
 
@@ -77,8 +88,12 @@ class Run:
     self.config = config
     self.workdir = workdir
     self.executor = parallel.Executor(config.executor)
-    for phase in (config.pretrain, config.ddo):
+    model = models.build(config, config.ddo)
+    model.unguided(config.sampler)  # or it is another family's
+    for name in ('pretrain', 'ddo'):
+      phase = getattr(config, name)
       self.executor.check_batch(phase.batch_size, config.executor.accumulate)
+      _check_labels(name, phase, model.num_classes)
 
   @functools.cached_property
   def log(self) -> records.MetricsLog:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ddo_jax import config
+from ddo_jax import diffusion
 from ddo_jax import encoders
 from ddo_jax import fakes
 from ddo_jax import generate
-from ddo_jax import likelihood
 from ddo_jax import parallel
 from ddo_jax import rng
 from ddo_jax import train_state
@@ -218,7 +218,7 @@ class Denoiser:
 
 
 def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
-  model = likelihood.Diffusion(
+  model = diffusion.Diffusion(
     denoiser=Denoiser(),
     example_shape=(4, 4, 4),
     num_classes=3,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config as config_lib
-from ddo_jax import likelihood
+from ddo_jax import diffusion
 from ddo_jax import rng
 from ddo_jax.samplers import ablation
 from ddo_jax.samplers import dpm_solver_v3
@@ -91,8 +91,8 @@ class Unconditional(nn.Module):
     return jnp.full_like(x, bias)
 
 
-def diffusion(num_classes=2, guide=None):
-  return likelihood.Diffusion(
+def guided_model(num_classes=2, guide=None):
+  return diffusion.Diffusion(
     denoiser=Constant(num_classes + 1),
     example_shape=SHAPE,
     num_classes=num_classes,
@@ -126,7 +126,7 @@ def test_which_guide_it_is(guide, weights, expected):
   frozen = {} if weights is None else {'guide': weights}
   sampler = heun.Heun(4, guidance=3.0)
   # A constant D is where Heun's method ends.
-  x = draw(diffusion(guide=guide), frozen, sampler)
+  x = draw(guided_model(guide=guide), frozen, sampler)
   np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_the_interval_comes_from_the_sampler(kind):
   ):
     low, high = interval
     sampler = kind(4, guidance=3.0, guidance_min=low, guidance_max=high)
-    x = draw(diffusion(), {}, sampler)
+    x = draw(guided_model(), {}, sampler)
     np.testing.assert_allclose(x, expected, rtol=1e-3)
 
 
@@ -148,14 +148,16 @@ def test_dpm_solver_v3_takes_the_interval_too():
   wide = dpm_solver_v3.DPMSolverV3(8, guidance=3.0)
   never = dpm_solver_v3.DPMSolverV3(8, guidance=3.0, guidance_min=80.0)
   plain = dpm_solver_v3.DPMSolverV3(8)
-  x = draw(diffusion(), {}, plain)
-  np.testing.assert_allclose(draw(diffusion(), {}, never), x, rtol=1e-6)
-  np.testing.assert_allclose(draw(diffusion(), {}, wide), [-7, -4], rtol=0.02)
+  x = draw(guided_model(), {}, plain)
+  np.testing.assert_allclose(draw(guided_model(), {}, never), x, rtol=1e-6)
+  np.testing.assert_allclose(
+    draw(guided_model(), {}, wide), [-7, -4], rtol=0.02
+  )
 
 
 def test_a_model_without_labels_needs_a_guide():
   params = {'values': jnp.array([1.0])}
   labels, sampler = jnp.zeros(2, jnp.int32), heun.Heun(4, guidance=3.0)
-  sample = diffusion(num_classes=0).sample
+  sample = guided_model(num_classes=0).sample
   with pytest.raises(config_lib.UserError, match='no guide was given'):
     sample(params, {}, labels, keys(2), sampler)

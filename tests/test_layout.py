@@ -26,7 +26,7 @@ FLOORS = {
     'records',
     'samplers',
   ),
-  2: ('autoregressive', 'likelihood', 'protocols'),
+  2: ('autoregressive', 'diffusion', 'likelihood', 'protocols'),
   3: ('models',),
   4: ('train_state', 'data', 'datasets', 'image_files', 'convert'),
   5: ('fakes', 'train_step'),
@@ -42,6 +42,7 @@ FLOORS = {
 # their own; these may also be imported inside their own floor.
 PAIRS = {
   ('autoregressive', 'likelihood'),
+  ('diffusion', 'likelihood'),
   ('report', 'figures'),
   ('data', 'datasets'),
   ('data', 'image_files'),

@@ -318,7 +318,18 @@ def test_presets_are_copies():
     var_presets.get('var_d1')
 
 
-@pytest.mark.parametrize('options', [{'heads': 3}, {'dtype': 'float16'}])
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'heads': 3},
+    {'dtype': 'float16'},
+    {'chunk': 0},
+    {'depth': 0},
+    {'heads': 0},
+    {'width': -1},
+    {'num_classes': 0},
+  ],
+)
 def test_misfits_are_refused(options):
   with pytest.raises(config_lib.UserError, match='must'):
     var.transformer(dataclasses.replace(TINY, **options))

@@ -154,7 +154,11 @@ def test_truncation():
     {'patch_nums': (1, 2, 3)},
     {'patch_nums': ()},
     {'image_shape': (64, 32, 3)},
+    {'image_shape': (64, 64)},
     {'base': 40},
+    {'base': 0},
+    {'vocab': 0},
+    {'channels': -1},
   ],
 )
 def test_misfits_are_refused(options):

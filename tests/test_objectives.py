@@ -1,6 +1,7 @@
 """The objectives of VAR's DDO and of CCA against the original's numbers."""
 
 import functools
+from typing import NamedTuple
 
 import golden_io
 import jax
@@ -10,6 +11,7 @@ import pytest
 from scipy import special
 import var_golden
 
+from ddo_jax import config as config_lib
 from ddo_jax import ddo
 from ddo_jax import likelihood
 from ddo_jax import train_state
@@ -284,19 +286,47 @@ def test_fakes_are_encoded_from_pixels():
   assert golden_io.max_error(inputs, golden['var_input_fake']) <= 2e-5
 
 
-def test_the_other_objectives():
-  """Their terms, and that nothing is divided by what they do not weigh."""
-  beta = 0.05
-  hyper = train_state.Hyper(*map(jnp.float32, (2.0, beta, 1)))
-  real, other = jnp.array([1.0, 2.0, 3.0]), jnp.array([-1.0, 0.0, 5.0])
-  label = jnp.array([0, 1, 1, 2, 2, 2])  # the third pair has one label
-  batch = likelihood.Batch(None, label, None)
-  dropped = jnp.array([True, False, False])
-  rest = (real, other, batch, dropped, hyper)
-  first, second = train_step._terms('unlearning', *rest)
-  np.testing.assert_array_equal(first, -real)
-  np.testing.assert_array_equal(second, [1, 0, -5])
-  first, second = train_step._terms('dpo', *rest)
-  margin = beta * (real - other)
-  np.testing.assert_allclose(first, jnp.log1p(jnp.exp(-margin)), rtol=1e-6)
-  np.testing.assert_array_equal(second, 0)
+class Given(NamedTuple):
+  """A model whose log-ratios are given, of two pairs of rows."""
+
+  log_ratios: np.ndarray
+
+  def log_ratio(self, *_):
+    info = {'level': np.zeros(4, int), 'mle_loss': np.zeros(4)}
+    return jnp.asarray(self.log_ratios), info
+
+
+@pytest.mark.parametrize(
+  ('objective', 'label_drop', 'wanted'),
+  [
+    # Images 0 and 1 of classes 0 and 1; the second's neighbour has its class.
+    ('dpo', 0.5, lambda s: np.mean(s([-2, 3]))),
+    ('cca', 0.5, lambda s: (np.sum(s([-1, -2])) + 8 * s(-1) + s(-5)) / 16),
+    ('cca', 0.0, lambda s: (np.sum(s([-1, -2])) + 8 * s(-1) + 8 * s(5)) / 2),
+    ('unlearning', 0.5, lambda _: (-1 - 2 - 8 - 5) / 16),
+    ('unlearning', 0.0, lambda _: (-1 - 2 - 8 + 40) / 2),
+  ],
+)
+def test_the_other_objectives(objective, label_drop, wanted):
+  """Without label drop as published: all second rows are negatives.
+
+  And nothing is divided by a weight that is not there.
+  """
+  model = Given(np.array([1.0, -1.0, 2.0, 5.0]))
+  label = jnp.array([0, 1, 1, 1])
+  keys, dropped = jnp.zeros(4), jnp.zeros(4, bool)
+  pair = (likelihood.Batch(None, label, None), keys, dropped)
+  phase = config_lib.Phase(
+    objective=objective, label_drop=label_drop, normalize=True
+  )
+  hyper = train_state.Hyper(*map(jnp.float32, (8.0, 1.0, 1.0)))
+  loss, (metrics, _) = train_step._discriminative_loss(
+    None, None, {}, pair, hyper, model, phase
+  )
+  softplus = lambda x: np.log1p(np.exp(np.asarray(x, float)))
+  np.testing.assert_allclose(loss, wanted(softplus), rtol=1e-6)
+  chance = {'dpo': np.log(2), 'unlearning': 0}
+  if label_drop:
+    chance['cca'] = np.log(2) * (2 + 8 + 1) / 16
+  if objective in chance:
+    np.testing.assert_allclose(metrics['chance_loss'], chance[objective], 1e-6)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ddo_jax import config
+from ddo_jax import diffusion
 from ddo_jax import encoders
 from ddo_jax import generate
-from ddo_jax import likelihood
 from ddo_jax import parallel
 from ddo_jax import rng
 from ddo_jax.samplers import heun
@@ -138,7 +138,7 @@ class Denoiser(nn.Module):
 
 
 def test_law_3_an_image_depends_on_its_id_alone():
-  model = likelihood.Diffusion(
+  model = diffusion.Diffusion(
     denoiser=Denoiser(),
     example_shape=(4, 4, 1),
     num_classes=3,

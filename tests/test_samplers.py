@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import likelihood
+from ddo_jax import diffusion
 from ddo_jax import rng
 from ddo_jax.samplers import guidance
 from ddo_jax.samplers import heun
@@ -128,7 +128,7 @@ class Shift(nn.Module):
     return denoise(x, sigma) + shift[:, None, None, :]
 
 
-MODEL = likelihood.Diffusion(
+MODEL = diffusion.Diffusion(
   denoiser=Shift(),
   example_shape=SHAPE,
   num_classes=3,

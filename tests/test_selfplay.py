@@ -2,7 +2,11 @@
 
 import pytest
 
+from configs import digits
+from configs import digits_var
+from ddo_jax import config as config_lib
 from ddo_jax import selfplay
+from ddo_jax import workspace
 
 
 @pytest.mark.parametrize(
@@ -21,3 +25,32 @@ def test_warnings_tell_of_the_second_half(accuracy, saturated, wanted):
   assert len(found) == (wanted is not None)
   assert all(wanted in line for line in found)
   assert not selfplay.warnings(other)
+
+
+@pytest.mark.parametrize(
+  ('name', 'change'),
+  [
+    ('ddo', {'objective': 'cca'}),
+    ('ddo', {'objective': 'dpo'}),
+    ('pretrain', {'label_drop': 0.1}),
+  ],
+)
+def test_a_model_without_classes_cannot_go_by_labels(tmp_path, name, change):
+  config = digits.get_config()
+  config.model.num_classes = 0
+  config.pretrain.label_drop = config.ddo.label_drop = 0.0
+  workspace.Run(config, tmp_path)
+  for field, value in change.items():
+    setattr(getattr(config, name), field, value)
+  with pytest.raises(config_lib.UserError, match=f'config.{name} has object'):
+    workspace.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  'recipes', [(digits, digits_var), (digits_var, digits)]
+)
+def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
+  config, other = (recipe.get_config() for recipe in recipes)
+  config.sampler = other.sampler
+  with pytest.raises(config_lib.UserError, match=r'sampler is .* wants'):
+    workspace.Run(config, tmp_path)

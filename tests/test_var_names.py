@@ -142,6 +142,7 @@ STATE = {'head.bias': np.arange(3)}
     {'epoch': 3, 'trainer': STATE, 'args': {}},
     {'module.head.bias': STATE['head.bias']},
     {'_orig_mod.head.bias': STATE['head.bias']},
+    {'module._orig_mod.head.bias': STATE['head.bias']},
   ],
 )
 def test_every_layout_is_unwrapped(tree):
@@ -178,11 +179,6 @@ def test_files(tmp_path, layout):
   assert again.keys() == official(shapes, (1, 2)).keys()
   for key, tensor in state.items():
     assert again[key].tobytes() == tensor.tobytes(), key
-
-
-def test_the_tokenizer_of_a_trainers_file():
-  tree = {'trainer': {'var_wo_ddp': {}, 'vae_local': STATE}}
-  assert var_names.unwrap(tree, 'vae_local') == STATE
 
 
 @pytest.mark.parametrize('tree', [{}, [1], {'epoch': 3}, {'trainer': {'a': 1}}])

@@ -54,15 +54,14 @@ def _is_state(tree: Any) -> bool:
   )
 
 
-def unwrap(tree: Any, part: str = 'var_wo_ddp') -> State:
+def unwrap(tree: Any) -> State:
   """The state dict inside of what a program saved.
 
-  Released files are state dicts. VAR's trainer saves {'trainer': {part: …}},
-  CCA's {'trainer': …}, DDO's {part: …}.
+  Released files are state dicts. VAR's trainer saves {'trainer':
+  {'var_wo_ddp': …}}, CCA's {'trainer': …}, DDO's {'var_wo_ddp': …}.
 
   Args:
     tree: as read from the file.
-    part: 'var_wo_ddp' for the transformer, 'vae_local' for the tokenizer.
 
   Returns:
     Official key -> tensor, without the wrappers' prefixes.
@@ -70,19 +69,19 @@ def unwrap(tree: Any, part: str = 'var_wo_ddp') -> State:
   Raises:
     config.UserError: there is no state dict.
   """
-  for name in ('trainer', part):
+  for name in ('trainer', 'var_wo_ddp'):
     if isinstance(tree, Mapping) and name in tree:
       tree = tree[name]
   if not _is_state(tree):
     got = sorted(map(str, tree)) if isinstance(tree, Mapping) else tree
     raise config_lib.UserError(
       f'the file holds {str(got)[:200]}; wanted a state dict of tensors, plain'
-      f" or under 'trainer' and {part!r}: is it a checkpoint of VAR?"
+      " or under 'trainer' and 'var_wo_ddp': is it a checkpoint of VAR?"
     )
   state = {}
   for key, tensor in tree.items():
-    for prefix in _WRAPPERS:
-      key = key.removeprefix(prefix)
+    while wrapper := next(filter(key.startswith, _WRAPPERS), ''):
+      key = key.removeprefix(wrapper)
     state[key] = tensor
   return state
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ddo_jax import config as config_lib
+from ddo_jax import diffusion
 from ddo_jax import likelihood
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
@@ -63,7 +64,7 @@ def build(
     return model
   guide = _build(config.guide, *arguments)
   for part in (model, guide):
-    if not isinstance(part, likelihood.Diffusion):
+    if not isinstance(part, diffusion.Diffusion):
       raise config_lib.UserError(
         f'config.guide goes with denoisers, not with {type(part).__name__}'
         ' models: unset it and config.guide_from'

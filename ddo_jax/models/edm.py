@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ddo_jax import augment as augment_lib
 from ddo_jax import config as config_lib
+from ddo_jax import diffusion
 from ddo_jax import encoders
 from ddo_jax import likelihood
 from ddo_jax import rng
@@ -250,7 +251,7 @@ class EdmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Edm(likelihood.Diffusion):
+class Edm(diffusion.Diffusion):
   """A denoiser pretrained with dropout and EDM's augmentation.
 
   Attributes:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import config as config_lib
+from ddo_jax import diffusion
 from ddo_jax import encoders
 from ddo_jax import likelihood
 from ddo_jax import rng
@@ -154,7 +155,7 @@ class Edm2Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Edm2(likelihood.Diffusion):
+class Edm2(diffusion.Diffusion):
   """EDM2: weights on the sphere, and a loss with learned uncertainty."""
 
   def init(self, key: jax.Array) -> likelihood.Params:

@@ -6,8 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddo_jax import diffusion
 from ddo_jax import encoders
-from ddo_jax import likelihood
 from ddo_jax.models import layers
 
 
@@ -124,12 +124,12 @@ class SmallUNet(nn.Module):
 
 def build(
   config: ToyConfig, p_mean: float, p_std: float, remat: bool
-) -> likelihood.Diffusion:
+) -> diffusion.Diffusion:
   """The model under EDM preconditioning and a phase's noise law."""
   network = {'mlp': ResidualMLP, 'unet': SmallUNet}[config.network](
     config.hidden, config.blocks, config.num_classes
   )
-  return likelihood.Diffusion(
+  return diffusion.Diffusion(
     denoiser=layers.EdmPrecond(network, config.sigma_data),
     example_shape=tuple(config.image_shape),
     num_classes=config.num_classes,

@@ -297,9 +297,12 @@ def transformer(config: VarConfig, remat: bool = False) -> Var:
   """The transformer of a config.
 
   Raises:
-    config.UserError: the heads do not divide the width, or the type is
-      another.
+    config.UserError: a number is not positive, the heads do not divide the
+      width, or the type is another.
   """
+  for name in ('num_classes', 'depth', 'width', 'heads', 'mlp_ratio', 'chunk'):
+    value = getattr(config, name)
+    config_lib.require(value > 0, f'model.{name}', value, 'positive')
   if config.width % config.heads:
     raise config_lib.UserError(
       f'config.model has {config.heads} heads at width {config.width}; they'

@@ -1,8 +1,10 @@
 """Blocks of VAR's transformer: adaptive norms, attention over past scales."""
 
+import functools
 import math
 
 from flax import linen as nn
+from flax.linen import dtypes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,28 @@ Past = tuple[jax.Array, jax.Array]  # keys and values, each [...,B,T,H,D]
 EPSILON = 1e-6
 # exp(scale) of normalised attention is at most 100; float32's log of that.
 _MAX_LOG_SCALE = 4.605170249938965
+
+
+def convert(x: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+  """X in another type; None for its own.
+
+  Left to itself, XLA drops a rounding if the type is changed back at once: then
+  a network is not that of its weights in that type, see
+  `autoregressive.Autoregressive.reduced`.
+  """
+  if dtype is None or x is None:
+    return x
+  kept = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, kept.nexp, kept.nmant).astype(dtype)
+
+
+def _promoted(*arrays, dtype, inexact=True):
+  """What `nn.Dense` does with its inputs and weights."""
+  arrays = (convert(x, dtype) for x in arrays)
+  return dtypes.promote_dtype(*arrays, dtype=dtype, inexact=inexact)
+
+
+Dense = functools.partial(nn.Dense, promote_dtype=_promoted)
 
 
 def normal(width: int, factor: float = 1.0) -> nn.initializers.Initializer:
@@ -88,13 +112,13 @@ class Attention(nn.Module):
     weights = jax.nn.softmax(logits).astype(v.dtype)
     y = jnp.einsum('bhqk,bkhd->bqhd', weights, v).reshape(x.shape)
     small = normal(width, 1 / math.sqrt(2 * self.depth))
-    proj = nn.Dense(width, dtype=self.dtype, kernel_init=small, name='proj')
+    proj = Dense(width, dtype=self.dtype, kernel_init=small, name='proj')
     return proj(y), new
 
   def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scaled queries, keys and values, each [B,L,H,D]."""
     width = x.shape[-1]
-    qkv = nn.Dense(
+    qkv = Dense(
       3 * width,
       use_bias=False,
       dtype=self.dtype,
@@ -106,7 +130,7 @@ class Attention(nn.Module):
       for name in 'qv'
     ]
     bias = jnp.concatenate([biases[0], jnp.zeros_like(biases[0]), biases[1]])
-    qkv = qkv + bias.astype(qkv.dtype)[None, None, :]
+    qkv = qkv + convert(bias, self.dtype)[None, None, :]
     qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
     q, k, v = (qkv[:, :, i] for i in range(3))
     if not self.l2_norm:
@@ -140,7 +164,7 @@ class FeedForward(nn.Module):
     """X [B,L,C] -> the same."""
     width = x.shape[-1]
     wide, small = normal(width), normal(width, 1 / math.sqrt(2 * self.depth))
-    dense = lambda size, init, name: nn.Dense(
+    dense = lambda size, init, name: Dense(
       size, dtype=self.dtype, kernel_init=init, name=name
     )
     x = nn.gelu(dense(self.hidden, wide, 'fc1')(x), approximate=True)

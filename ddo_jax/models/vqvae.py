@@ -293,15 +293,21 @@ def build(config: VqvaeConfig) -> Vqvae:
   """The tokenizer of a config.
 
   Raises:
-    config.UserError: the scales do not fit the image, or the width the norms.
+    config.UserError: the scales do not fit the image, or the width the norms,
+      or a number is not positive.
   """
+  for name in ('vocab', 'channels', 'base'):
+    value = getattr(config, name)
+    name = f'model.tokenizer.{name}'
+    config_lib.require(value > 0, name, value, 'a positive integer')
   scales = tuple(config.patch_nums)
   side = scales[-1] * 2 ** (len(config.mult) - 1) if scales else 0
   rising = scales[:1] == (1,) and sorted(set(scales)) == list(scales)
-  if not rising or tuple(config.image_shape[:2]) != (side, side):
+  shape = tuple(config.image_shape)
+  if not rising or len(shape) != 3 or shape[:2] != (side, side):
     raise config_lib.UserError(
       f'patch_nums is {scales} with {len(config.mult)} levels and images'
-      f' {tuple(config.image_shape)}; the scales must rise from 1 and the last,'
+      f' {shape}; the scales must rise from 1 and the last,'
       ' doubled at each level but one, must be the side of square images'
     )
   if config.base % vqvae_layers.GROUPS:
@@ -315,5 +321,5 @@ def build(config: VqvaeConfig) -> Vqvae:
     channels=config.channels,
     base=config.base,
     mult=tuple(config.mult),
-    image_channels=config.image_shape[2],
+    image_channels=shape[2],
   )

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import likelihood
+from ddo_jax import diffusion
 from ddo_jax import models
 from ddo_jax import parallel
 from ddo_jax import records
@@ -68,7 +68,7 @@ def matmul_rate(size: int = 2048) -> float:
 
 def step_speed(
   executor: parallel.Executor,
-  model: likelihood.Diffusion,
+  model: diffusion.Diffusion,
   phase: config_lib.Phase,
   params: Any,
 ) -> dict[str, float]:

@@ -6,7 +6,8 @@ python -m experiments.bench.var_memory --compile  # an hour on two CPU cores
 Counted from shapes, at the published microbatches: what stands throughout a
 round, and what the backward pass of θ keeps of its rows. With --compile, beside
 it what XLA allots to the whole step, encoding and fakes of a pool included, on
-simulated devices if there are no others. No array is made for either.
+simulated devices if there are no others. No array is made for either. What the
+result holds already is not measured again.
 """
 
 import dataclasses
@@ -97,11 +98,9 @@ def compiled(
   start = time.perf_counter()
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
   done = jitted.lower(*args).compile()
-  arguments = done.memory_analysis().argument_size_in_bytes
   return {
-    'all': memory.allotted(done) / 2**30,
-    'arguments': arguments / 2**30,
-    'seconds': time.perf_counter() - start,
+    'allotted': memory.allotted(done) / 2**30,
+    'compile seconds': time.perf_counter() - start,
   }
 
 
@@ -114,30 +113,37 @@ def measure(name: str, dtype: str, remat: bool) -> dict[str, Any]:
     whole = memory.counted(_model(name, dtype, False)[0], _phase(rows), frozen)
     gib['block'] = whole['activations'] // model.transformer.depth
   gib = {key: size / 2**30 for key, size in gib.items()}
-  row = gib['activations'] + gib.get('block', 0)
-  standing = sum(gib.values()) - row
+  activations = gib['activations'] + gib.get('block', 0)
+  standing = sum(gib.values()) - activations
   # Of several microbatches the gradients are summed: one more of them.
-  standing += gib['gradient'] * (parts > 1)
-  made = {'counted': gib, 'a real row': row / rows}
-  made['a device'] = {str(n): standing / n + row for n in DEVICES}
+  both = standing + gib['gradient'] * (parts > 1)
+  alone = {n: standing / n + activations / rows for n in DEVICES}
+  made = {
+    'counted': gib,
+    'a real row': activations / rows,
+    'a device': {str(n): both / n + activations for n in DEVICES},
+    'at one real row': {str(n): {'counted': alone[n]} for n in DEVICES},
+  }
   if _COMPILE.value:
-    made['compiled, one real row a device'] = {
-      str(n): compiled(model, frozen, n) for n in DEVICES
-    }
+    for n in DEVICES:
+      made['at one real row'][str(n)] |= compiled(model, frozen, n)
   return made
 
 
 def main(_) -> None:
   if _COMPILE.value:
     jax.config.update('jax_num_cpu_devices', max(DEVICES))
-  path, results = pathlib.Path(_OUTPUT.value), {}
+  path, known = pathlib.Path(_OUTPUT.value), {}
+  if path.exists():  # what was interrupted goes on
+    known = records.read_json(path)['GiB']
   for name in PUBLISHED:
     for dtype in ('float32', 'bfloat16'):
       for remat in (False, True):
         key = f'{name}, {dtype}' + ', remat' * remat
-        results[key] = measure(name, dtype, remat)
-        print(key, json.dumps(results[key], indent=1), flush=True)
-        made = {'GiB': results, 'environment': parallel.environment()}
+        if key not in known:
+          known[key] = measure(name, dtype, remat)
+        print(key, json.dumps(known[key], indent=1), flush=True)
+        made = {'GiB': known, 'environment': parallel.environment()}
         records.write_json(path, made)
 
 
