@@ -300,3 +300,22 @@ def test_online_fakes_are_the_references_own():
   again = apply(image, method='encode')
   np.testing.assert_array_equal(settled.x[1::2], again)
   assert np.any(again != x)
+
+
+def test_ccas_second_labels_are_dropped_in_the_same_rows():
+  _, frozen = tiny_var.weights()
+  rows, dropped = tiny_var.make_rows(0), first_drop()
+  rows |= {'other_label': np.roll(rows['label'], -1), 'id': np.arange(BATCH)}
+  phase = config_lib.Phase(objective='cca', label_drop=DROP)
+
+  @jax.jit  # of all that is computed, only the labels
+  def labels(frozen, *args):
+    batches = train_step._batches(MODEL, frozen, None, args, None, phase)
+    return batches[0].label, batches[2]
+
+  label, pairs = labels(frozen, rows, None, first_keys(), dropped)
+  np.testing.assert_array_equal(pairs, np.repeat(dropped, 2))
+  for got, name in ((label[::2], 'label'), (label[1::2], 'other_label')):
+    wanted = np.where(dropped, tiny_var.CLASSES, rows[name])
+    np.testing.assert_array_equal(got, wanted)
+  assert 0 < dropped.sum() < BATCH

@@ -3,19 +3,22 @@
 import dataclasses
 import json
 
+import interruption
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import digits_var
+from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
 from ddo_jax import main
+from ddo_jax import models
+from ddo_jax import records
 from ddo_jax import selfplay
 from ddo_jax import train
 from ddo_jax import workspace
-from ddo_jax.models import vqvae
-from ddo_jax.models import vqvae_learner
+from ddo_jax.samplers import scalewise
 
 
 def tiny() -> config_lib.Config:
@@ -78,6 +81,40 @@ def test_the_reference_is_reduced_and_the_start_is_not(workdir, jobs):
     np.testing.assert_array_equal(ours, kept)
 
 
+def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
+  """Killed after a step; by the step that the run compiled."""
+  job = jobs['round_000']
+
+  def again(name):
+    scores = iter((3.0, 2.0, 1.0))  # the last state is promoted
+    return dataclasses.replace(
+      job,
+      folder=tmp_path / name / job.name,
+      log=records.MetricsLog(tmp_path / name),
+      evaluate=lambda params: {job.metric: next(scores)},
+    )
+
+  whole, cut = train.run(again('whole')), again('cut')
+  interruption.interrupted(cut, 1)
+  # Where a checkpoint is, nothing is read of the start.
+  resumed = train.run(dataclasses.replace(cut, start=None))
+  assert (resumed.step, resumed.selection) == (2, 1.0)
+  sha256 = checkpoint.tree_hash(resumed.params)
+  assert sha256 == checkpoint.tree_hash(whole.params)
+  assert sha256 != checkpoint.tree_hash(job.start())
+
+
+def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):
+  config = tiny()
+  config.sampler = scalewise.Scalewise(2.0, 'minus_one', top_k=5, top_p=0.9)
+  run = workspace.Run(config, tmp_path)
+  model = models.build(config, config.ddo)
+  rest = (0, model, {}, None, None, None)
+  job = run.job(tmp_path / 'round_000', config.ddo, *rest)
+  assert job.sampler == scalewise.Scalewise(1.0, 'minus_one')
+  assert run.job(tmp_path / 'pretrain', config.pretrain, *rest).sampler is None
+
+
 def test_it_returns_at_once(workdir):
   before = (workdir / 'metrics.jsonl').read_bytes()
   main.run(tiny(), workdir)
@@ -96,41 +133,3 @@ def test_another_run_takes_its_weights(workdir, tmp_path):
   assert not (tmp_path / 'b' / 'tokenizer').exists()
   own = workspace.Run(tiny(), workdir).frozen
   jax.tree.map(np.testing.assert_array_equal, run.frozen, own)
-
-
-def test_what_the_tokenizer_learns():
-  """Error of the rounded features' image; every part gets a gradient."""
-  config = vqvae.VqvaeConfig(
-    (2, 2, 1), (1, 2), 6, 3, base=32, mult=(1,), levels=17
-  )
-  learner = vqvae_learner.build(config)
-  params = jax.jit(learner.init)(jax.random.key(0))
-  draw = np.random.default_rng(0).integers
-  raw = jnp.asarray(draw(0, 17, (4, 2, 2, 1), np.uint8))
-  image = learner.encode({}, raw, None)
-
-  @jax.jit
-  def run(params):
-    apply = lambda method, *args: learner.module.apply(
-      {'params': params}, *args, method=method
-    )
-
-    def loss(params):
-      losses = learner.module.apply({'params': params}, image, method='losses')
-      return jnp.mean(sum(losses)), losses
-
-    (_, losses), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    ids = apply('encode', image)
-    f, f_hat = apply('features', image), apply('f_hat', ids)
-    return losses, grads, f, f_hat, apply('decode', f_hat)
-
-  (error, distance), grads, f, f_hat, decoded = run(params)
-  assert np.abs(decoded).max() < 1  # nothing is clamped here
-  wanted = np.mean((decoded - image) ** 2, axis=(1, 2, 3))
-  np.testing.assert_allclose(error, wanted, rtol=1e-4)
-  last = 1.25 * np.mean((f - f_hat) ** 2, axis=(1, 2, 3))
-  assert np.all(np.asarray(distance) > last / 2)
-  for name in ('encoder', 'decoder', 'quantize', 'quant_conv'):
-    sizes = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[name])]
-    assert max(sizes) > 1e-4, name
-  assert np.abs(grads['quantize']['embedding']['embedding']).max() > 1e-4

@@ -51,7 +51,7 @@ def _forward(model):
 @pytest.mark.golden
 @pytest.mark.parametrize(
   ('case', 'precision'),
-  [*((case, 'f64') for case in var_golden.CASES), ('var_adaln', 'f32')],
+  list(itertools.product(var_golden.CASES, ('f64', 'f32'))),
 )
 def test_network(case, precision):
   """var_*.npz: embedding, every block, logits, log-probabilities."""

@@ -1,9 +1,11 @@
 """The tokenizer against the original's numbers."""
 
 import dataclasses
+import functools
 
 import golden_io
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import var_golden
@@ -77,34 +79,41 @@ def test_ten_scales(precision):
 @jax.jit
 def _tokenize(params, image):
   model, variables = vqvae.build(TINY), {'params': params}
-  f = model.apply(variables, image, method='features')
-  ids = model.apply(variables, image, method='encode')
-  f_hat = model.apply(variables, ids, method='f_hat')
-  inputs = model.apply(variables, ids, method='teacher_input')
-  decoded = model.apply(variables, f_hat, method='decode')
-  return {'f': f, 'ids': ids, 'fhat': f_hat, 'var_input': inputs}, decoded
+  apply = functools.partial(model.apply, variables)
+  watched = functools.partial(apply, capture_intermediates=True)
+  output = lambda seen, name: seen['intermediates'][name]['__call__'][0]
+  f, seen = watched(image, method='features')
+  got = {'enc_out': output(seen, 'encoder'), 'f': f}
+  got['ids'] = ids = apply(image, method='encode')
+  sums, _ = apply(ids, method=lambda module, x: module.quantize.accumulate(x))
+  got['fhat_scales'] = jnp.stack(sums, axis=1)
+  got['fhat'] = f_hat = apply(ids, method='f_hat')
+  got['var_input'] = apply(ids, method='teacher_input')
+  decoded, seen = watched(f_hat, method='decode')
+  return got, {'raw_dec': output(seen, 'decoder'), 'img_dec': decoded}
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize(('precision', 'atol'), [('f64', 1e-9), ('f32', 2e-5)])
 def test_tokenizer(precision, atol):
-  """vq_tiny.npz: image to features, tokens, input, and back to the image."""
+  """vq_tiny.npz: image to features, tokens, sums, input; and back."""
   golden = golden_io.load('vq_tiny.npz')
   with golden_io.precision(precision) as dtype:
     _, params = var_golden.tokenizer(dtype)
     image = golden_io.nhwc(golden['images_u8']).astype(dtype) / 255 * 2 - 1
     got, decoded = _tokenize(params, image.astype(dtype))
-    assert got['f'].dtype == decoded.dtype == dtype
-    pixels = np.asarray(PIXELS.decode(decoded.astype(np.float32)))
+    assert got['f'].dtype == decoded['img_dec'].dtype == dtype
+    pixels = PIXELS.decode(decoded['img_dec'].astype(np.float32))
   np.testing.assert_array_equal(got['ids'], golden['ids'])
   assert got['ids'].dtype == np.int32
-  for name in ('f', 'fhat'):
-    wanted = golden_io.nhwc(golden[name])
+  for name in ('enc_out', 'f', 'fhat', 'fhat_scales'):
+    wanted = np.moveaxis(golden[name], -3, -1)
     assert golden_io.max_error(got[name], wanted) <= atol, name
   assert golden_io.max_error(got['var_input'], golden['var_input']) <= atol
-  wanted = golden_io.nhwc(golden['img_dec'])
-  assert golden_io.max_error(decoded, wanted) <= 2e-5
-  off = pixels.astype(int) - golden_io.nhwc(golden['img_dec_u8_trunc'])
+  for name, image in decoded.items():
+    wanted = golden_io.nhwc(golden[name])
+    assert golden_io.max_error(image, wanted) <= 2e-5, name
+  off = np.asarray(pixels, int) - golden_io.nhwc(golden['img_dec_u8_trunc'])
   assert np.abs(off).max() <= 1
   assert np.mean(off != 0) < 1e-3
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import interruption
 import jax
 import numpy as np
 import pytest
@@ -81,21 +82,6 @@ def make_job(executor, tmp_path):
   return make
 
 
-def interrupted(job, step):
-  """Runs a job until it is killed after a step."""
-  push = train._Logger.push
-
-  def killing(logger, at, *args):
-    if at == step:
-      raise KeyboardInterrupt
-    push(logger, at, *args)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train._Logger, 'push', killing)
-    with pytest.raises(KeyboardInterrupt):
-      train.run(job)
-
-
 class Judge:
   """Gives the scores of a list, and keeps the hash of what it judged."""
 
@@ -142,7 +128,7 @@ def test_law_4_pmap_resumes_as_fsdp(make_job, tmp_path):
   expected = train.run(make_job())
   log = records.read_log(tmp_path)
   job = dataclasses.replace(make_job(), folder=tmp_path / 'other')
-  interrupted(job, 7)
+  interruption.interrupted(job, 7)
   first_half = records.read_log(tmp_path)[:3]  # steps 0, 2, 4; 6 was saved
   fsdp = parallel.Executor(config_lib.Executor(kind='fsdp'))
   reference = fsdp.place_state(job.reference)
@@ -168,7 +154,7 @@ def test_an_undefined_score_stops_the_run(make_job):
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_job):
   job = make_job()
-  interrupted(job, 4)
+  interruption.interrupted(job, 4)
   wild = dataclasses.replace(job.phase, learning_rate=(1e30,))
   with pytest.raises(config_lib.UserError) as caught:
     train.run(dataclasses.replace(job, phase=wild))
