@@ -121,8 +121,10 @@ def _mle_loss(params, reference, frozen, pair, hyper, model, phase):
 
 def _away(ours: jax.Array, theirs: jax.Array) -> jax.Array:
   """The difference in the precision of the reference, see `reduced`."""
-  kept = jnp.finfo(theirs.dtype)
-  return jax.lax.reduce_precision(ours, kept.nexp, kept.nmant) - theirs
+  if ours.dtype != theirs.dtype:  # else XLA might make a copy of `ours`
+    kept = jnp.finfo(theirs.dtype)
+    ours = jax.lax.reduce_precision(ours, kept.nexp, kept.nmant)
+  return ours - theirs
 
 
 def _accumulated(grad_fn: Callable[..., Any], rows: Any, parts: int) -> Any:
