@@ -31,6 +31,7 @@ CCA (4.03 without guidance, under top-k 900 and top-p 0.96), in another
   --config.ddo.images=1281024 --config.ddo.decay_images=1281024
   --config.ddo.warmup_images=25600 --config.ddo.learning_rate='(2e-5,)'
   --config.ddo.label_drop=0.1 --config.executor.accumulate=4
+  --config.ddo.eval_images=128000 --config.ddo.log_images=25600
   --config.sampler.top_k=900 --config.sampler.top_p=0.96
 [?] marks what no public source states.
 """

@@ -179,8 +179,7 @@ class Autoregressive:
       config.UserError: it is no such sampler, it mixes vectors, which tokens
         cannot tell, or there is a guide.
     """
-    self._check_sampler(sampler)
-    if sampler.smooth:
+    if getattr(sampler, 'smooth', False):
       raise config_lib.UserError(
         f'config.sampler is {sampler}; tokens cannot tell of mixed vectors: set'
         ' config.sampler.smooth=False'
@@ -195,7 +194,11 @@ class Autoregressive:
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """uint8 images [B,H,W,C] of a `scalewise.Scalewise`, smooth ones too."""
+    """uint8 images [B,H,W,C] of a `scalewise.Scalewise`, smooth ones too.
+
+    Raises:
+      config.UserError: it is no such sampler, or there is a guide.
+    """
     _, f_hat = self._sampled(params, frozen, label, keys, sampler)
     return self.pixels.decode(self._tokenizer(frozen, 'decode', f_hat))
 

@@ -59,8 +59,8 @@ class Phase:
   # α of eq. 13: weight of the fakes; λ of CCA.
   alpha: tuple[float, ...] = _knob((4.0,))
   beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
-  # Divide by max(α, 1), VAR as published; but for DPO, which has no α, and for
-  # CCA and unlearning without label_drop.
+  # Divide by max(α, 1), as published for VAR. DPO has no α and is never
+  # divided, CCA and unlearning with label_drop only.
   normalize: bool = _knob(False)
   learning_rate: tuple[float, ...] = _knob((1.5e-4,))  # peak
   warmup_images: int = _knob(0)  # linear; the paper: a whole round

@@ -90,7 +90,7 @@ def _reference(
   origin: pathlib.Path,
   model: likelihood.LikelihoodModel,
 ) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
-  """Reads the round's reference, copied from `origin` once; its metadata."""
+  """How to read the round's reference, copied from `origin`; its metadata."""
   load = functools.partial(
     workspace.load_params, model=model, executor=run.executor
   )

@@ -120,7 +120,7 @@ def _mle_loss(params, reference, frozen, pair, hyper, model, phase):
 
 
 def _away(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-  """The difference in the precision of the reference, see `reduced`."""
+  """The difference, of weights as they are read, see `reduced`."""
   if ours.dtype != theirs.dtype:  # else XLA might make a copy of `ours`
     kept = jnp.finfo(theirs.dtype)
     ours = jax.lax.reduce_precision(ours, kept.nexp, kept.nmant)

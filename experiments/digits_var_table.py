@@ -46,7 +46,10 @@ SETTINGS = {
   'cca_50': (_CCA | _FIFTY, (3e-5, 1e-4, 3e-4)),
   'ddo_1': (_ONE, (3e-5, 1e-4, 3e-4, 1e-3)),
   'ddo_50': (_FIFTY, (1e-5, 3e-5, 1e-4)),
-  'ddo_1_no_round_trip': (_ONE | {'round_trip': False}, (1e-4, 3e-4, 1e-3)),
+  'ddo_1_no_round_trip': (
+    _ONE | {'round_trip': False},
+    (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+  ),
 }
 # The rows of the methods: of their settings the one that selection prefers.
 METHODS = {'CCA': ('cca_1', 'cca_50'), 'DDO': ('ddo_1', 'ddo_50')}

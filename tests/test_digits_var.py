@@ -85,8 +85,8 @@ def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
   """Killed after a step; by the step that the run compiled."""
   job = jobs['round_000']
 
-  def again(name):
-    scores = iter((3.0, 2.0, 1.0))  # the last state is promoted
+  def again(name, *scores):
+    scores = iter(scores)
     return dataclasses.replace(
       job,
       folder=tmp_path / name / job.name,
@@ -94,14 +94,19 @@ def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
       evaluate=lambda params: {job.metric: next(scores)},
     )
 
-  whole, cut = train.run(again('whole')), again('cut')
+  falling = (3.0, 2.0, 1.0)  # the last state is promoted
+  whole, cut = train.run(again('whole', *falling)), again('cut', *falling)
   interruption.interrupted(cut, 1)
   # Where a checkpoint is, nothing is read of the start.
   resumed = train.run(dataclasses.replace(cut, start=None))
   assert (resumed.step, resumed.selection) == (2, 1.0)
   sha256 = checkpoint.tree_hash(resumed.params)
   assert sha256 == checkpoint.tree_hash(whole.params)
-  assert sha256 != checkpoint.tree_hash(job.start())
+  # And where nothing is better, the start as it was, not as products read it.
+  start = checkpoint.tree_hash(job.start())
+  kept = train.run(again('kept', 1.0, 2.0, 3.0))
+  assert (kept.step, checkpoint.tree_hash(kept.params)) == (0, start)
+  assert start not in (sha256, checkpoint.tree_hash(job.reference))
 
 
 def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):

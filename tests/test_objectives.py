@@ -326,7 +326,5 @@ def test_the_other_objectives(objective, label_drop, wanted):
   softplus = lambda x: np.log1p(np.exp(np.asarray(x, float)))
   np.testing.assert_allclose(loss, wanted(softplus), rtol=1e-6)
   chance = {'dpo': np.log(2), 'unlearning': 0}
-  if label_drop:
-    chance['cca'] = np.log(2) * (2 + 8 + 1) / 16
-  if objective in chance:
-    np.testing.assert_allclose(metrics['chance_loss'], chance[objective], 1e-6)
+  chance['cca'] = np.log(2) * ((2 + 8 + 1) / 16 if label_drop else 1 + 8)
+  np.testing.assert_allclose(metrics['chance_loss'], chance[objective], 1e-6)

@@ -308,7 +308,7 @@ def build(config: VqvaeConfig) -> Vqvae:
     raise config_lib.UserError(
       f'patch_nums is {scales} with {len(config.mult)} levels and images'
       f' {shape}; the scales must rise from 1 and the last,'
-      ' doubled at each level but one, must be the side of square images'
+      ' doubled at each level but one, must be the side of square (H, W, C)'
     )
   if config.base % vqvae_layers.GROUPS:
     raise config_lib.UserError(

@@ -1,7 +1,7 @@
 """Memory of a DDO step of the released VAR models, device by device.
 
 python -m experiments.bench.var_memory
-python -m experiments.bench.var_memory --compile  # an hour on two CPU cores
+python -m experiments.bench.var_memory --compile  # ten minutes on two CPU cores
 
 Counted from shapes, at the published microbatches: what stands throughout a
 round, and what the backward pass of θ keeps of its rows. With --compile, beside
