@@ -3,7 +3,8 @@
 python -m ddo_jax.main --config=configs/digits_var.py --workdir=runs/digits_var
 
 A tokenizer of three scales (1, 2, 4; 21 tokens of 32), a transformer over its
-tokens, then rounds of DDO with fakes drawn in every step, as for VAR.
+tokens, then rounds of DDO with fakes drawn in every step, as for VAR. Some six
+minutes, four of them for the tokenizer.
 """
 
 from ddo_jax import config as config_lib
