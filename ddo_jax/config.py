@@ -94,6 +94,11 @@ class Phase:
   save_images: int = _knob(0, science=False)  # images between saves; 0 = evals
   log_images: int = _knob(25_600, science=False)  # images between log lines
 
+  @property
+  def contrasts(self) -> bool:
+    """Whether negatives are the real images under other rows' labels."""
+    return self.objective not in ('ddo', 'mle')
+
   def steps(self) -> int:
     """Number of optimizer steps of the phase."""
     return -(-self.images // self.batch_size)

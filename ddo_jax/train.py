@@ -110,7 +110,6 @@ def _termination() -> Iterator[threading.Event]:
 def batches(job: Job, start: int) -> Iterator[Any]:
   """Yields (real, fake) on the devices, from step `start` on."""
   phase, steps = job.phase, job.phase.steps()
-  contrast = phase.objective not in ('ddo', 'mle')
 
   def rows(source, name):
     return data.batches(
@@ -121,7 +120,7 @@ def batches(job: Job, start: int) -> Iterator[Any]:
       steps,
       jax.process_index(),
       jax.process_count(),
-      other_label=contrast,
+      other_label=phase.contrasts,
     )
 
   place = job.executor.place_batch

@@ -55,7 +55,7 @@ def _batches(model, frozen, reference, rows, sampler, phase):
   first = likelihood.Batch(encode(real), hide(real['label']), real['id'])
   if phase.objective == 'mle':
     return first, keys, dropped
-  if phase.objective != 'ddo':
+  if phase.contrasts:
     second = first.replace(label=hide(real['other_label']))
   elif phase.fakes == 'pool':
     second = first.replace(x=encode(fake), label=hide(fake['label']))
@@ -67,20 +67,26 @@ def _batches(model, frozen, reference, rows, sampler, phase):
 
 
 def _terms(phase, real, other, batch, dropped, hyper):
-  """([B], [B]) of the objective, from log-ratios of rows and of negatives."""
+  """([B], [B]) of the objective, from log-ratios of rows and of negatives.
+
+  And what their means are divided by, as published.
+  """
+  divisor = ddo.normalizer(hyper.alpha, phase.normalize)
   if phase.objective == 'ddo':
     weights = ddo.row_weights(dropped, hyper.alpha)
-    return ddo.per_example_loss(real, other, *weights, hyper.beta)
+    return ddo.per_example_loss(real, other, *weights, hyper.beta), divisor
   if phase.objective == 'dpo':
     loss = ddo.preference_loss(real, other, hyper.beta)
-    return loss, jnp.zeros_like(loss)
-  weights = jnp.full_like(real, hyper.alpha), jnp.full_like(real, -1)
+    return (loss, jnp.zeros_like(loss)), 1
   if phase.label_drop:
     labels = batch.label[::2], batch.label[1::2]
     weights = ddo.contrast_weights(dropped, *labels, hyper.alpha)
+  else:
+    weights = jnp.full_like(real, hyper.alpha), jnp.full_like(real, -1)
+    divisor = 1
   if phase.objective == 'unlearning':
-    return ddo.unlearning_loss(real, other, *weights)
-  return ddo.contrastive_loss(real, other, *weights, hyper.beta)
+    return ddo.unlearning_loss(real, other, *weights), divisor
+  return ddo.contrastive_loss(real, other, *weights, hyper.beta), divisor
 
 
 def _discriminative_loss(params, reference, frozen, pair, hyper, model, phase):
@@ -89,12 +95,8 @@ def _discriminative_loss(params, reference, frozen, pair, hyper, model, phase):
   log_ratio, info = model.log_ratio(params, reference, frozen, batch, keys)
   real, fake = log_ratio[::2], log_ratio[1::2]
   rest = (batch, dropped[::2], hyper)
-  terms = _terms(phase, real, fake, *rest)
-  chance = _terms(phase, *[jnp.zeros_like(real)] * 2, *rest)
-  weighed = phase.objective == 'ddo' or (
-    phase.objective != 'dpo' and phase.label_drop > 0
-  )
-  divisor = ddo.normalizer(hyper.alpha, phase.normalize and weighed)
+  terms, divisor = _terms(phase, real, fake, *rest)
+  chance, _ = _terms(phase, *[jnp.zeros_like(real)] * 2, *rest)
   loss_real, loss_fake = (jnp.mean(term) / divisor for term in terms)
   rows = {
     'log_ratio_real': real,

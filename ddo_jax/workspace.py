@@ -70,8 +70,7 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
 
 def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
   """Raises UserError where a model without classes is to go by labels."""
-  contrasts = phase.objective not in ('ddo', 'mle')
-  if not num_classes and (contrasts or phase.label_drop):
+  if not num_classes and (phase.contrasts or phase.label_drop):
     raise config_lib.UserError(
       f'config.{name} has objective {phase.objective!r} and label_drop'
       f' {phase.label_drop}, which go by labels, and the model has no classes:'
