@@ -21,17 +21,17 @@ from ml_collections import config_flags
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import generate
 from ddo_jax import models
-from ddo_jax import records
-from ddo_jax import report
 from ddo_jax import rng
-from ddo_jax import score
-from ddo_jax import selfplay
-from ddo_jax import train
-from ddo_jax import workspace
-from ddo_jax.convert import download
-from ddo_jax.convert import released
+from ddo_jax.evaluation import score
+from ddo_jax.method import generate
+from ddo_jax.report import page
+from ddo_jax.runtime import records
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import round as round_lib
+from ddo_jax.training import run as run_lib
+from ddo_jax.weights import download
+from ddo_jax.weights import released
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A recipe; --config.x.y=v overrides any of its fields.'
@@ -111,10 +111,10 @@ def sample(
   Returns:
     The path of samples.png.
   """
-  run_ = workspace.Run(config, workdir)
+  run_ = run_lib.Run(config, workdir)
   model = models.build(config, config.ddo)
-  folder = params or workspace.newest_params(workdir)
-  weights, meta = workspace.load_params(folder, model, run_.executor)
+  folder = params or run_lib.newest_params(workdir)
+  weights, meta = run_lib.load_params(folder, model, run_.executor)
   images, labels = run_.generator(model).images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
@@ -175,15 +175,15 @@ def run(
 ) -> Any:
   """Runs one mode on a run's folder; see the flags."""
   if mode == 'selfplay':
-    selfplay.play(config, workdir)
+    round_lib.play(config, workdir)
     return workdir / 'report.html'
   if mode == 'pretrain':
-    return selfplay.pretrain(workspace.Run(config, workdir))
+    return round_lib.pretrain(run_lib.Run(config, workdir))
   if mode == 'sample':
     return sample(config, workdir, params, num_samples, output)
   if mode == 'evaluate':
     return score.score_params(config, workdir, params, output, save_images)
-  return report.write(workdir, control)
+  return page.write(workdir, control)
 
 
 def _known_fields(override: str) -> str:
@@ -289,7 +289,7 @@ def _main(argv: Sequence[str]) -> None:
     cache = pathlib.Path('~/.cache/ddo_jax/xla').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache))
   # Between training steps nothing needs saving: stages are whole or absent.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EX_TEMPFAIL))
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(loop_lib.EX_TEMPFAIL))
   try:
     _print(_dispatch())
   except config_lib.UserError as error:

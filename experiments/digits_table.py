@@ -19,13 +19,13 @@ import numpy as np
 
 from configs import digits
 from ddo_jax import config as config_lib
-from ddo_jax import evaluate
 from ddo_jax import models
-from ddo_jax import parallel
-from ddo_jax import records
-from ddo_jax import report
-from ddo_jax import selfplay
-from ddo_jax import workspace
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.report import page
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
+from ddo_jax.training import round as round_lib
+from ddo_jax.training import run as run_lib
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/digits_table', 'Folder.')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'Pretraining seeds.')
@@ -81,7 +81,7 @@ def control(
       config, name='continued MLE', ddo=mle, init_from=str(params)
     )
     folder = workdir / f'mle_{rate:g}'
-    runs.append((folder, selfplay.play(again, folder)['rounds']))
+    runs.append((folder, round_lib.play(again, folder)['rounds']))
   selection = lambda run: run[1][-1]['promoted']['selection']
   return min(runs, key=selection)
 
@@ -96,19 +96,21 @@ def guided(
   path = workdir / 'guided.json'
   if path.exists():
     return records.read_json(path)
-  run = workspace.Run(config, workdir / 'ddo')
+  run = run_lib.Run(config, workdir / 'ddo')
   model = models.build(config, config.ddo)
-  weights, _ = workspace.load_params(params, model, run.executor)
+  weights, _ = run_lib.load_params(params, model, run.executor)
   choices = []
   for scale in scales:
     run.config.sampler = dataclasses.replace(config.sampler, guidance=scale)
     generator = run.generator(model)
-    scores = evaluate.selection_scores(
+    scores = evaluator_lib.selection_scores(
       run.evaluator, generator, weights, config
     )
     choices.append((scores['fd_train'], scale, generator))
   _, scale, generator = min(choices, key=lambda choice: choice[0])
-  scores = evaluate.report_scores(run.evaluator, generator, weights, config)
+  scores = evaluator_lib.report_scores(
+    run.evaluator, generator, weights, config
+  )
   result = {'scale': scale, 'scores': scores}
   records.write_json(path, result)
   return result
@@ -121,10 +123,10 @@ def _rounds(result: dict[str, Any]) -> str:
 
 def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
   """Every row of the table for one pretraining seed: {row: {metric: mean}}."""
-  rounds = selfplay.play(digits_config(seed), workdir / 'ddo')['rounds']
+  rounds = round_lib.play(digits_config(seed), workdir / 'ddo')['rounds']
   params = workdir / 'ddo' / 'pretrain' / 'params'
   folder, mle = control(digits_config(seed), workdir, params)
-  report.write(workdir / 'ddo', control=folder)
+  page.write(workdir / 'ddo', control=folder)
   guidance = guided(digits_config(seed), workdir, params)
   rows = {'reference (MLE)': rounds[0]['before']}
   for result in mle:
@@ -164,7 +166,7 @@ def main(_) -> None:
   ]
   text = table(results)
   print(text)
-  made = {'results': results, 'environment': parallel.environment()}
+  made = {'results': results, 'environment': devices_lib.environment()}
   records.write_json(pathlib.Path(OUTPUT.value), made)
 
 

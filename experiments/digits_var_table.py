@@ -21,14 +21,14 @@ import jax
 import numpy as np
 
 from configs import digits_var
-from ddo_jax import evaluate
-from ddo_jax import likelihood
 from ddo_jax import models
-from ddo_jax import parallel
-from ddo_jax import records
 from ddo_jax import rng
-from ddo_jax import selfplay
-from ddo_jax import workspace
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.method import likelihood
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
+from ddo_jax.training import round as round_lib
+from ddo_jax.training import run as run_lib
 from experiments import digits_table
 
 flags.set_default(digits_table.WORKDIR, 'runs/digits_var_table')
@@ -64,30 +64,30 @@ TOKENIZER = flags.DEFINE_string(
 
 def start_of(
   seed: int, workdir: pathlib.Path, tokenizer: str
-) -> tuple[workspace.Run, pathlib.Path]:
+) -> tuple[run_lib.Run, pathlib.Path]:
   """The run that pretrains a seed's reference, and its folder of params."""
   config = digits_var.get_config()
   config.seed, config.tokenizer_from = seed, tokenizer
   config.model.depth = DEPTH.value or config.model.depth
   config.model.width = WIDTH.value or config.model.width
-  run = workspace.Run(config, workdir / 'start')
-  return run, selfplay.pretrain(run)
+  run = run_lib.Run(config, workdir / 'start')
+  return run, round_lib.pretrain(run)
 
 
-def scores_of(run: workspace.Run, params: pathlib.Path) -> dict[str, Any]:
+def scores_of(run: run_lib.Run, params: pathlib.Path) -> dict[str, Any]:
   """Report scores of a folder of params; kept beside it."""
   path = params.parent / 'report.json'
   if not path.exists():
     model = models.build(run.config, run.config.ddo)
-    weights, _ = workspace.load_params(params, model, run.executor)
-    scores = evaluate.report_scores(
+    weights, _ = run_lib.load_params(params, model, run.executor)
+    scores = evaluator_lib.report_scores(
       run.evaluator, run.generator(model), weights, run.config
     )
     records.write_json(path, scores)
   return records.read_json(path)
 
 
-def round_trip(run: workspace.Run, start: pathlib.Path) -> dict[str, Any]:
+def round_trip(run: run_lib.Run, start: pathlib.Path) -> dict[str, Any]:
   """What decoding and encoding again does to real and to reference tokens.
 
   Returns:
@@ -96,7 +96,7 @@ def round_trip(run: workspace.Run, start: pathlib.Path) -> dict[str, Any]:
     the reference's mean log p before and after [nats an image].
   """
   model = models.build(run.config, run.config.ddo)
-  weights, _ = workspace.load_params(start, model, run.executor)
+  weights, _ = run_lib.load_params(start, model, run.executor)
   frozen, sampler = run.frozen, model.unguided(run.config.sampler)
   ids = np.arange(len(run.real))
   images, labels = run.real.read(ids)
@@ -125,7 +125,7 @@ def round_trip(run: workspace.Run, start: pathlib.Path) -> dict[str, Any]:
 
 
 def play(
-  run: workspace.Run, start: pathlib.Path, name: str, before: dict[str, Any]
+  run: run_lib.Run, start: pathlib.Path, name: str, before: dict[str, Any]
 ) -> list[dict[str, Any]]:
   """What each learning rate of a setting promoted, the preferred one first."""
   changes, rates = SETTINGS[name]
@@ -145,10 +145,10 @@ def play(
       ddo=dataclasses.replace(phase, learning_rate=(rate,)),
       evaluation=small,
     )
-    again = workspace.Run(config, folder)
+    again = run_lib.Run(config, folder)
     again.evaluator = run.evaluator  # fitted once
-    workspace.claim_workdir(config, folder)
-    promoted = selfplay.play_round(again, 0, start, before)['promoted']
+    run_lib.claim_workdir(config, folder)
+    promoted = round_lib.play_round(again, 0, start, before)['promoted']
     params = str(folder / 'round_000' / 'promoted')
     results.append({'rate': rate, 'params': params} | promoted)
   return sorted(results, key=lambda result: result['selection'])
@@ -207,7 +207,7 @@ def main(_) -> None:
     result, tokenizer = one_seed(seed, folder / f'seed_{seed}', tokenizer)
     results.append(result)
   print(digits_table.table(results))
-  made = {'results': results, 'environment': parallel.environment()}
+  made = {'results': results, 'environment': devices_lib.environment()}
   records.write_json(pathlib.Path(digits_table.OUTPUT.value), made)
 
 

@@ -27,8 +27,8 @@ from scipy import optimize
 from scipy import stats
 import threadpoolctl
 
-from ddo_jax import ddo
 from ddo_jax import rng
+from ddo_jax.method import ddo
 
 MEANS = np.array([-3.2, -1.2, 0.8, 3.0])
 STDS = np.array([0.30, 0.22, 0.30, 0.45])

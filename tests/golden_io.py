@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax.convert import edm_names
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import edm_layers
 from ddo_jax.models import layers
+from ddo_jax.weights import edm_names
 
 # Frequencies and phases: among the params, but never trained.
 CONSTANTS = ('freqs', 'phases')

@@ -2,12 +2,12 @@
 
 import pytest
 
-from ddo_jax import train
+from ddo_jax.training import loop as loop_lib
 
 
 def interrupted(job, step):
   """Runs a job until it is killed after a step."""
-  push = train._Logger.push
+  push = loop_lib._Logger.push
 
   def killing(logger, at, *args):
     if at == step:
@@ -15,6 +15,6 @@ def interrupted(job, step):
     push(logger, at, *args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train._Logger, 'push', killing)
+    patch.setattr(loop_lib._Logger, 'push', killing)
     with pytest.raises(KeyboardInterrupt):
-      train.run(job)
+      loop_lib.run(job)

@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from ddo_jax import config
-from ddo_jax.convert import pickle_reader
+from ddo_jax.weights import pickle_reader
 
 
 def text(value):

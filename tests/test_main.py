@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax import rng
-from ddo_jax import workspace
+from ddo_jax.runtime import checkpoint
+from ddo_jax.training import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -101,9 +101,9 @@ def test_a_round_keeps_where_its_weights_come_from(workdir, tmp_path):
   """And its pool is drawn without the sampler's guidance."""
   origin = {'file': 'edm-x.pkl', 'licence': 'a licence'}
   config = tiny()
-  run = workspace.Run(config, workdir)
+  run = run_lib.Run(config, workdir)
   model = models.build(config, config.ddo)
-  params, meta = workspace.load_params(
+  params, meta = run_lib.load_params(
     workdir / 'pretrain' / 'params', model, run.executor
   )
   start = tmp_path / 'start'

@@ -11,9 +11,9 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import models
-from ddo_jax import parallel
 from ddo_jax import rng
-from ddo_jax import train_state
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.training import state as state_lib
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
@@ -30,7 +30,7 @@ def test_recipe(name):
   module, config = load(name)
   config_lib.validate(config)
   assert config.name == name
-  executor = parallel.Executor(config.executor)
+  executor = devices_lib.Executor(config.executor)
   for phase in (config.pretrain, config.ddo):
     executor.check_batch(phase.batch_size, config.executor.accumulate)
     model = models.build(config, phase)
@@ -56,11 +56,11 @@ def test_from_json_of_another_version():
 def test_imagenet_learning_rate_ends_at_two_fifths():
   """The paper: warm-up, then 1/√ to about 0.4 of the peak."""
   phase = load('imagenet64_edm2_s')[1].ddo
-  factor = train_state.learning_rate_factor(
+  factor = state_lib.learning_rate_factor(
     phase, jax.numpy.float32(phase.images)
   )
   assert 0.38 < factor < 0.42
-  top = train_state.learning_rate_factor(phase, jax.numpy.float32(1e6))
+  top = state_lib.learning_rate_factor(phase, jax.numpy.float32(1e6))
   assert top == 1
 
 
@@ -68,7 +68,7 @@ def test_var_recipes_stop_near_the_top_of_their_schedule():
   """loss_functions.npz has 0.9904 of the peak where the scripts stop."""
   for name in ('imagenet256_var_d16', 'imagenet256_var_d30'):
     phase = load(name)[1].ddo
-    factor = functools.partial(train_state.learning_rate_factor, phase)
+    factor = functools.partial(state_lib.learning_rate_factor, phase)
     assert factor(jax.numpy.float32(0)) == pytest.approx(0.005)
     assert factor(jax.numpy.float32(30_000)) == 1
     # After 790 microbatches of 128, or 3,157 of 32; the last are in no step.

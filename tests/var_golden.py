@@ -8,9 +8,9 @@ import golden_io
 import jax
 import numpy as np
 
-from ddo_jax.convert import var_names
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
+from ddo_jax.weights import var_names
 
 TOKENIZER = vqvae.VqvaeConfig((64, 64, 3), (1, 2, 3, 4), 64, 8, base=32)
 CONFIG = var.VarConfig(

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from ddo_jax import config as config_lib
-from ddo_jax import diffusion
-from ddo_jax import likelihood
+from ddo_jax.method import diffusion
+from ddo_jax.method import likelihood
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import toy

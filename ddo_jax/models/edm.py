@@ -11,12 +11,12 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import augment as augment_lib
 from ddo_jax import config as config_lib
-from ddo_jax import diffusion
-from ddo_jax import encoders
-from ddo_jax import likelihood
 from ddo_jax import rng
+from ddo_jax.data import augmentation as augment_lib
+from ddo_jax.data import codec
+from ddo_jax.method import diffusion
+from ddo_jax.method import likelihood
 from ddo_jax.models import edm_layers
 from ddo_jax.models import layers
 from ddo_jax.models import precond
@@ -325,7 +325,7 @@ def build(config: EdmConfig, p_mean: float, p_std: float, remat: bool) -> Edm:
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
-    encoder=encoders.Pixels(config.levels),
+    encoder=codec.Pixels(config.levels),
     remat=remat,
     augment=config.augment,
   )

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import config as config_lib
-from ddo_jax import diffusion
-from ddo_jax import encoders
-from ddo_jax import likelihood
 from ddo_jax import rng
+from ddo_jax.data import codec
+from ddo_jax.method import diffusion
+from ddo_jax.method import likelihood
 from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
 from ddo_jax.models import vae
@@ -201,17 +201,17 @@ class Edm2(diffusion.Diffusion):
     return weight * jnp.exp(-logvar) * squares + size * logvar
 
 
-def _encoder(config: Edm2Config) -> encoders.Encoder:
+def _encoder(config: Edm2Config) -> codec.Encoder:
   """Pixels, or latents of Stable Diffusion's autoencoder."""
   if not config.latents:
-    return encoders.Pixels()
+    return codec.Pixels()
   autoencoder = vae.AutoencoderKL()
   if config.image_shape[-1] != autoencoder.latent_channels:
     raise config_lib.UserError(
       f'config.model.image_shape is {tuple(config.image_shape)}; wanted'
       f' {autoencoder.latent_channels} channels for config.model.latents=True'
     )
-  return encoders.Latents(autoencoder, sigma_data=config.sigma_data)
+  return codec.Latents(autoencoder, sigma_data=config.sigma_data)
 
 
 def build(config: Edm2Config, p_mean: float, p_std: float, remat: bool) -> Edm2:

@@ -6,8 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import diffusion
-from ddo_jax import encoders
+from ddo_jax.data import codec
+from ddo_jax.method import diffusion
 from ddo_jax.models import layers
 
 
@@ -136,6 +136,6 @@ def build(
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
-    encoder=encoders.Pixels(config.levels),
+    encoder=codec.Pixels(config.levels),
     remat=remat,
   )

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import autoregressive
 from ddo_jax import config as config_lib
-from ddo_jax import encoders
+from ddo_jax.data import codec
+from ddo_jax.method import autoregressive
 from ddo_jax.models import var_layers
 from ddo_jax.models import vqvae
 
@@ -333,7 +333,7 @@ def build(config: VarConfig, remat: bool) -> autoregressive.Autoregressive:
     image_shape=tuple(tokenizer.image_shape),
     token_channels=tokenizer.channels,
     num_classes=config.num_classes,
-    pixels=encoders.Pixels(tokenizer.levels, tokenizer.nearest),
+    pixels=codec.Pixels(tokenizer.levels, tokenizer.nearest),
     decayed=decay_mask,
     cast=cast,
   )

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import encoders
-from ddo_jax import likelihood
+from ddo_jax.data import codec
+from ddo_jax.method import likelihood
 from ddo_jax.models import vqvae
 
 
@@ -27,7 +27,7 @@ class Learner:
 
   module: vqvae.Vqvae
   image_shape: tuple[int, int, int]
-  pixels: encoders.Pixels
+  pixels: codec.Pixels
   num_classes: int = 0
 
   def init(self, key: jax.Array) -> likelihood.Params:
@@ -67,5 +67,5 @@ def build(config: vqvae.VqvaeConfig) -> Learner:
   return Learner(
     module=vqvae.build(config),
     image_shape=tuple(config.image_shape),
-    pixels=encoders.Pixels(config.levels, config.nearest),
+    pixels=codec.Pixels(config.levels, config.nearest),
   )

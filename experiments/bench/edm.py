@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import diffusion
 from ddo_jax import models
-from ddo_jax import parallel
-from ddo_jax import records
 from ddo_jax import rng
-from ddo_jax import train_state
-from ddo_jax import train_step
+from ddo_jax.method import diffusion
 from ddo_jax.models import presets
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
 from ddo_jax.samplers import heun
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
 _MODEL = flags.DEFINE_string(
@@ -67,7 +67,7 @@ def matmul_rate(size: int = 2048) -> float:
 
 
 def step_speed(
-  executor: parallel.Executor,
+  executor: devices_lib.Executor,
   model: diffusion.Diffusion,
   phase: config_lib.Phase,
   params: Any,
@@ -82,13 +82,11 @@ def step_speed(
   real, fake = executor.place_batch(pixels() | ids), None
   if phase.objective == 'ddo':
     fake = executor.place_batch(pixels())
-  hyper, key = executor.replicate(
-    (train_state.Hyper.of(phase, 0), rng.stream(0))
-  )
+  hyper, key = executor.replicate((state_lib.Hyper.of(phase, 0), rng.stream(0)))
   step = executor.compile_step(
-    train_step.train_step, model=model, phase=phase.static(), accumulate=1
+    step_lib.train_step, model=model, phase=phase.static(), accumulate=1
   )
-  create = functools.partial(train_state.create, phase=phase)
+  create = functools.partial(state_lib.create, phase=phase)
   state = executor.make_state(create, params)
 
   def call():
@@ -109,7 +107,7 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     model=presets.get(name), executor=config_lib.Executor(remat=_REMAT.value)
   )
   model = models.build(config, phase)
-  executor = parallel.Executor(config.executor)
+  executor = devices_lib.Executor(config.executor)
   params = executor.make_state(model.init, rng.stream(0))
   label, keys = (
     jnp.zeros(rows, jnp.int32),
@@ -136,7 +134,7 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     'step_bytes': memory.counted(model, phase, {}),
     'batch': rows,
     'remat': _REMAT.value,
-    'environment': parallel.environment(),
+    'environment': devices_lib.environment(),
   }
 
 

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from ddo_jax import parallel
-from ddo_jax import records
-from ddo_jax.metrics import frechet
-from ddo_jax.metrics import inception
-from ddo_jax.metrics import prdc
+from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.evaluation.metrics import prdc
+from ddo_jax.evaluation.networks import inception
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
 
 _BATCH = flags.DEFINE_integer('batch', 16, 'Images a call.')
 _SIDE = flags.DEFINE_integer('side', 32, 'Pixels of an image.')
@@ -204,7 +204,7 @@ def main(_) -> None:
     'features': features(),
     'frechet': distance(),
     'precision_recall': neighbours(),
-    'environment': parallel.environment(),
+    'environment': devices_lib.environment(),
   }
   records.write_json(pathlib.Path(_OUTPUT.value), results)
   print(json.dumps(results, indent=1))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import config as config_lib
-from ddo_jax import likelihood
 from ddo_jax import rng
-from ddo_jax import train_state
+from ddo_jax.method import likelihood
+from ddo_jax.training import state as state_lib
 
 
 def size_of(tree: Any) -> int:
@@ -60,7 +60,7 @@ def counted(
   params = jax.eval_shape(model.init, rng.stream(0))
   rows = 2 * phase.batch_size
   kept = [_kept(model, count, params, frozen) for count in (rows, 2 * rows)]
-  state = jax.eval_shape(lambda p: train_state.create(p, phase), params)
+  state = jax.eval_shape(lambda p: state_lib.create(p, phase), params)
   return {
     'params': size_of(state.params),
     'reference': size_of(jax.eval_shape(model.reduced, params)),

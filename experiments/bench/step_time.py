@@ -23,15 +23,15 @@ import numpy as np
 
 from configs import digits
 from ddo_jax import config as config_lib
-from ddo_jax import data
 from ddo_jax import models
-from ddo_jax import parallel
-from ddo_jax import records
 from ddo_jax import rng
-from ddo_jax import train
-from ddo_jax import train_state
-from ddo_jax import train_step
+from ddo_jax.data import sources
 from ddo_jax.models import toy
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
 
 _BLOCKS = flags.DEFINE_integer('blocks', 7, 'Timed blocks; median reported.')
 _OUTPUT = flags.DEFINE_string(
@@ -58,7 +58,7 @@ def cifar_shaped() -> config_lib.Config:
 
 def make_job(
   config: config_lib.Config, objective: str, folder: pathlib.Path, steps: int
-) -> train.Job:
+) -> loop_lib.Job:
   """A training job on random images, without evaluation."""
   phase = dataclasses.replace(
     config.ddo,
@@ -68,15 +68,15 @@ def make_job(
     log_images=max(1, steps // 10) * config.ddo.batch_size,
   )
   model = models.build(config, phase)
-  executor = parallel.Executor(config.executor)
+  executor = devices_lib.Executor(config.executor)
   draw = np.random.RandomState(0)
   images = draw.randint(0, model.levels, (2_000, *model.example_shape))
   labels = np.arange(2_000, dtype=np.int32) % 10
-  source = data.ArraySource(
+  source = sources.ArraySource(
     'random', images.astype(np.uint8), labels, 10, model.levels
   )
   start = functools.partial(executor.make_state, model.init, rng.stream(0))
-  return train.Job(
+  return loop_lib.Job(
     name=objective,
     folder=folder,
     seed=0,
@@ -97,19 +97,19 @@ def make_job(
   )
 
 
-def pure_step(job: train.Job, steps: int) -> float:
+def pure_step(job: loop_lib.Job, steps: int) -> float:
   """Seconds a step with everything on the devices."""
   step_fn = job.executor.compile_step(
-    train_step.train_step,
+    step_lib.train_step,
     model=job.model,
     phase=job.phase.static(),
     accumulate=1,
   )
-  create = functools.partial(train_state.create, phase=job.phase)
+  create = functools.partial(state_lib.create, phase=job.phase)
   state = job.executor.make_state(create, job.reference)
-  real, fake = next(train.batches(job, 0))
+  real, fake = next(loop_lib.batches(job, 0))
   hyper, key = job.executor.replicate(
-    (train_state.Hyper.of(job.phase, 0), rng.stream(0))
+    (state_lib.Hyper.of(job.phase, 0), rng.stream(0))
   )
   for step in range(steps + 2):
     if step == 2:  # after warm-up
@@ -120,10 +120,10 @@ def pure_step(job: train.Job, steps: int) -> float:
   return (time.perf_counter() - start) / steps
 
 
-def loop(job: train.Job, block: int) -> float:
+def loop(job: loop_lib.Job, block: int) -> float:
   """Seconds a step of the real loop, from its own records."""
   name = f'{job.name}_{block}'
-  train.run(dataclasses.replace(job, name=name, folder=job.folder / name))
+  loop_lib.run(dataclasses.replace(job, name=name, folder=job.folder / name))
   rates = [r['images_per_second'] for r in job.log.read(name)]
   return job.phase.batch_size / float(np.median(rates[2:]))
 
@@ -153,7 +153,7 @@ def main(_) -> None:
     'digits': measure(digits.get_config(), 800),
     'cifar_shaped': measure(cifar_shaped(), 12),
   }
-  results['environment'] = parallel.environment()
+  results['environment'] = devices_lib.environment()
   records.write_json(pathlib.Path(_OUTPUT.value), results)
   print(json.dumps(results, indent=1))
 

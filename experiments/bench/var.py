@@ -24,15 +24,15 @@ import numpy as np
 
 from configs import digits_var
 from ddo_jax import config as config_lib
-from ddo_jax import likelihood
 from ddo_jax import models
-from ddo_jax import parallel
-from ddo_jax import records
 from ddo_jax import rng
-from ddo_jax import train_state
-from ddo_jax import train_step
+from ddo_jax.method import likelihood
 from ddo_jax.models import var_presets
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
 from ddo_jax.samplers import scalewise
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
 # A jitted function and its arguments.
@@ -104,14 +104,14 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
   image = np.random.RandomState(0).randint(0, model.levels, shape)
   raw = {'image': jnp.asarray(image, jnp.uint8), 'label': label, 'id': ids}
 
-  state = train_state.create(params, config.ddo)
+  state = state_lib.create(params, config.ddo)
   reference = model.reduced(params)
 
   def stepping(**changes):
     phase = dataclasses.replace(config.ddo, batch_size=rows, **changes)
     static = {'model': model, 'phase': phase, 'sampler': scalewise.Scalewise()}
-    fn = jax.jit(functools.partial(train_step.train_step, **static))
-    hyper = train_state.Hyper.of(phase, 0)
+    fn = jax.jit(functools.partial(step_lib.train_step, **static))
+    hyper = state_lib.Hyper.of(phase, 0)
     pool = raw if (phase.objective, phase.fakes) == ('ddo', 'pool') else None
     return fn, (state, reference, frozen, raw, pool, hyper, rng.stream(3))
 
@@ -139,7 +139,7 @@ def main(_) -> None:
     'rows': rows,
     'blocks': _BLOCKS.value,
     'calls': results,
-    'environment': parallel.environment(),
+    'environment': devices_lib.environment(),
   }
   records.write_json(pathlib.Path(_OUTPUT.value), made)
   print(json.dumps(made, indent=1))

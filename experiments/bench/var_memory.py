@@ -22,16 +22,16 @@ from absl import flags
 import jax
 import numpy as np
 
-from ddo_jax import checkpoint
 from ddo_jax import config as config_lib
-from ddo_jax import likelihood
 from ddo_jax import models
-from ddo_jax import parallel
-from ddo_jax import records
 from ddo_jax import rng
-from ddo_jax import train_state
-from ddo_jax import train_step
+from ddo_jax.method import likelihood
 from ddo_jax.models import var_presets
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
 _COMPILE = flags.DEFINE_bool('compile', False, 'Ask the compiler, too.')
@@ -61,12 +61,12 @@ def _model(name: str, dtype: str, remat: bool) -> tuple[Any, Any]:
 def _arguments(
   model: likelihood.LikelihoodModel,
   frozen: likelihood.Frozen,
-  executor: parallel.Executor,
+  executor: devices_lib.Executor,
   phase: config_lib.Phase,
 ) -> list[Any]:
   """Shapes of what a step takes, and where it lies."""
   params = jax.eval_shape(model.init, rng.stream(0))
-  create = functools.partial(train_state.create, phase=phase)
+  create = functools.partial(state_lib.create, phase=phase)
   trees = (
     jax.eval_shape(create, params),
     jax.eval_shape(model.reduced, params),
@@ -80,7 +80,7 @@ def _arguments(
     *(checkpoint.abstract(t, executor.state_shardings(t)) for t in trees),
     real,
     fake,
-    *executor.replicate((train_state.Hyper.of(phase, 0), rng.stream(0))),
+    *executor.replicate((state_lib.Hyper.of(phase, 0), rng.stream(0))),
   ]
 
 
@@ -88,11 +88,11 @@ def compiled(
   model: likelihood.LikelihoodModel, frozen: likelihood.Frozen, devices: int
 ) -> dict[str, float]:
   """What XLA allots on each device, GiB, at one real row a device."""
-  executor = parallel.Executor(config_lib.Executor(kind='fsdp'), devices)
+  executor = devices_lib.Executor(config_lib.Executor(kind='fsdp'), devices)
   phase = _phase(devices)
   args = _arguments(model, frozen, executor, phase)
   step = functools.partial(
-    train_step.train_step, model=model, phase=phase.static()
+    step_lib.train_step, model=model, phase=phase.static()
   )
   kept = jax.tree.map(lambda leaf: leaf.sharding, args[0])
   start = time.perf_counter()
@@ -143,7 +143,7 @@ def main(_) -> None:
         if key not in known:
           known[key] = measure(name, dtype, remat)
         print(key, json.dumps(known[key], indent=1), flush=True)
-        made = {'GiB': known, 'environment': parallel.environment()}
+        made = {'GiB': known, 'environment': devices_lib.environment()}
         records.write_json(path, made)
 
 

@@ -1,0 +1,1 @@
+"""The one road that real and fake rows take from disk to the model."""

@@ -1,0 +1,1 @@
+"""Formulas over arrays of features; the evaluators wire them."""

@@ -1,0 +1,1 @@
+"""The paper in one box: objectives, negatives and the families they act on."""

@@ -1,1 +1,0 @@
-"""Metrics: networks and formulas over arrays; `evaluate` wires them."""

@@ -1,0 +1,1 @@
+"""Plumbing: devices, checkpoints, records."""

@@ -1,0 +1,1 @@
+"""The loop: step, state, loop, round, run, read in that order."""

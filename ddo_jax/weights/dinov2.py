@@ -1,0 +1,104 @@
+"""Weights of DINOv2's ViT-L/14, from its published state dict."""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+
+from ddo_jax.evaluation.networks import dinov2
+from ddo_jax.weights import files
+from ddo_jax.weights import provenance
+from ddo_jax.weights import safetensors_file
+from ddo_jax.weights import torch_zip
+
+FOLDER = pathlib.Path('~/.cache/ddo_jax/networks')
+PUBLISHED = 'dinov2_vitl14_pretrain.pth'
+LICENCE = 'Apache-2.0 (Meta: DINOv2)'
+
+_WANTED = f'{PUBLISHED} of DINOv2, or a .safetensors with its names'
+_PLACES = {
+  'qkv': 'attn.qkv',
+  'proj': 'attn.proj',
+  'fc1': 'mlp.fc1',
+  'fc2': 'mlp.fc2',
+  'ls1': 'ls1.gamma',
+  'ls2': 'ls2.gamma',
+  'patch_embed': 'patch_embed.proj',
+}
+_LEAVES = {'kernel': 'weight', 'scale': 'weight'}
+
+
+def key_of(path: tuple[str, ...]) -> str:
+  """The official key of a Flax path: 'blocks.0.attn.qkv.weight'."""
+  parts = [_PLACES.get(part, _LEAVES.get(part, part)) for part in path]
+  return '.'.join(parts).replace('blocks_', 'blocks.')
+
+
+def to_flax(
+  state: Mapping[str, np.ndarray], network: dinov2.DinoV2
+) -> dict[str, Any]:
+  """The params for `network` of an official state dict.
+
+  Args:
+    state: official key -> tensor, [out, in, h, w] and [out, in]; other keys
+      are ignored, such as the mask token.
+    network: of the state dict's sizes.
+
+  Returns:
+    A tree of float32 numpy arrays.
+
+  Raises:
+    ValueError: a tensor is missing, of another shape, or not finite.
+  """
+  flat = {}
+  shapes = traverse_util.flatten_dict(dinov2.param_shapes(network))
+  for path, leaf in shapes.items():
+    key = key_of(path)
+    if key not in state:
+      raise ValueError(f'the tensor {key} is missing')
+    array = state[key]
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim, range(array.ndim))
+    array = np.asarray(np.transpose(array, axes), np.float32)
+    if array.shape != leaf.shape:
+      raise ValueError(f'{key} gives {array.shape}, not {leaf.shape}')
+    if not np.isfinite(array).all():
+      raise ValueError(f'{key} holds NaN or Inf')
+    flat[path] = array
+  return traverse_util.unflatten_dict(flat)
+
+
+def load(
+  path: pathlib.Path | None = None,
+  folder: pathlib.Path = FOLDER,
+  network: dinov2.DinoV2 = dinov2.VIT_L14,
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """The network's params and where they come from.
+
+  Args:
+    path: the .pth, or a .safetensors of the same names; None: in the folder.
+    folder: where the published file is looked for.
+    network: of the file's sizes; ViT-L/14 is the one that FD-DINOv2 means.
+
+  Returns:
+    (params for `metrics.dinov2.apply`, float32 numpy arrays; the file's name,
+    sha256, licence and date).
+
+  Raises:
+    config.UserError: there is no file (the line says which to bring and where
+      to put it), or it is damaged or of another network.
+  """
+  if path is None:
+    names = (PUBLISHED, pathlib.Path(PUBLISHED).stem + '.safetensors')
+    path = files.first_of(folder.expanduser(), names, 'DINOv2 weights')
+  path = path.expanduser()
+  with files.refusing(path, _WANTED):
+    if path.suffix == '.safetensors':
+      state = safetensors_file.read(path)[0]
+    else:
+      state = torch_zip.read(path)
+    if not isinstance(state, dict):
+      raise ValueError('no state dict')
+    params = to_flax(state, network)
+    return params, provenance.describe(path, licence=LICENCE)

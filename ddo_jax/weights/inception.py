@@ -1,0 +1,270 @@
+"""Weights of the InceptionV3 of 2015-12-05, from any of its published files.
+
+The four layouts hold the same numbers: PyTorch state dicts (pytorch-fid,
+torch-fidelity), NVIDIA's pickle, TensorFlow's frozen graph, and safetensors,
+which is also how a converted file is kept. The meeting point is the state
+dict's names: '<module>.conv.weight' [out, in, h, w], '<module>.bn.{weight,
+bias,running_mean,running_var}', 'fc.{weight,bias}'.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import pathlib
+import re
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+
+from ddo_jax.evaluation.networks import inception
+from ddo_jax.weights import files
+from ddo_jax.weights import graph_def
+from ddo_jax.weights import pickle_reader
+from ddo_jax.weights import provenance
+from ddo_jax.weights import safetensors_file
+from ddo_jax.weights import torch_zip
+
+State = Mapping[str, np.ndarray]
+
+FOLDER = pathlib.Path('~/.cache/ddo_jax/networks')
+CACHED = 'inception-2015-12-05.safetensors'
+# The publishers' names; any one of them will do.
+PUBLISHED = (
+  'pt_inception-2015-12-05-6726825d.pth',
+  'weights-inception-2015-12-05-6726825d.pth',
+  'inception-2015-12-05.pkl',
+  'classify_image_graph_def.pb',
+)
+LICENCE = (
+  'Apache-2.0 (Google: the Inception model of 2015-12-05); for this copy of it'
+  ' see the publisher of the file'
+)
+
+_LEAVES = {
+  'kernel': 'conv.weight',
+  'scale': 'bn.weight',
+  'bias': 'bn.bias',
+  'mean': 'bn.running_mean',
+  'var': 'bn.running_var',
+}
+_STEM = ('1a_3x3', '2a_3x3', '2b_3x3', '3b_1x1', '4a_3x3')
+_BLOCKS = ('5b', '5c', '5d', '6a', '6b', '6c', '6d', '6e', '7a', '7b', '7c')
+# TensorFlow's scopes inside a block: the place that each branch stands for.
+_SCOPES = (
+  (
+    ('5b', '5c', '5d'),
+    {'branch1x1': '', 'branch5x5': 'tower', 'branch3x3dbl': 'tower_1'},
+  ),
+  (('6a',), {'branch3x3': '', 'branch3x3dbl': 'tower'}),
+  (
+    ('6b', '6c', '6d', '6e'),
+    {'branch1x1': '', 'branch7x7': 'tower', 'branch7x7dbl': 'tower_1'},
+  ),
+  (('7a',), {'branch3x3': 'tower', 'branch7x7x3': 'tower_1'}),
+  (
+    ('7b', '7c'),
+    {'branch1x1': '', 'branch3x3': 'tower', 'branch3x3dbl': 'tower_1'},
+  ),
+)
+_TENSORFLOW = {
+  'conv2d_params': 'conv.weight',
+  'batchnorm/gamma': 'bn.weight',
+  'batchnorm/beta': 'bn.bias',
+  'batchnorm/moving_mean': 'bn.running_mean',
+  'batchnorm/moving_variance': 'bn.running_var',
+}
+_NVIDIA = {
+  'weight': 'conv.weight',
+  'gamma': 'bn.weight',
+  'beta': 'bn.bias',
+  'mean': 'bn.running_mean',
+  'var': 'bn.running_var',
+}
+
+
+def _keys() -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
+  """Yields (Flax path, state-dict key, Flax shape) of every parameter."""
+  flat = traverse_util.flatten_dict(inception.param_shapes())
+  for path, leaf in flat.items():
+    *modules, name = path
+    if path == ('fc_bias',):
+      key = 'fc.bias'
+    elif path == ('fc', 'kernel'):
+      key = 'fc.weight'
+    else:
+      key = '.'.join([*modules, _LEAVES[name]])
+    yield path, key, leaf.shape
+
+
+def modules() -> list[str]:
+  """The 94 convolutions' state-dict names, such as 'Mixed_5b.branch1x1'."""
+  end = '.conv.weight'
+  return [key.removesuffix(end) for _, key, _ in _keys() if key.endswith(end)]
+
+
+def _numbered(scope: str, index: int) -> str:
+  return scope + (f'_{index}' if index else '')
+
+
+def scope_of(module: str) -> str:
+  """TensorFlow's scope of a module: 'mixed_9/tower/mixed/conv_1' of 7b's 2b."""
+  block, _, branch = module.partition('.')
+  if not branch:
+    return _numbered('conv', _STEM.index(block.removeprefix('Conv2d_')))
+  name = block.removeprefix('Mixed_')
+  scope = _numbered('mixed', _BLOCKS.index(name))
+  towers = next(towers for names, towers in _SCOPES if name in names)
+  if branch == 'branch_pool':
+    return f'{scope}/{_numbered("tower", len(towers) - 1)}/conv'
+  stem, number, letter = re.fullmatch(
+    r'(branch\w*?)(?:_(\d)([ab]?))?', branch
+  ).groups()
+  tower = towers[stem]
+  scope = f'{scope}/{tower}' if tower else scope
+  index = int(number or 1) - 1
+  if letter:  # the two halves of a split that ends a branch of E
+    return f'{scope}/mixed/{_numbered("conv", "ab".index(letter))}'
+  return f'{scope}/{_numbered("conv", index)}'
+
+
+def _from_tensorflow(constants: State) -> dict[str, np.ndarray]:
+  """A frozen graph's constants under the state dict's names and layouts."""
+  state = {}
+  for module in modules():
+    scope = scope_of(module)
+    for name, leaf in _TENSORFLOW.items():
+      if (array := constants.get(f'{scope}/{name}')) is not None:
+        if array.ndim == 4:
+          array = array.transpose(3, 2, 0, 1)
+        state[f'{module}.{leaf}'] = array
+  for name, key in (('weights', 'fc.weight'), ('biases', 'fc.bias')):
+    if (array := constants.get(f'softmax/{name}')) is not None:
+      state[key] = array.T
+  return _with_gammas(state)
+
+
+def _from_nvidia(found: State) -> dict[str, np.ndarray]:
+  """NVIDIA's names: 'layers.mixed_9_tower_mixed_conv_1.beta', 'output.bias'."""
+  flat = lambda name: re.sub(r'[./]', '_', name)
+  module_of = {flat(scope_of(module)): module for module in modules()}
+  state = {}
+  for key, array in found.items():
+    place, _, leaf = key.rpartition('.')
+    place = place.removeprefix('layers.')
+    if place == 'output':
+      state[f'fc.{leaf}'] = array
+    elif flat(place) in module_of and leaf in _NVIDIA:
+      state[f'{module_of[flat(place)]}.{_NVIDIA[leaf]}'] = array
+  return _with_gammas(state)
+
+
+def _with_gammas(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Adds the scales of one that the graph's normalisations may leave out."""
+  for module in modules():
+    bias = state.get(f'{module}.bn.bias')
+    if bias is not None:
+      state.setdefault(f'{module}.bn.weight', np.ones_like(bias))
+  return state
+
+
+def to_flax(state: State) -> dict[str, Any]:
+  """The params for `metrics.inception` of a state dict.
+
+  Args:
+    state: of the names and layouts above; other keys are ignored, such as the
+      number of batches that some files count.
+
+  Returns:
+    A tree of float32 numpy arrays, [h, w, in, out] and [in, out].
+
+  Raises:
+    ValueError: a tensor is missing, of another shape, or not finite.
+  """
+  flat, missing = {}, []
+  for path, key, shape in _keys():
+    array = state.get(key)
+    if array is None:
+      missing.append(key)
+      continue
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim, range(array.ndim))
+    array = np.asarray(np.transpose(array, axes), np.float32)
+    if array.shape != shape:
+      raise ValueError(f'{key} gives {array.shape}, not {shape}')
+    if not np.isfinite(array).all():
+      raise ValueError(f'{key} holds NaN or Inf')
+    flat[path] = array
+  if missing:
+    raise ValueError(
+      f'{len(missing)} of {len(missing) + len(flat)} tensors are missing'
+      f' (first: {missing[0]})'
+    )
+  return traverse_util.unflatten_dict(flat)
+
+
+def to_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """The state dict of params; inverts `to_flax`."""
+  flat = traverse_util.flatten_dict(dict(params))
+  axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+  return {
+    key: np.ascontiguousarray(np.transpose(flat[path], axes[len(shape)]))
+    for path, key, shape in _keys()
+  }
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Any of the layouts, told by the suffix, as the state dict's."""
+  wanted = f'one of {", ".join(PUBLISHED)}, or a converted .safetensors'
+  with files.refusing(path, wanted):
+    if path.suffix == '.safetensors':
+      return safetensors_file.read(path)[0]
+    if path.suffix == '.pb':
+      return _from_tensorflow(graph_def.read(path))
+    if path.suffix == '.pkl':
+      network = pickle_reader.read(path)
+      if isinstance(network, dict):
+        network = next(iter(network.values()), None)
+      if not isinstance(network, pickle_reader.Record):
+        raise ValueError('a pickle without a network')
+      return _from_nvidia(pickle_reader.state_dict(network))
+    if path.suffix in ('.pth', '.pt'):
+      state = torch_zip.read(path)
+      if not isinstance(state, dict):
+        raise ValueError('no state dict')
+      return {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
+    raise ValueError(f'the suffix {path.suffix!r} tells no known layout')
+
+
+def load(
+  path: pathlib.Path | None = None, folder: pathlib.Path = FOLDER
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """The network's params and where they come from.
+
+  A published file is converted once: the result is kept in the folder under
+  the sha256 of its source, and that is read the next time.
+
+  Args:
+    path: a file of any layout; None looks in the folder.
+    folder: of converted files, and where published ones are looked for.
+
+  Returns:
+    (params for `metrics.inception.apply`, float32 numpy arrays; the source
+    file's name, sha256, licence and date).
+
+  Raises:
+    config.UserError: there is no file (the line says which to bring and where
+      to put it), or it is damaged or of another network.
+  """
+  folder = folder.expanduser()
+  if path is None:
+    names = (CACHED, *PUBLISHED)
+    path = files.first_of(folder, names, 'Inception weights')
+  path = path.expanduser()
+  origin = provenance.describe(path, licence=LICENCE) if path.is_file() else {}
+  state = _read(path)
+  wanted = f'the Inception of 2015-12-05: one of {", ".join(PUBLISHED)}'
+  with files.refusing(path, wanted):
+    params = to_flax(state)
+  if path.suffix == '.safetensors':
+    return params, origin | safetensors_file.read(path)[1]
+  safetensors_file.write(folder / CACHED, to_state(params), origin)
+  return params, origin

@@ -1,0 +1,210 @@
+"""Released networks (.pkl) of EDM, EDM2 and DDO, read without running them.
+
+Such a pickle names a function that would execute the source text it carries.
+Here that name stands for a `Record`: class name, attributes, the text as text.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from ddo_jax import config
+from ddo_jax.weights import arrays
+from ddo_jax.weights import files
+from ddo_jax.weights import pickle_machine
+from ddo_jax.weights import provenance
+from ddo_jax.weights import torch_legacy
+
+Record = arrays.Record
+
+_WANTED = 'the .pkl of an EDM, EDM2 or DDO network, or of plain arrays'
+_CONTAINERS = ('ModuleDict', 'ModuleList', 'Sequential')
+_MAX_MODULES = 2**16  # visits, so that shared children cannot multiply
+_MAX_KEY = 500  # letters; released keys have 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A released network.
+
+  Attributes:
+    class_name: 'EDMPrecond', 'Precond' (EDM2), 'VPPrecond', ...
+    state_dict: official key -> read-only array, in official order.
+    init_kwargs: the constructor's arguments: the whole architecture.
+    attributes: plain values of the object itself: sigma_data, label_dim, ...
+    encoder: EDM2's encoder (class and attributes); None for EDM.
+    augment: probability of each augmentation in its training; 0: none.
+    provenance: see `provenance.describe`; `class_sha256` is of the source text
+      that the file carries.
+  """
+
+  class_name: str
+  state_dict: dict[str, np.ndarray]
+  init_kwargs: dict[str, Any]
+  attributes: dict[str, Any]
+  encoder: Record | None
+  augment: float
+  provenance: dict[str, str]
+
+
+def _persistent(meta: Any) -> Record:
+  """What NVIDIA's persistent classes are pickled as."""
+  kinds = {
+    'type': str,
+    'version': int,
+    'module_src': str,
+    'class_name': str,
+    'state': dict,
+  }
+  for name, kind in kinds.items():
+    if not isinstance(meta, dict) or not isinstance(meta.get(name), kind):
+      raise ValueError(f'a persistent object without its {name}')
+  if meta['type'] != 'class':
+    raise ValueError('a persistent object that is no class')
+  return Record(meta['class_name'], meta['state'], meta['module_src'])
+
+
+def _names(budget: pickle_machine.Budget) -> pickle_machine.Names:
+  """The globals of plain weights, and those that released networks add."""
+
+  def container(name):
+    return lambda: Record(name)  # takes no arguments, only a state
+
+  load = functools.partial(torch_legacy.load_from_bytes, budget)
+  return arrays.names(budget) | {
+    'torch.storage._load_from_bytes': load,
+    'torch_utils.persistence._reconstruct_persistent_obj': _persistent,
+    'dnnlib.EasyDict': lambda: {},
+    'dnnlib.util.EasyDict': lambda: {},
+    **{f'torch.nn.modules.container.{n}': container(n) for n in _CONTAINERS},
+  }
+
+
+def read(path: pathlib.Path) -> Any:
+  """Reads a whole pickle.
+
+  Args:
+    path: a file that pickle.dump wrote, in protocol 2 to 5.
+
+  Returns:
+    Plain values, numpy arrays in place of tensors, `Record`s in place of
+    objects.
+
+  Raises:
+    config.UserError: missing, damaged, over the limits, or it names anything
+      that weights do not need.
+  """
+  with files.refusing(path, _WANTED):
+    stream = files.map_file(path)
+    if stream[:2] == b'PK':
+      raise ValueError('a zip archive, as .pth and .npz files are')
+    budget = pickle_machine.Budget.of(len(stream))
+    machine = pickle_machine.Machine(stream, _names(budget), budget)
+    tree = machine.run()
+    if stream.tell() != len(stream):
+      raise ValueError(f'{len(stream) - stream.tell()} bytes behind the end')
+    return arrays.resolve(tree, budget)
+
+
+def _table(record: Record, name: str) -> dict[str, Any]:
+  """One of the tables that every module has, with text for keys."""
+  state = record.state
+  table = state.get(name) if isinstance(state, dict) else None
+  if not isinstance(table, dict) or not all(isinstance(k, str) for k in table):
+    raise ValueError(f'the object {record.name!r} is no module: no {name}')
+  return table
+
+
+def _entries(
+  record: Record, prefix: str, visits: Iterator[int]
+) -> Iterator[tuple[str, Any]]:
+  """Yields a module's own parameters and buffers, then its children's."""
+  next(visits)
+  if len(prefix) > _MAX_KEY:
+    raise ValueError('its modules hold one another without end')
+  parameters = _table(record, '_parameters')
+  buffers = _table(record, '_buffers')
+  transient = record.state.get('_non_persistent_buffers_set') or ()
+  kept = {k: v for k, v in buffers.items() if k not in transient}
+  for name, value in (*parameters.items(), *kept.items()):
+    if value is not None:
+      yield prefix + name, value
+  for name, child in _table(record, '_modules').items():
+    if isinstance(child, Record):
+      yield from _entries(child, f'{prefix}{name}.', visits)
+    elif child is not None:
+      raise ValueError(f'{prefix}{name} is no module')
+
+
+def state_dict(module: Record) -> dict[str, np.ndarray]:
+  """A module's arrays under the official keys, in the official order.
+
+  Args:
+    module: a record that `read` returned.
+
+  Raises:
+    ValueError: it is no module, or holds itself.
+  """
+  state = {}
+  try:
+    for key, value in _entries(module, '', iter(range(_MAX_MODULES))):
+      if not isinstance(value, np.ndarray) or key in state:
+        raise ValueError(f'{pickle_machine.quote(key)} is no array, or twice')
+      state[key] = value
+  except RuntimeError as error:  # a generator's StopIteration
+    raise ValueError(f'more than {_MAX_MODULES} modules') from error
+  return state
+
+
+def _attributes(state: dict[str, Any]) -> dict[str, Any]:
+  """The plain values of an object itself, without PyTorch's own."""
+  plain = (type(None), bool, int, float, str, list, tuple, np.generic)
+  return {
+    name: value
+    for name, value in state.items()
+    if not name.startswith('_') and isinstance(value, plain)
+  }
+
+
+def read_network(
+  path: pathlib.Path, which: str = 'ema', source: str = ''
+) -> Network:
+  """Reads a released network.
+
+  Args:
+    path: the .pkl file.
+    which: the entry of its table; the releases are used by their 'ema'.
+    source: the address that the file was fetched from, if any.
+
+  Raises:
+    config.UserError: unreadable (see `read`), or it holds no such network.
+  """
+  tree = read(path)
+  if not isinstance(tree, dict) or not isinstance(tree.get(which), Record):
+    found = list(tree) if isinstance(tree, dict) else type(tree).__name__
+    raise config.UserError(
+      f'{path} holds no network {which!r} (it holds {str(found)[:120]});'
+      f' wanted {_WANTED}'
+    )
+  with files.refusing(path, _WANTED):
+    network = tree[which]
+    weights = state_dict(network)
+    kwargs = _table(network, '_init_kwargs')
+    encoder, pipe = tree.get('encoder'), tree.get('augment_pipe')
+    augment = pipe.state.get('p', 0) if isinstance(pipe, Record) else 0
+    origin = provenance.describe(path, source, provenance.NVIDIA)
+    source = hashlib.sha256(network.source.encode()).hexdigest()
+    return Network(
+      class_name=network.name,
+      state_dict=weights,
+      init_kwargs=kwargs,
+      attributes=_attributes(network.state),
+      encoder=encoder if isinstance(encoder, Record) else None,
+      augment=float(augment),
+      provenance=origin | {'class_sha256': source},
+    )

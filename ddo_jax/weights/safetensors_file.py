@@ -1,0 +1,58 @@
+"""State dicts as .safetensors, by the library of that name."""
+
+from collections.abc import Mapping
+import pathlib
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ddo_jax import config
+from ddo_jax.weights import files
+
+_WANTED = 'a .safetensors file'
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads a file.
+
+  Returns:
+    (arrays by key, metadata); keys in the file's order, which is not the order
+    of the state dict that was written.
+
+  Raises:
+    config.UserError: missing, damaged, or no such file.
+  """
+  with files.refusing(path, _WANTED):
+    try:
+      with safetensors.safe_open(path, 'np') as file:
+        return file.get_tensors(), file.metadata() or {}
+    except safetensors.SafetensorError as error:
+      raise ValueError(str(error)) from error
+
+
+def write(
+  path: pathlib.Path,
+  state: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str],
+) -> None:
+  """Writes a file, whole or not at all.
+
+  Args:
+    path: replaced if it exists.
+    state: arrays by key.
+    metadata: text by name, such as `provenance.describe` returns.
+
+  Raises:
+    config.UserError: an array of a type that the format lacks, or a full disk.
+  """
+  # The library writes an array's memory as it lies, whatever its strides.
+  dense = {k: np.require(v, requirements='C') for k, v in state.items()}
+  with files.whole(path) as partial:
+    try:
+      safetensors.numpy.save_file(dense, partial, dict(metadata))
+    except safetensors.SafetensorError as error:
+      raise config.UserError(
+        f'cannot write {path} ({error}); wanted arrays of plain numbers, and'
+        ' room on the disk'
+      ) from error

@@ -1,0 +1,114 @@
+"""The offline pool: identity, balance, and being cut off."""
+
+import numpy as np
+import pytest
+
+from ddo_jax import config
+from ddo_jax.data import pool as pool_lib
+
+IDENTITY = {'reference': 'abc', 'sampler': {'num_steps': 3}, 'stream': [0, 'a']}
+
+
+def open_pool(folder, size=10, shard_size=4, **identity):
+  return pool_lib.Pool(folder, size, shard_size, IDENTITY | identity)
+
+
+def draw(ids):
+  """Stands for a generator: image and label follow from the id alone."""
+  images = (
+    np.zeros((len(ids), 2, 2, 1), np.uint8)
+    + ids.astype(np.uint8)[:, None, None, None]
+  )
+  return images, pool_lib.balanced_labels(ids, 3)
+
+
+def fill(pool, shards=None):
+  for shard in pool.missing() if shards is None else shards:
+    pool.write(shard, *draw(pool.ids(shard)))
+
+
+def test_labels_are_balanced_by_id():
+  labels = pool_lib.balanced_labels(np.arange(31), 3)
+  assert np.bincount(labels).tolist() == [11, 10, 10]
+  assert labels.dtype == np.int32
+  half = pool_lib.balanced_labels(np.arange(16, 31), 3)
+  np.testing.assert_array_equal(half, labels[16:])
+  assert not pool_lib.balanced_labels(np.arange(5), 0).any()
+
+
+def test_a_pool_is_read_back_whole(tmp_path):
+  pool = open_pool(tmp_path)
+  fill(pool)
+  source = pool.source(num_classes=3, levels=17)
+  assert (len(source), source.num_classes, source.levels) == (10, 3, 17)
+  images, labels = source.read(np.arange(10))
+  expected = draw(np.arange(10))
+  np.testing.assert_array_equal(images, expected[0])
+  np.testing.assert_array_equal(labels, expected[1])
+
+
+def test_a_pool_cut_off_goes_on_with_what_is_missing(tmp_path):
+  pool = open_pool(tmp_path)
+  assert pool.missing() == [0, 1, 2]
+  fill(pool, [0, 2])
+  (tmp_path / '000001.partial.npz').write_bytes(b'half a shard')
+  again = open_pool(tmp_path)
+  assert again.missing() == [1]
+  fill(again)
+  images, _ = again.source(3, 17).read(np.arange(10))
+  np.testing.assert_array_equal(images, draw(np.arange(10))[0])
+
+
+def test_the_shards_partition_the_pool(tmp_path):
+  pool = open_pool(tmp_path)
+  ids = [pool.ids(shard) for shard in pool.missing()]
+  np.testing.assert_array_equal(np.concatenate(ids), np.arange(10))
+
+
+def test_a_pool_that_lacks_shards_is_refused(tmp_path):
+  pool = open_pool(tmp_path)
+  fill(pool, [0])
+  with pytest.raises(config.UserError, match='lacks 2 shards'):
+    pool.source(3, 17)
+
+
+def test_a_damaged_shard_is_refused_by_name(tmp_path):
+  pool = open_pool(tmp_path)
+  fill(pool)
+  path = tmp_path / '000001.npz'
+  path.write_bytes(path.read_bytes()[:100])
+  with pytest.raises(config.UserError, match=r'000001\.npz'):
+    pool.source(3, 17)
+
+
+def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
+  pool = open_pool(tmp_path)
+
+  def savez(path, **arrays):
+    path.write_bytes(b'half a shard')
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(np, 'savez', savez)
+  with pytest.raises(OSError, match='No space left'):
+    fill(pool)
+  assert open_pool(tmp_path).missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    {'reference': 'abd'},
+    {'sampler': {'num_steps': 4}},
+    {'stream': [1, 'a']},
+    {'size': 11},
+    {'shard_size': 5},
+  ],
+)
+def test_the_pool_of_another_identity_is_refused(tmp_path, other):
+  fill(open_pool(tmp_path))
+  (name,) = other
+  with pytest.raises(config.UserError) as caught:
+    open_pool(tmp_path, **other)
+  line = str(caught.value)
+  assert f'was drawn with {name} = ' in line and str(tmp_path) in line
+  open_pool(tmp_path)  # the refusal left it as it was

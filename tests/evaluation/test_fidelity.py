@@ -1,0 +1,348 @@
+"""Scores under a protocol, end to end, with stand-ins for the big networks."""
+
+import dataclasses
+import io
+import json
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import digits
+from ddo_jax import config as config_lib
+from ddo_jax import main
+from ddo_jax import models
+from ddo_jax import rng
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import features
+from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import protocols
+from ddo_jax.evaluation import score
+from ddo_jax.evaluation.networks import inception
+from ddo_jax.method import generate
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.training import run as run_lib
+from ddo_jax.weights import inception as inception_weights
+from ddo_jax.weights import references
+
+SHAPE, WIDTH, COUNT = (4, 4, 3), 6, 150
+TINY = dataclasses.replace(
+  protocols.get('adm-img256'),
+  name='tiny',
+  image_shape=SHAPE,
+  num_images=COUNT,
+  first_seeds=(0, COUNT, 2 * COUNT),
+  reference='tiny.npz',
+  features=('fid',),
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+  """A protocol of tiny images, and a projection in Inception's place."""
+  draw = np.random.default_rng(0)
+  matrix = draw.normal(size=(48, WIDTH + 5)).astype(np.float32) / 500
+
+  def apply(params, images, rule):
+    assert rule == 'tf1'
+    x = images.reshape(len(images), -1).astype(jnp.float32) @ params['matrix']
+    x = jnp.tanh(x)
+    taps = dict.fromkeys(inception.Taps._fields)
+    taps |= {'features': x[:, :WIDTH], 'logits_unbiased': x[:, WIDTH:]}
+    return inception.Taps(**taps)
+
+  origin = {'file': 'stand-in', 'sha256': 'f' * 64}
+  monkeypatch.setattr(inception, 'apply', apply)
+  monkeypatch.setattr(inception, 'CLASSES', 5)
+  monkeypatch.setattr(
+    inception_weights, 'load', lambda path: ({'matrix': matrix}, origin)
+  )
+  monkeypatch.setitem(references.WIDTHS, 'fid', WIDTH)
+  monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
+  return matrix
+
+
+def images_of(count=COUNT, seed=0):
+  draw = np.random.default_rng(seed)
+  return draw.integers(0, 256, (count, *SHAPE), np.uint8)
+
+
+def save_png(path, image):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(image).save(path)
+
+
+@pytest.fixture
+def settings(tmp_path):
+  """A config whose reference is of `images_of()`."""
+  np.savez(tmp_path / 'data.npz', image=images_of(), label=np.arange(COUNT) % 3)
+  config = digits.get_config()
+  config.data.source = str(tmp_path / 'data.npz')
+  config.evaluation = config_lib.Evaluation(
+    protocol='tiny',
+    metric='fid',
+    selection_samples=80,
+    seeds=2,  # the protocol has three
+    reference=str(tmp_path / 'fid.npz'),
+  )
+  config.model.image_shape, config.model.num_classes = SHAPE, 3
+  config.model.hidden, config.model.levels = 8, 256
+  config.sampler.num_steps, config.executor.sample_batch = 2, 40
+  score.write_reference(config, tmp_path)
+  return config
+
+
+def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
+  np.savez(tmp_path / 'same.npz', arr_0=images_of())
+  result = score.score_images(settings, tmp_path / 'same.npz', tmp_path)
+  assert abs(result['scores']['fid']['mean']) < 1e-9
+  assert json.loads((tmp_path / 'eval.json').read_text()) == result
+  assert result['protocol']['name'] == 'tiny'
+  assert result['files']['inception']['sha256'] == 'f' * 64
+  assert result['files']['reference']['data'].endswith('data.npz')
+  assert len(result['files']['reference']['sha256']) == 64
+  assert result['notes'] == []
+  for estimate in ('jackknife', 'limit'):
+    assert result['uncertainty']['fid'][estimate]['label']
+  np.savez(tmp_path / 'other.npz', arr_0=images_of(seed=1))
+  other = score.score_images(settings, tmp_path / 'other.npz', tmp_path)
+  assert other['scores']['fid']['mean'] > 1e-4
+  gap = score.compare(other, result)
+  assert gap['fid'] == pytest.approx(other['scores']['fid']['mean'], abs=1e-9)
+  changed = json.loads(json.dumps(result))
+  changed['protocol']['labels'] = 'random'
+  with pytest.raises(config_lib.UserError, match='labels balanced and random'):
+    score.compare(other, changed)
+  with pytest.raises(config_lib.UserError, match='without a protocol'):
+    score.compare(other, {'scores': {}})
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_files_score_as_arrays(settings, tmp_path, kind):
+  writer = generate.ImageWriter(tmp_path / 'set')
+  writer.add(np.arange(COUNT), images_of(), np.arange(COUNT) % 3)
+  writer.close()
+  path = tmp_path / 'set'
+  if kind == 'zip':
+    with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
+      for file in path.rglob('*.*'):
+        archive.write(file, file.relative_to(path))
+    path = tmp_path / 'set.zip'
+  result = score.score_images(settings, path, tmp_path)
+  assert abs(result['scores']['fid']['mean']) < 1e-9
+
+
+def test_features_go_on_where_they_were_cut_off(settings, small, tmp_path):
+  extractor, asked = features.Extractor(settings), []
+
+  def chunks(ids, stop=None):
+    asked.append(ids)
+    for start in range(0, len(ids), 13):
+      if stop is not None and start >= stop:
+        raise KeyboardInterrupt
+      yield images_of()[ids[start : start + 13]]
+
+  whole = extractor.features(chunks, COUNT)
+  wanted = np.tanh(images_of().reshape(COUNT, -1) @ small)[:, :WIDTH]
+  np.testing.assert_allclose(whole['fid'], wanted, atol=1e-5)
+  options = {'folder': tmp_path / 'kept', 'devices': jax.local_devices()[:1]}
+  with pytest.raises(KeyboardInterrupt):
+    extractor.features(lambda ids: chunks(ids, 140), COUNT, **options)
+  rest = extractor.features(chunks, COUNT, **options)
+  assert 0 < len(asked[-1]) < COUNT
+  for kind, rows in whole.items():
+    np.testing.assert_array_equal(rest[kind], rows)
+    assert np.isfinite(rows).all()
+
+
+class Drawn:
+  """In a generator's place: an image is its id and its label."""
+
+  def __init__(self, batch):
+    self.batch = batch
+    self.model = models.build(
+      config_lib.Config(model=digits.get_config().model), config_lib.Phase()
+    )
+
+  def stream(self, params, key, ids, labels):
+    for start in range(0, len(ids), self.batch):
+      part = slice(start, start + self.batch)
+      images = np.stack([images_of(1, int(i))[0] for i in ids[part]])
+      images[:, 0, 0, 0] = labels[part]
+      yield images
+
+  def render(self, stored):
+    return stored
+
+
+def test_drawn_images_do_not_depend_on_the_batch(settings):
+  settings.evaluation.real_images = 100
+  run = run_lib.Run(settings, None)
+  evaluator = fidelity.Evaluator(settings, run.real)
+  measure = lambda batch, block: evaluator.measure(
+    Drawn(batch), None, None, block, 90
+  )
+  first = measure(7, 1)
+  assert first == measure(64, 1)
+  assert first != measure(64, 0)
+  wanted = {'fid', 'inception_score', 'kid', 'precision', 'recall'}
+  assert first.keys() == wanted
+  kept = {}
+
+  def keep(ids, images, labels):
+    kept.update(zip(ids.tolist(), labels.tolist(), strict=True))
+    np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
+
+  evaluator.extractor.draw(Drawn(7), None, None, np.arange(COUNT), keep=keep)
+  assert kept == {i: i % 10 for i in range(COUNT)}
+
+
+@pytest.fixture
+def run_folder(settings, tmp_path):
+  model = models.build(settings, settings.ddo)
+  params = jax.jit(model.init)(rng.stream(0))
+  checkpoint.save_params(tmp_path / 'params', params, {'config': {}})
+  return tmp_path
+
+
+def test_params_are_scored_and_their_images_written(settings, run_folder):
+  evaluate_run = lambda **options: main.run(
+    settings,
+    run_folder / 'run',
+    'evaluate',
+    run_folder / 'params',
+    output=run_folder / 'out',
+    **options,
+  )
+  result = evaluate_run()
+  values = result['scores']['fid']['values']
+  assert len(values) == 2
+  assert values[0] != values[1]
+  assert result['scores']['fid']['minimum'] == min(values)
+  assert result['ids'] == [0, 2 * COUNT]
+  assert not list((run_folder / 'out').glob('features_*'))
+  assert (run_folder / 'out' / 'eval.json').exists()
+  for name in ('images', 'images.npz'):
+    again = evaluate_run(save_images=run_folder / name)
+    assert again['scores'] == result['scores']
+    written = score.score_images(
+      settings, run_folder / name, run_folder / 'out'
+    )
+    # The same images; the order of an .npz is shuffled.
+    assert written['scores']['fid']['mean'] == pytest.approx(
+      values[0], abs=1e-12
+    )
+  with np.load(run_folder / 'images.npz') as arrays:
+    assert (arrays['arr_1'][:20] != np.arange(20) % 3).any()
+    assert np.bincount(arrays['arr_1']).tolist() == [50, 50, 50]
+
+
+def test_features_of_another_seed_are_not_gone_on_with(
+  settings, run_folder, monkeypatch
+):
+  def scores(output):
+    return main.run(
+      settings,
+      run_folder / 'run',
+      'evaluate',
+      run_folder / 'params',
+      output=run_folder / output,
+    )['scores']
+
+  def cut_off(evaluator, rows):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fidelity.Evaluator, 'scores', cut_off)
+    with pytest.raises(KeyboardInterrupt):
+      scores('out')
+  assert list((run_folder / 'out').glob('features_*/block_0/fid.npy'))
+  settings.seed = 1
+  assert scores('out') == scores('fresh')
+
+
+def test_a_round_is_selected_and_reported_by_the_protocol(settings, run_folder):
+  run = run_lib.Run(settings, run_folder / 'run')
+  model = models.build(settings, settings.ddo)
+  params, _ = run_lib.load_params(run_folder / 'params', model, run.executor)
+  arguments = (run.evaluator, run.generator(model), params, settings)
+  assert evaluator_lib.selection_scores(*arguments)['fid'] > 0
+  report = evaluator_lib.report_scores(*arguments)
+  assert report['fid']['sd'] > 0
+  assert evaluator_lib.sizes(run.evaluator, settings) == (COUNT, 2)
+  settings.evaluation.samples, settings.evaluation.seeds = 7, 0
+  assert evaluator_lib.sizes(run.evaluator, settings) == (7, 3)
+
+
+def encoded(image, kind):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, kind)
+  return file.getvalue()
+
+
+def test_mistakes(settings, tmp_path, monkeypatch):
+  def refusal(path, config=settings):
+    with pytest.raises(config_lib.UserError) as error:
+      score.score_images(config, path, tmp_path)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+  np.savez(tmp_path / 'a.npz', arr_0=images_of() / 255)
+  assert 'float64' in refusal(tmp_path / 'a.npz')
+  np.savez(tmp_path / 'a.npz', x=images_of())
+  assert 'wanted arr_0 or image' in refusal(tmp_path / 'a.npz')
+  np.savez(tmp_path / 'a.npz', arr_0=np.zeros((9, 5, 4, 3), np.uint8))
+  assert 'measures uint8 [4, 4, 3]' in refusal(tmp_path / 'a.npz')
+  assert 'no images at' in refusal(tmp_path / 'lost')
+  (tmp_path / 'set').mkdir()
+  (tmp_path / 'set' / 'a.jpg').write_bytes(encoded(images_of()[0], 'JPEG'))
+  assert 'a.jpg: compression with loss' in refusal(tmp_path / 'set')
+  (tmp_path / 'set' / 'a.jpg').unlink()
+  whole = encoded(images_of()[0], 'PNG')
+  (tmp_path / 'set' / 'a.png').write_bytes(whole)
+  (tmp_path / 'set' / 'b.png').write_bytes(whole[:60])
+  assert 'b.png' in refusal(tmp_path / 'set')
+  np.savez(tmp_path / 'few.npz', arr_0=images_of(5))
+  notes = score.score_images(settings, tmp_path / 'few.npz', tmp_path)['notes']
+  assert 'not to be compared' in notes[0]
+  assert 'rank-deficient' in notes[1]
+  settings.evaluation.features = ('sfid',)
+  assert 'has fid' in refusal(tmp_path / 'few.npz')
+  settings.evaluation.features = ()
+  settings.evaluation.protocol = 'edm'
+  assert 'wanted one of edm-cifar10' in refusal(tmp_path / 'few.npz')
+  settings.evaluation.protocol = 'tiny'
+  settings.evaluation.reference = str(tmp_path / 'lost.npz')
+  assert 'lost.npz' in refusal(tmp_path / 'few.npz')
+
+
+def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
+  monkeypatch.setattr(inception_weights, 'FOLDER', tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with pytest.raises(config_lib.UserError, match='no Inception weights in'):
+    features.Extractor(settings)
+
+
+def test_sorted_samples_have_no_inception_score(settings):
+  evaluator = fidelity.Evaluator(settings)
+  logits = np.repeat(np.eye(5, dtype=np.float32) * 9, 2_000, axis=0)
+  rows = {'fid': np.random.default_rng(0).normal(size=(10_000, WIDTH))}
+  rows = {k: np.float32(v) for k, v in rows.items()}
+  with pytest.raises(config_lib.UserError, match='sorted by class'):
+    evaluator.scores(rows | {features.LOGITS: logits})
+
+
+def test_devices_agree(settings):
+  """One and eight: statistics to the bit on CPU."""
+  assert devices_lib.Executor(settings.executor).num_devices == 8
+  extractor = features.Extractor(settings)
+  chunks = lambda ids: [images_of(300)[ids]]
+  eight = features.sums(extractor.features(chunks, 300)['fid'])
+  one = extractor.features(chunks, 300, devices=jax.local_devices()[:1])
+  np.testing.assert_array_equal(features.sums(one['fid']).outer, eight.outer)

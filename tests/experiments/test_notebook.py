@@ -1,0 +1,35 @@
+"""The Colab notebook runs from top to bottom and is committed clean."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / 'experiments' / 'colab').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.name)
+def test_committed_without_outputs(path):
+  notebook = nbformat.read(path, as_version=4)
+  cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+  assert cells
+  assert not any(c.outputs or c.execution_count for c in cells)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.name)
+def test_runs(path, monkeypatch):
+  monkeypatch.setenv('DDO_JAX_QUICK', '1')
+  notebook = nbformat.read(path, as_version=4)
+  client = nbclient.NotebookClient(
+    notebook, timeout=300, resources={'metadata': {'path': str(path.parent)}}
+  )
+  client.execute()
+  text = ''.join(
+    output.get('text', '')
+    for cell in notebook.cells
+    for output in cell.get('outputs', [])
+  )
+  assert 'fd_train' in text
+  assert 'report.html' in text

@@ -1,0 +1,210 @@
+"""Checkpoints and folders of params: what comes back, and what is refused."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+
+from ddo_jax import config
+from ddo_jax.runtime import checkpoint
+from ddo_jax.training import state as state_lib
+
+PHASE = config.Phase(ema_halflife=(10.0, 20.0), clip_norm=1.0)
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def make_params(value=0.0, width=3):
+  return {
+    'dense': {'kernel': jnp.full((2, width), value), 'bias': jnp.zeros(width)}
+  }
+
+
+def make_state(step=0, width=3, phase=PHASE):
+  """A state whose every leaf depends on the step, whose averages differ."""
+  state = state_lib.create(make_params(width=width), phase)
+  state = jax.tree.map(lambda leaf: leaf + step, state)
+  ema = {
+    name: jax.tree.map(lambda leaf, i=i: leaf + i, params)
+    for i, (name, params) in enumerate(state.ema.items(), 1)
+  }
+  return state.replace(step=jnp.int32(step), ema=ema)
+
+
+def abstract(tree):
+  return checkpoint.abstract(tree, jax.tree.map(lambda _: HERE, tree))
+
+
+def saved(folder, steps, metrics=None):
+  """Saves the state of each step, with the metrics given by step."""
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    for step in steps:
+      checkpoints.save(make_state(step), step, (metrics or {}).get(step))
+  return folder
+
+
+def assert_equal(got, expected):
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize('phase', [PHASE, config.Phase()], ids=['ema', 'plain'])
+def test_a_state_comes_back(tmp_path, phase):
+  state = make_state(7, phase=phase)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state, 7)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 7
+    assert_equal(checkpoints.restore(7, abstract(state)), state)
+
+
+def test_an_empty_folder_has_no_step(tmp_path):
+  with checkpoint.Checkpoints(tmp_path / 'new') as checkpoints:
+    assert checkpoints.latest_step() is None
+
+
+def kept(folder):
+  return sorted(int(path.name) for path in folder.glob('[0-9]*'))
+
+
+@pytest.mark.parametrize(
+  ('metrics', 'expected'),
+  [
+    ({}, [8]),
+    ({2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}, [4, 8]),
+    ({2: 3.0, 4: 2.0, 6: 1.5, 8: 1.0}, [8]),
+    ({2: 1.0, 6: 2.0}, [2, 8]),  # saves between evaluations
+  ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, metrics, expected):
+  assert kept(saved(tmp_path, [2, 4, 6, 8], metrics)) == expected
+
+
+def test_the_best_is_kept_across_a_resume(tmp_path):
+  saved(tmp_path, [2, 4], {2: 1.0, 4: 2.0})
+  saved(tmp_path, [6, 8], {6: 3.0})
+  assert kept(tmp_path) == [2, 8]
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+  step = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
+  state, expected = make_state(5), make_state(5)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state, 5)
+    for _ in range(3):
+      state = step(state)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert_equal(checkpoints.restore(5, abstract(expected)), expected)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+  saved(tmp_path, [3])
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(config.UserError) as caught:
+      checkpoints.restore(3, abstract(make_state(width=4)))
+  line = str(caught.value)
+  assert f'{tmp_path / "3"} holds another architecture' in line
+  assert 'dense/kernel: stored (2, 3), wanted (2, 4)' in line
+
+
+def full_disk(*args, **kwargs):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+  saved(tmp_path, [2])
+  with monkeypatch.context() as patch:
+    patch.setattr(tensorstore, 'open', full_disk)  # by it Orbax writes arrays
+    with pytest.raises(config.UserError) as caught:
+      with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(4), 4)
+        checkpoints.wait()
+  line = str(caught.value)
+  assert f'disk full while saving in {tmp_path}; what was saved' in line
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 2
+    state = checkpoints.restore(2, abstract(make_state()))
+  assert_equal(state, make_state(2))
+
+
+def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
+  folder, params = tmp_path / 'params', make_params()
+  with monkeypatch.context() as patch:
+    patch.setattr(tensorstore, 'open', full_disk)
+    with pytest.raises(config.UserError, match=f'disk full .* in {folder}'):
+      checkpoint.save_params(folder, params, {})
+  with pytest.raises(config.UserError, match='no params'):
+    checkpoint.load_params(folder, abstract(params))
+  checkpoint.save_params(folder, params, {})  # what it left is no obstacle
+  checkpoint.load_params(folder, abstract(params))
+
+
+def test_another_failure_to_save_is_not_called_a_full_disk(
+  tmp_path, monkeypatch
+):
+  def denied(*args, **kwargs):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+  monkeypatch.setattr(tensorstore, 'open', denied)
+  with pytest.raises(
+    (OSError, ValueError), match='Permission denied'
+  ) as caught:
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(make_state(4), 4)
+      checkpoints.wait()
+  assert not isinstance(caught.value, config.UserError)
+
+
+def test_params_come_back_with_what_is_kept_beside_them(tmp_path):
+  folder, params = tmp_path / 'params', make_params(2.0)
+  for value in (1.0, 2.0):  # an earlier folder is replaced
+    checkpoint.save_params(folder, make_params(value), {'stage': 'a'})
+  got, meta = checkpoint.load_params(folder, abstract(params))
+  assert_equal(got, params)
+  assert meta == {'stage': 'a', 'sha256': checkpoint.tree_hash(params)}
+  assert checkpoint.load_meta(folder) == meta
+
+
+def test_a_folder_without_params_is_refused(tmp_path):
+  with pytest.raises(config.UserError, match=f'no params in {tmp_path}; name'):
+    checkpoint.load_params(tmp_path, abstract(make_params()))
+
+
+def test_params_of_another_architecture_are_refused(tmp_path):
+  checkpoint.save_params(tmp_path / 'a', make_params(), {})
+  other = {'dense': {'kernel': jnp.zeros((2, 4))}, 'new': jnp.zeros(1)}
+  with pytest.raises(config.UserError) as caught:
+    checkpoint.load_params(tmp_path / 'a', abstract(other))
+  line = str(caught.value)
+  assert '(3 arrays differ)' in line
+  assert 'dense/bias: stored (3,), wanted nothing' in line
+  assert 'dense/kernel: stored (2, 3), wanted (2, 4)' in line
+  assert 'new: stored nothing, wanted (1,)' in line
+
+
+def test_changed_params_are_refused(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, 'tree_hash', lambda params: '0' * 64)
+    checkpoint.save_params(tmp_path / 'a', make_params(), {})
+  with pytest.raises(config.UserError, match='do not match their sha256'):
+    checkpoint.load_params(tmp_path / 'a', abstract(make_params()))
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    {'b': np.zeros((2, 3), np.float32)},
+    {'a': np.zeros((3, 2), np.float32)},
+    {'a': np.zeros((2, 3), np.int32)},
+    {'a': np.full((2, 3), -0.0, np.float32)},
+  ],
+)
+def test_the_hash_tells_names_shapes_types_and_bytes_apart(other):
+  tree = {'a': np.zeros((2, 3), np.float32)}
+  assert checkpoint.tree_hash(tree) == checkpoint.tree_hash(
+    jax.tree.map(jnp.asarray, tree)
+  )
+  assert checkpoint.tree_hash(tree) != checkpoint.tree_hash(other)

@@ -1,0 +1,202 @@
+"""The loop of one phase: promotion, what stops it, what it fetches."""
+
+import dataclasses
+
+import chex
+import interruption
+import jax
+import numpy as np
+import pytest
+
+from ddo_jax import config as config_lib
+from ddo_jax import rng
+from ddo_jax.data import sources
+from ddo_jax.models import toy
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
+from ddo_jax.training import loop as loop_lib
+
+BATCH, STEPS = 16, 12
+SHAPE, CLASSES = (4, 4, 1), 3
+MODEL = toy.build(
+  toy.ToyConfig('mlp', 8, 1, SHAPE, CLASSES),
+  p_mean=-0.5,
+  p_std=1.2,
+  remat=False,
+)
+PHASE = config_lib.Phase(
+  images=STEPS * BATCH,
+  batch_size=BATCH,
+  alpha=(2.0,),
+  beta=(0.1,),
+  learning_rate=(1e-2,),
+  ema_halflife=(30.0, 60.0),
+  eval_images=6 * BATCH,
+  save_images=3 * BATCH,
+  log_images=2 * BATCH,
+)
+
+
+def make_source(name, seed):
+  numbers = np.random.default_rng(seed)
+  images = numbers.integers(0, 17, (64, *SHAPE), np.uint8)
+  return sources.ArraySource(name, images, np.arange(64) % CLASSES, CLASSES, 17)
+
+
+@pytest.fixture(scope='module')
+def executor():
+  """Of all devices; it keeps the compiled step."""
+  return devices_lib.Executor(config_lib.Executor())
+
+
+@pytest.fixture
+def make_job(executor, tmp_path):
+  """Makes a job of a round; all of one test share their folder."""
+
+  def make(scores=None):
+    shapes = jax.eval_shape(MODEL.init, rng.stream(0))
+    numbers = np.random.default_rng(0)
+    normal = lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32)
+    params = executor.place_state(jax.tree.map(normal, shapes))
+    return loop_lib.Job(
+      name='round_000',
+      folder=tmp_path / 'round_000',
+      seed=0,
+      phase=PHASE,
+      round_index=0,
+      model=MODEL,
+      start=lambda: params,
+      reference=params,
+      frozen={},
+      real=make_source('real', 1),
+      fake=make_source('fake', 2),
+      sampler=None,
+      executor=executor,
+      accumulate=1,
+      log=records.MetricsLog(tmp_path),
+      evaluate=scores,
+      metric='fd_train',
+    )
+
+  return make
+
+
+class Judge:
+  """Gives the scores of a list, and keeps the hash of what it judged."""
+
+  def __init__(self, *scores):
+    self.scores, self.judged = list(scores), []
+
+  def __call__(self, params):
+    self.judged.append(checkpoint.tree_hash(params))
+    return {'fd_train': self.scores[len(self.judged) - 1]}
+
+
+@pytest.mark.parametrize(
+  ('scores', 'best', 'profile'),
+  [
+    # Two averages at each of steps 0, 6 and 12.
+    ((1, 1, 2, 3, 4, 5), 0, 'params'),  # the reference stays
+    ((7, 7, 2, 1, 4, 5), 3, 'halflife_60'),
+    ((7, 7, 3, 2, 1, 4), 4, 'halflife_30'),
+  ],
+)
+def test_promotion_takes_the_best(make_job, scores, best, profile):
+  judge = Judge(*map(float, scores))
+  promotion = loop_lib.run(make_job(judge))
+  got = (promotion.step, promotion.profile, promotion.selection)
+  assert got == (6 * (best // 2), profile, 1.0)
+  assert checkpoint.tree_hash(promotion.params) == judge.judged[best]
+  assert len(set(judge.judged)) == 5  # the averages start out equal
+
+
+def test_promotion_takes_one_of_two_equal_ones(make_job):
+  judge = Judge(7.0, 7.0, 1.0, 2.0, 3.0, 1.0)
+  promotion = loop_lib.run(make_job(judge))
+  assert promotion.selection == 1.0
+  sha256 = checkpoint.tree_hash(promotion.params)
+  assert sha256 in (judge.judged[2], judge.judged[5])
+
+
+def test_the_last_state_is_promoted_where_nothing_is_evaluated(make_job):
+  promotion = loop_lib.run(make_job())
+  assert (promotion.step, promotion.selection) == (STEPS, None)
+
+
+def test_law_4_pmap_resumes_as_fsdp(make_job, tmp_path):
+  expected = loop_lib.run(make_job())
+  log = records.read_log(tmp_path)
+  job = dataclasses.replace(make_job(), folder=tmp_path / 'other')
+  interruption.interrupted(job, 7)
+  first_half = records.read_log(tmp_path)[:3]  # steps 0, 2, 4; 6 was saved
+  fsdp = devices_lib.Executor(config_lib.Executor(kind='fsdp'))
+  reference = fsdp.place_state(job.reference)
+  promotion = loop_lib.run(
+    # Where a checkpoint is, nothing is read of the start.
+    dataclasses.replace(job, executor=fsdp, reference=reference, start=None)
+  )
+  again = records.read_log(tmp_path)
+  assert again[:3] == first_half != log[:3]  # images/s tells them apart
+  assert [r['step'] for r in again] == [r['step'] for r in log]
+  losses = [[r['loss'] for r in part] for part in (again, log)]
+  np.testing.assert_allclose(*losses, rtol=1e-4)
+  kernels = [a for a in jax.tree.leaves(promotion.params) if a.ndim == 2]
+  assert any(not a.sharding.is_fully_replicated for a in kernels)
+  params = (jax.device_get(p.params) for p in (promotion, expected))
+  chex.assert_trees_all_close(*params, rtol=1e-3, atol=1e-4)
+
+
+def test_an_undefined_score_stops_the_run(make_job):
+  with pytest.raises(config_lib.UserError, match='round_000 step 6: fd_train'):
+    loop_lib.run(make_job(Judge(1.0, 1.0, 2.0, float('nan'))))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_job):
+  job = make_job()
+  interruption.interrupted(job, 4)
+  wild = dataclasses.replace(job.phase, learning_rate=(1e30,))
+  with pytest.raises(config_lib.UserError) as caught:
+    loop_lib.run(dataclasses.replace(job, phase=wild))
+  line = str(caught.value)
+  assert line.startswith('round_000 step 4: ')
+  assert f'last good checkpoint: {job.folder / "checkpoints" / "3"};' in line
+
+
+def test_law_1_a_start_that_is_not_at_chance_stops_the_run(
+  make_job, monkeypatch
+):
+  fetch = devices_lib.fetch
+  for name, factor in (('loss', 1.01), ('max_abs_logit', 1)):
+
+    def changed(tree, name=name, factor=factor):
+      return fetch(tree) | {name: fetch(tree)[name] * factor + 2e-3}
+
+    with monkeypatch.context() as patch:
+      patch.setattr(devices_lib, 'fetch', changed)
+      with pytest.raises(config_lib.UserError, match=r'step 0: .* two passes'):
+        loop_lib.run(make_job())
+
+
+def test_law_7_what_the_loop_fetches(make_job, monkeypatch):
+  job = make_job(Judge(*map(float, range(6))))
+  fetched, fetch = [], devices_lib.fetch
+
+  def counted(tree):
+    fetched.append(tree)
+    return fetch(tree)
+
+  monkeypatch.setattr(devices_lib, 'fetch', counted)
+  loop_lib.run(job)
+  # Logged: 0, 2, 4, 6, 8, 10. Checked before an evaluation: 5, 11. Checked
+  # before a save: 2 and 8 (logged), 5, 11.
+  assert len(fetched) == 8 < STEPS
+
+
+def test_law_7_the_loop_forbids_implicit_transfers(make_job, monkeypatch):
+  job = make_job()
+  stack = lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:])
+  place = lambda rows: jax.tree.map(stack, rows)
+  monkeypatch.setattr(job.executor, 'place_batch', place)
+  with pytest.raises(Exception, match='Disallowed host-to-device'):
+    loop_lib.run(job)

@@ -1,0 +1,56 @@
+"""What a round says of itself; test_resume.py and test_main.py play rounds."""
+
+import pytest
+
+from configs import digits
+from configs import digits_var
+from ddo_jax import config as config_lib
+from ddo_jax.training import round as round_lib
+from ddo_jax.training import run as run_lib
+
+
+@pytest.mark.parametrize(
+  ('accuracy', 'saturated', 'wanted'),
+  [
+    (0.7, 0.6, 'saturates (|βΔ| > 4 on 60% of the rows)'),
+    (0.501, 0.0, 'at chance (accuracy 0.501)'),
+    (0.51, 0.49, None),
+  ],
+)
+def test_warnings_tell_of_the_second_half(accuracy, saturated, wanted):
+  late = {'kind': 'train', 'accuracy': accuracy, 'saturated': saturated}
+  early = {'kind': 'train', 'accuracy': 0.5, 'saturated': 1.0}
+  other = [{'kind': 'eval'}, {'kind': 'train', 'loss': 1.0}]
+  found = round_lib.warnings([early, early, *other, late, late])
+  assert len(found) == (wanted is not None)
+  assert all(wanted in line for line in found)
+  assert not round_lib.warnings(other)
+
+
+@pytest.mark.parametrize(
+  ('name', 'change'),
+  [
+    ('ddo', {'objective': 'cca'}),
+    ('ddo', {'objective': 'dpo'}),
+    ('pretrain', {'label_drop': 0.1}),
+  ],
+)
+def test_a_model_without_classes_cannot_go_by_labels(tmp_path, name, change):
+  config = digits.get_config()
+  config.model.num_classes = 0
+  config.pretrain.label_drop = config.ddo.label_drop = 0.0
+  run_lib.Run(config, tmp_path)
+  for field, value in change.items():
+    setattr(getattr(config, name), field, value)
+  with pytest.raises(config_lib.UserError, match=f'config.{name} has object'):
+    run_lib.Run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  'recipes', [(digits, digits_var), (digits_var, digits)]
+)
+def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
+  config, other = (recipe.get_config() for recipe in recipes)
+  config.sampler = other.sampler
+  with pytest.raises(config_lib.UserError, match=r'sampler is .* wants'):
+    run_lib.Run(config, tmp_path)

@@ -1,0 +1,338 @@
+"""The step at θ = θ_ref, its gradient, and one result on any devices."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddo_jax import config
+from ddo_jax import rng
+from ddo_jax.method import ddo
+from ddo_jax.method import likelihood
+from ddo_jax.models import edm2
+from ddo_jax.models import toy
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
+
+BATCH = 16
+CLASSES = 3
+DROP = 0.3
+SHAPE = (4, 4, 1)
+ALPHA, BETA = 2.0, 0.05
+
+
+class Case(NamedTuple):
+  """How a step is compiled; 'jit' is the bare step, without an executor."""
+
+  kind: str
+  devices: int = 1
+  accumulate: int = 1
+  remat: bool = False
+  label_drop: float = DROP
+  normalize: bool = False
+  network: str = 'mlp'
+
+
+JIT = Case('jit')
+PMAP = Case('pmap', 8)
+PMAP_ACCUMULATE = Case('pmap', 8, accumulate=2)
+FSDP = Case('fsdp', 8)
+EDM2 = [
+  Case(kind, n, remat=True, network='edm2')
+  for kind, n in (('jit', 1), ('pmap', 8), ('fsdp', 8))
+]
+NORMALIZED = Case('fsdp', 8, 2, remat=True, label_drop=0, normalize=True)
+# Every setting with more than one executor, not every combination: each is
+# compiled, for seconds.
+CASES = [
+  JIT,
+  PMAP,
+  PMAP_ACCUMULATE,
+  FSDP,
+  Case('pmap', 1, remat=True, label_drop=0, normalize=True),
+  Case('pmap', 8, remat=True, normalize=True, network='unet'),
+  NORMALIZED,
+  *EDM2,
+]
+NAMES = ['-'.join(map(str, case)) for case in CASES]
+
+
+def make_rows(seed):
+  numbers = np.random.default_rng(seed)
+  image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
+  label = np.arange(BATCH, dtype=np.int32) % CLASSES
+  return {'image': image, 'label': label}
+
+
+def make_model(network='mlp', remat=False):
+  if network == 'edm2':
+    knobs = edm2.Edm2Config(SHAPE, CLASSES, 4, (1,), 1, (), 4)
+    return edm2.build(knobs, p_mean=-0.5, p_std=1.2, remat=remat)
+  knobs = toy.ToyConfig(network, 8, 1, SHAPE, CLASSES)
+  return toy.build(knobs, p_mean=-0.5, p_std=1.2, remat=remat)
+
+
+def make_params(model):
+  """Weights without a zero: at Flax's own, the last layer hides the rest."""
+  shapes = jax.eval_shape(model.init, rng.stream(0))
+  numbers = np.random.default_rng(0)
+  normal = lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32)
+  return model.project(jax.tree.map(normal, shapes))
+
+
+class Bench:
+  """A compiled step and what it takes; counts how often it is traced."""
+
+  def __init__(self, case):
+    self.case, self.traces = case, 0
+    self.model = make_model(case.network, case.remat)
+    self.params = make_params(self.model)
+    self.phase = config.Phase(
+      batch_size=BATCH,
+      images=100 * BATCH,
+      normalize=case.normalize,
+      label_drop=case.label_drop,
+      ema_halflife=(100.0,),
+      # Adam's usual 1e-8 turns the rounding noise of a vanishing gradient
+      # into a step of full length.
+      adam_eps=1e-3,
+    )
+    static = {
+      'model': self.model,
+      'phase': self.phase.static(),
+      'accumulate': case.accumulate,
+    }
+    if case.kind == 'jit':
+      self.place = self.place_batch = lambda tree: tree
+      self.step_fn = jax.jit(functools.partial(self._traced, **static))
+      self.reference = jax.tree.map(jnp.copy, self.params)
+      return
+    settings = config.Executor(kind=case.kind)
+    executor = devices_lib.Executor(settings, case.devices)
+    self.place, self.place_batch = executor.replicate, executor.place_batch
+    self.step_fn = executor.compile_step(self._traced, **static)
+    self.reference = executor.place_state(self.params)
+    self._executor = executor
+
+  def _traced(self, *args, **kwargs):
+    self.traces += 1
+    return step_lib.train_step(*args, **kwargs)
+
+  def start(self):
+    state = state_lib.create(self.params, self.phase)
+    return (
+      state if self.case.kind == 'jit' else self._executor.place_state(state)
+    )
+
+  def run(self, steps, alpha=ALPHA, beta=BETA, learning_rate=1e-2):
+    """The state after some steps from the reference, and all metrics."""
+    values = map(jnp.float32, (alpha, beta, learning_rate))
+    hyper = state_lib.Hyper(*values)
+    hyper, key = self.place((hyper, rng.stream(0, 'test')))
+    state, history = self.start(), []
+    for step in range(steps):
+      real, fake = make_rows(2 * step), make_rows(2 * step + 1)
+      real['id'] = np.arange(BATCH, dtype=np.uint32) + step * BATCH
+      real, fake = self.place_batch((real, fake))
+      state, metrics = self.step_fn(
+        state, self.reference, {}, real, fake, hyper, key
+      )
+      history.append(jax.device_get(metrics))
+    return state, history
+
+
+bench = functools.cache(Bench)
+
+
+@functools.cache
+def ten_steps(case):
+  state, history = bench(case).run(10)
+  return jax.device_get(state), history
+
+
+@functools.cache
+def first_metrics(case):
+  _, history = bench(case).run(1)
+  return history[0]
+
+
+def first_keys():
+  """The row keys of step 0, by the definition in `train_step`."""
+  ids = jnp.arange(BATCH, dtype=jnp.uint32)
+  key = jax.random.fold_in(rng.stream(0, 'test'), 0)
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+def first_drop(label_drop):
+  """Which rows of step 0 lose their label, [B] bool."""
+  keys = rng.split_rows(first_keys(), 'label_drop')
+  return np.array(jax.vmap(jax.random.uniform)(keys)) < label_drop
+
+
+def test_the_test_s_batch_has_rows_of_both_kinds():
+  assert 0 < first_drop(DROP).sum() < BATCH
+
+
+@pytest.mark.parametrize('case', CASES, ids=NAMES)
+def test_law_1_the_loss_at_the_reference_is_chance(case):
+  metrics = first_metrics(case)
+  dropped = first_drop(case.label_drop).mean()
+  weight_real = dropped * max(ALPHA, 1) + (1 - dropped)
+  weight_fake = (1 - dropped) * ALPHA
+  divisor = max(ALPHA, 1) if case.normalize else 1
+  chance = math.log(2) * (weight_real + weight_fake) / divisor
+  assert metrics['loss'] == pytest.approx(chance, rel=1e-5)
+  assert metrics['chance_loss'] == pytest.approx(chance, rel=1e-5)
+  assert metrics['max_abs_logit'] <= 1e-3
+  assert metrics['reference_distance'] == 0
+  assert metrics['grad_norm'] > 0.01
+
+
+@pytest.mark.parametrize('case', CASES, ids=NAMES)
+def test_law_1_the_accuracy_at_the_reference_is_one_half(case):
+  assert first_metrics(case)['accuracy'] == 0.5
+
+
+@pytest.mark.parametrize(
+  ('network', 'remat'), [('mlp', False), ('mlp', True), ('unet', False)]
+)
+def test_law_1_the_log_ratio_to_itself_is_exactly_0(network, remat):
+  model = make_model(network, remat)
+  params = make_params(model)
+  rows = make_rows(0)
+  x = model.encode({}, jnp.array(rows['image']), first_keys())
+  batch = likelihood.Batch(x, jnp.array(rows['label']), jnp.arange(BATCH))
+  log_ratio = jax.jit(model.log_ratio)
+  same, info = log_ratio(params, params, {}, batch, first_keys())
+  np.testing.assert_array_equal(same, np.zeros(BATCH))
+  metrics = ddo.diagnostics(same, same, info['level'], 8, jnp.float32(BETA))
+  assert metrics['accuracy'] == 0.5
+  # And to another it is the difference of two log-likelihoods.
+  other = jax.tree.map(lambda p: p + 0.01, params)
+  ratio, _ = log_ratio(other, params, {}, batch, first_keys())
+  log_prob = jax.jit(model.log_prob)
+  terms = (log_prob(p, {}, batch, first_keys()) for p in (other, params))
+  difference = jnp.subtract(*terms)
+  assert float(jnp.abs(difference).min()) > 1e-3
+  np.testing.assert_allclose(ratio, difference, rtol=1e-3, atol=1e-3)
+
+
+@functools.cache
+def expected_gradient(label_drop):
+  """−(β/2) [∇E w_real log p(real) − ∇E w_fake log p(fake)] by autodiff."""
+  model, keys = bench(JIT).model, first_keys()
+  dropped = jnp.array(first_drop(label_drop))
+
+  def expectation(params, rows, weight, weight_dropped):
+    x = jnp.array(rows['image'], jnp.float32) / 8 - 1
+    label = jnp.where(dropped, CLASSES, rows['label'])
+    batch = likelihood.Batch(x, label, jnp.arange(BATCH))
+    log_prob = model.log_prob(params, {}, batch, keys)
+    return jnp.mean(jnp.where(dropped, weight_dropped, weight) * log_prob)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    real = expectation(params, make_rows(0), 1, max(ALPHA, 1))
+    fake = expectation(params, make_rows(1), ALPHA, 0)
+    return -BETA / 2 * (real - fake)
+
+  return gradient(bench(JIT).params)
+
+
+@pytest.mark.parametrize(
+  ('case', 'divisor'), [(JIT, 1), (PMAP_ACCUMULATE, 1), (NORMALIZED, ALPHA)]
+)
+def test_law_2_the_gradient_at_the_reference(case, divisor):
+  state, _ = bench(case).run(1)
+  # Adam's first moment, of zero before, is (1 − b1) of the gradient.
+  got = jax.tree.map(lambda m: m / (1 - 0.9), state.opt_state[1].mu)
+  expected = expected_gradient(case.label_drop)
+  expected = jax.tree.map(lambda g: g / divisor, expected)
+  assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 0.01
+  chex.assert_trees_all_close(
+    jax.device_get(got), jax.device_get(expected), rtol=1e-3, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('case', [JIT, PMAP, FSDP], ids=['jit', 'pmap', 'fsdp'])
+def test_law_2_the_reference_never_changes(case):
+  before = checkpoint.tree_hash(bench(case).params)
+  state, _ = ten_steps(case)
+  assert checkpoint.tree_hash(bench(case).reference) == before
+  assert checkpoint.tree_hash(state.params) != before
+
+
+@pytest.mark.parametrize(
+  ('case', 'bare'),
+  [(PMAP, JIT), (PMAP_ACCUMULATE, JIT), (FSDP, JIT)]
+  + [(case, EDM2[0]) for case in EDM2[1:]],
+  ids=['pmap', 'accumulate', 'fsdp', 'edm2-pmap', 'edm2-fsdp'],
+)
+def test_law_3_one_result_on_any_devices(case, bare):
+  state, history = ten_steps(case)
+  expected_state, expected = ten_steps(bare)
+  for name in ('loss', 'mle_loss', 'margin', 'grad_norm', 'learning_rate'):
+    series = [[m[name] for m in h] for h in (history, expected)]
+    # float32 sums of other orders; what is near 0 cancels.
+    np.testing.assert_allclose(*series, rtol=1e-4, atol=1e-4, err_msg=name)
+  # What a device counted is there, of all devices.
+  counts = history[-1]['logit_real_histogram']
+  assert counts.sum() == BATCH
+  np.testing.assert_array_equal(counts, expected[-1]['logit_real_histogram'])
+  np.testing.assert_allclose(
+    history[-1]['log_ratio_fake_p95'],
+    expected[-1]['log_ratio_fake_p95'],
+    rtol=1e-3,
+  )
+  assert expected[-1]['max_abs_logit'] > 0.01  # ten steps went somewhere
+  trees = [(s.params, s.ema) for s in (state, expected_state)]
+  chex.assert_trees_all_close(*trees, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', [JIT, PMAP, FSDP], ids=['jit', 'pmap', 'fsdp'])
+def test_law_7_nothing_is_traced_twice(case, caplog):
+  ten_steps(case)
+  assert bench(case).traces == 1
+  with jax.log_compiles():
+    _, history = bench(case).run(3, alpha=3.0, beta=0.1, learning_rate=1e-3)
+  assert bench(case).traces == 1
+  assert not [m for m in caplog.messages if '_traced' in m]
+  # The new values were heeded.
+  assert history[0]['learning_rate'] == pytest.approx(1e-3)
+  dropped = first_drop(DROP).mean()
+  expected = math.log(2) * (dropped * 3 + (1 - dropped) * 4)
+  assert history[0]['loss'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_projected_weights_stay_projected():
+  """EDM2's after ten steps: θ, its average and the reference alike."""
+  state, _ = ten_steps(EDM2[1])
+  average = next(iter(state.ema.values()))
+  for params in (state.params, average, bench(EDM2[1]).reference):
+    kernel = np.asarray(params['network']['emb_noise']['kernel'])
+    rms = np.sqrt(np.mean(kernel**2, axis=0))
+    np.testing.assert_allclose(rms, 1, rtol=1e-3)
+
+
+def test_real_and_fake_rows_alternate():
+  real, fake = {'a': jnp.arange(3)}, {'a': 10 + jnp.arange(3)}
+  got = step_lib.interleave(real, fake)['a']
+  assert got.tolist() == [0, 10, 1, 11, 2, 12]
+
+
+def test_samples_of_a_step_are_rounded_to_levels():
+  """As if they had been stored: or else the discriminator sees it."""
+  model = make_model()
+  x = jnp.linspace(-1, 1, 3 * 16).reshape(3, *SHAPE)
+  got = model.round_trip({}, x, first_keys()[:3])
+  np.testing.assert_array_equal(got * 8, np.round(got * 8))
+  np.testing.assert_allclose(got, x, atol=1 / 16 + 1e-6)
+  assert np.any(got != x)

@@ -1,0 +1,311 @@
+"""Files are fetched once, whole, verified, and resumed where cut off.
+
+The server is on the loopback interface; nothing goes further.
+"""
+
+import errno
+import hashlib
+from http import server
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import huggingface_hub
+from huggingface_hub import errors
+import pytest
+
+from ddo_jax import config
+from ddo_jax.weights import download
+
+BODY = bytes(range(256)) * 40
+DIGEST = hashlib.sha256(BODY).hexdigest()
+OTHER = hashlib.sha256(b'').hexdigest()
+
+
+class Handler(server.BaseHTTPRequestHandler):
+  """Serves `server.body`; the server's fields say what goes wrong."""
+
+  def do_GET(self):
+    site, body = self.server, self.server.body
+    asked = self.headers.get('Range')
+    site.asked.append((asked, self.headers.get('If-Range')))
+    if site.status != 200:
+      return self.send_error(site.status)
+    start = 0
+    if asked and site.ranges and self.headers.get('If-Range') == site.version:
+      start = int(asked.removeprefix('bytes=').removesuffix('-'))
+      if start >= len(body):
+        return self.send_error(416)
+    self.send_response(206 if start else 200)
+    if start:
+      first = start + site.shift
+      span = f'bytes {first}-{len(body) - 1}/{len(body)}'
+      self.send_header('Content-Range', span)
+    if site.length:
+      self.send_header('Content-Length', str(len(body) - start))
+    if site.version:
+      self.send_header(site.header, site.version)
+    self.end_headers()
+    self.wfile.write(body[start : site.cut])
+
+  def do_HEAD(self):
+    """What the hub's library asks first."""
+    self.server.asked.append(self.path)
+    self.send_response(200)
+    self.send_header('ETag', self.server.version)
+    self.send_header('X-Repo-Commit', '0' * 40)
+    self.send_header('Content-Length', str(len(self.server.body)))
+    self.end_headers()
+
+  def log_message(self, *_):
+    pass
+
+
+@pytest.fixture
+def site():
+  """A server; `.url` is the address of a file there."""
+  made = server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  made.body, made.status, made.ranges, made.length = BODY, 200, True, True
+  made.header, made.version, made.cut, made.shift = 'ETag', '"one"', None, 0
+  made.asked = []
+  made.url = f'http://127.0.0.1:{made.server_port}/edm/edm-x.pkl?token=secret'
+  thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+  thread.start()
+  yield made
+  made.shutdown()
+  thread.join()
+  made.server_close()
+
+
+def refusal(*args, **kwargs):
+  with pytest.raises(config.UserError) as caught:
+    download.fetch(*args, **kwargs)
+  line = str(caught.value)
+  assert '\n' not in line
+  return line
+
+
+def names(folder):
+  return sorted(p.name for p in folder.rglob('*') if p.is_file())
+
+
+def test_a_file_is_fetched_once(site, tmp_path):
+  for sha256 in (None, DIGEST, DIGEST.upper()):
+    path = download.fetch(site.url, sha256, tmp_path)
+    assert path.name == 'edm-x.pkl' and path.read_bytes() == BODY
+  assert site.asked == [(None, None)]
+  assert names(tmp_path) == ['edm-x.pkl', 'edm-x.pkl.sha256']
+  other = download.fetch(site.url.replace('/edm/', '/edm2/'), cache=tmp_path)
+  assert other != path and len(site.asked) == 2
+
+
+@pytest.mark.parametrize('header', ['ETag', 'Last-Modified'])
+def test_a_download_that_is_cut_off_goes_on(site, tmp_path, header):
+  site.header, site.cut = header, 3000
+  assert '3000 of 10240 bytes came' in (
+    line := refusal(site.url, None, tmp_path)
+  )
+  assert 'run the same command again' in line
+  site.cut = 7000
+  assert '7000 of 10240' in refusal(site.url, DIGEST, tmp_path)
+  site.cut = None
+  path = download.fetch(site.url, DIGEST, tmp_path)
+  assert path.read_bytes() == BODY
+  assert site.asked == [
+    (None, None),
+    ('bytes=3000-', '"one"'),
+    ('bytes=7000-', '"one"'),
+  ]
+  assert names(tmp_path) == ['edm-x.pkl', 'edm-x.pkl.sha256']
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'version': '"two"', 'body': BODY[::-1]},  # the file was replaced
+    {'ranges': False, 'body': BODY[::-1]},  # the server knows no ranges
+  ],
+)
+def test_a_download_that_cannot_go_on_starts_again(site, tmp_path, change):
+  site.cut = 3000
+  refusal(site.url, None, tmp_path)
+  site.cut = None
+  vars(site).update(change)
+  path = download.fetch(site.url, cache=tmp_path)
+  assert path.read_bytes() == BODY[::-1]
+  assert site.asked[1] == ('bytes=3000-', '"one"')
+
+
+@pytest.mark.parametrize('version', ['', 'W/"weak"'])
+def test_without_a_version_nothing_is_continued(site, tmp_path, version):
+  site.version, site.cut = version, 3000
+  refusal(site.url, None, tmp_path)
+  site.cut = None
+  assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
+  assert site.asked == [(None, None)] * 2
+
+
+def test_a_server_that_continues_elsewhere_is_refused(site, tmp_path):
+  site.cut = 3000
+  refusal(site.url, None, tmp_path)
+  site.cut, site.shift = None, 1
+  assert 'another range' in refusal(site.url, None, tmp_path)
+  site.shift = 0
+  assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
+
+
+def test_what_came_whole_but_unfinished_is_asked_again(site, tmp_path):
+  site.cut = 3000
+  refusal(site.url, None, tmp_path)
+  (partial,) = tmp_path.rglob('*.partial')
+  partial.write_bytes(BODY)  # stopped before it was put in its place
+  site.cut = None
+  assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
+  assert site.asked[1:] == [('bytes=10240-', '"one"'), (None, None)]
+
+
+def test_a_length_need_not_be_known(site, tmp_path):
+  site.length = False
+  assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
+
+
+def test_a_wrong_sha256_leaves_nothing(site, tmp_path):
+  line = refusal(site.url, OTHER, tmp_path)
+  assert DIGEST in line and OTHER in line and 'thrown away' in line
+  assert names(tmp_path) == []
+  path = download.fetch(site.url, DIGEST, tmp_path)
+  assert 'correct the sha256' in refusal(site.url, OTHER, tmp_path)
+  assert path.exists() and len(site.asked) == 2
+
+
+def test_a_cached_file_that_was_damaged_is_fetched_again(site, tmp_path):
+  path = download.fetch(site.url, None, tmp_path)
+  path.write_bytes(BODY[:-1])
+  assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
+  assert len(site.asked) == 2
+
+
+@pytest.mark.parametrize('status', [401, 404, 416, 503])
+def test_what_the_server_refuses(site, tmp_path, status):
+  site.status = status
+  assert f'the server answers {status}' in refusal(site.url, None, tmp_path)
+  assert names(tmp_path) == []
+
+
+def test_no_network(tmp_path, site):
+  url = 'http://127.0.0.1:9/x.pkl'  # the discard port: nobody listens
+  line = refusal(url, None, tmp_path)
+  assert f'no network to {url}' in line and 'give its path' in line
+
+
+def test_a_full_disk(site, tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(download, '_receive', full)
+  assert 'disk full while fetching' in refusal(site.url, None, tmp_path)
+
+
+@pytest.mark.parametrize(
+  'url',
+  ['http://host/', 'http://host', 'http://host/a/%2e%2e', 'http://h/%5cx'],
+)
+def test_addresses_without_a_file(tmp_path, url):
+  assert 'names no file' in refusal(url, None, tmp_path)
+
+
+def test_a_local_file(tmp_path):
+  path = tmp_path / 'x.pkl'
+  path.write_bytes(BODY)
+  assert download.fetch(str(path)) == download.fetch(str(path), DIGEST) == path
+  assert f'has sha256 {DIGEST}; wanted {OTHER}' in refusal(str(path), OTHER)
+  assert path.exists()
+  assert 'no file' in refusal(str(tmp_path / 'none.pkl'))
+  assert 'no file' in refusal(str(tmp_path))
+  assert 'unknown scheme ftp://' in refusal('ftp://host/x.pkl')
+  for wrong in ('', 'abc', DIGEST + '0', 'g' * 64):
+    assert 'wanted 64 hexadecimal' in refusal(str(path), wrong)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """The hub's library, answering from a folder laid out as its cache."""
+  calls = []
+  blobs = tmp_path / 'blobs'
+  blobs.mkdir()
+  (blobs / DIGEST).write_bytes(BODY)
+  (tmp_path / 'x.pkl').symlink_to(blobs / DIGEST)
+
+  def hf_hub_download(repo, name, *, revision, cache_dir):
+    calls.append((repo, name, revision, cache_dir))
+    return str(tmp_path / 'x.pkl')
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', hf_hub_download)
+  return calls
+
+
+def test_a_file_of_the_hub(hub, tmp_path):
+  path = download.fetch('hf://owner/na.me/x.pkl')
+  assert path.read_bytes() == BODY
+  download.fetch('hf://owner/name@49257a0/sub/x.pkl', DIGEST, tmp_path)
+  assert hub == [
+    ('owner/na.me', 'x.pkl', None, None),
+    ('owner/name', 'sub/x.pkl', '49257a0', tmp_path),
+  ]
+  assert 'has sha256' in refusal('hf://owner/name/x.pkl', OTHER)
+  (tmp_path / 'blobs' / DIGEST).write_bytes(BODY[1:])
+  assert f'wanted {DIGEST}' in refusal('hf://owner/name/x.pkl')
+
+
+@pytest.mark.parametrize(
+  'source', ['hf://owner', 'hf://owner/name', 'hf://a/b c/d']
+)
+def test_names_that_the_hub_cannot_have(hub, source):
+  assert 'wanted hf://owner/name/file' in refusal(source) and hub == []
+
+
+@pytest.mark.parametrize(
+  ('error', 'words'),
+  [
+    (errors.LocalEntryNotFoundError('a\nb'), 'no network to the Hugging Face'),
+    (errors.EntryNotFoundError('no such\nfile'), 'does not give'),
+    (ConnectionResetError('reset'), 'does not give'),
+    (errors.HFValidationError('bad name'), 'bad name'),
+  ],
+)
+def test_what_the_hub_refuses(monkeypatch, error, words):
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', fail)
+  assert words in refusal('hf://owner/name/x.pkl')
+
+
+def through_the_hub(cache, **settings):
+  """Runs fetch in a process whose hub has settings of its own."""
+  code = (
+    'import pathlib, sys; from ddo_jax.weights import download;'
+    ' print(download.fetch(sys.argv[1], None, pathlib.Path(sys.argv[2])))'
+  )
+  return subprocess.run(
+    [sys.executable, '-c', code, 'hf://owner/name/edm/x.pkl', str(cache)],
+    env=os.environ | settings,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_hubs_own_library(site, tmp_path):
+  site.version = f'"{DIGEST}"'
+  done = through_the_hub(tmp_path, HF_ENDPOINT=site.url.partition('/edm/')[0])
+  path = pathlib.Path(done.stdout.strip())
+  assert path.name == 'x.pkl' and path.read_bytes() == BODY, done.stderr
+  assert path.resolve().name == DIGEST  # what is held against its bytes
+  assert '/owner/name/resolve/main/edm/x.pkl' in site.asked
+
+
+def test_the_hub_without_a_network(tmp_path):
+  done = through_the_hub(tmp_path, HF_HUB_OFFLINE='1')
+  assert 'UserError: no network to the Hugging Face hub' in done.stderr
