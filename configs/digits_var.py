@@ -26,7 +26,7 @@ def get_config() -> config_lib.Config:
         channels=8,
         base=32,
         mult=(1, 1),
-        levels=17,
+        pixel_values=17,
         nearest=True,  # of 17 levels, cutting off would darken
       ),
       num_classes=10,

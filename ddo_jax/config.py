@@ -11,9 +11,7 @@ import json
 import math
 from typing import Any
 
-
-class UserError(ValueError):
-  """A mistake the user can mend; `main` prints it as one line."""
+from ddo_jax import errors
 
 
 def _knob(default: Any, *, science: bool = True) -> Any:
@@ -210,12 +208,6 @@ def science_changes(config: Config, recorded: dict[str, Any]) -> list[str]:
   return lines
 
 
-def require(condition: bool, name: str, value: Any, wanted: str) -> None:
-  """Raises UserError, naming the field, unless the condition holds."""
-  if not condition:
-    raise UserError(f'config.{name} is {value!r}; it must be {wanted}')
-
-
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and math.isfinite(value)
 
@@ -229,71 +221,77 @@ def _validate_phase(name: str, phase: Phase) -> None:
   }
   for field, allowed in choices.items():
     value = getattr(phase, field)
-    require(value in allowed, f'{name}.{field}', value, f'one of {allowed}')
+    errors.require(
+      value in allowed, f'{name}.{field}', value, f'one of {allowed}'
+    )
   for field in ('alpha', 'beta', 'learning_rate', 'p_std', 'ema_halflife'):
     values = getattr(phase, field)
     good = all(_is_number(v) and v > 0 for v in values)
     good &= bool(values) or field == 'ema_halflife'
-    require(good, f'{name}.{field}', values, 'positive, one value a round')
+    errors.require(
+      good, f'{name}.{field}', values, 'positive, one value a round'
+    )
   good = bool(phase.p_mean) and all(map(_is_number, phase.p_mean))
-  require(good, f'{name}.p_mean', phase.p_mean, 'numbers, one a round')
+  errors.require(good, f'{name}.p_mean', phase.p_mean, 'numbers, one a round')
   for field in ('images', 'batch_size', 'pool_size', 'log_images'):
     value = getattr(phase, field)
-    require(value > 0, f'{name}.{field}', value, 'a positive integer')
+    errors.require(value > 0, f'{name}.{field}', value, 'a positive integer')
   good = all(0 < width < 0.288 for width in phase.ema_width)
-  require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
+  errors.require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
   amounts = ('warmup_images', 'decay_images', 'eval_images')
   for field in (*amounts, 'clip_norm', 'ema_rampup', 'weight_decay'):
     value = getattr(phase, field)
-    require(value >= 0, f'{name}.{field}', value, '0 or more')
+    errors.require(value >= 0, f'{name}.{field}', value, '0 or more')
   for field in ('label_drop', 'warmup_start', 'decay_end'):
     value = getattr(phase, field)
-    require(0 <= value < 1, f'{name}.{field}', value, 'in [0, 1)')
+    errors.require(0 <= value < 1, f'{name}.{field}', value, 'in [0, 1)')
   if phase.decay != 'none':
     value = phase.decay_images
     least = phase.warmup_images if phase.decay == 'lin0' else 0
     wanted = f'more than {least} to decay'
-    require(value > least, f'{name}.decay_images', value, wanted)
+    errors.require(value > least, f'{name}.decay_images', value, wanted)
 
 
 def validate(config: Config) -> None:
   """Raises UserError, naming the field, where a value makes no sense."""
-  require(config.model is not None, 'model', None, "a model's dataclass")
-  require(config.sampler is not None, 'sampler', None, "a sampler's dataclass")
-  require(
+  errors.require(config.model is not None, 'model', None, "a model's dataclass")
+  errors.require(
+    config.sampler is not None, 'sampler', None, "a sampler's dataclass"
+  )
+  errors.require(
     config.guide is None or bool(config.guide_from),
     'guide_from',
     '',
     "the folder of the guide's params",
   )
-  require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
-  require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
+  errors.require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
+  errors.require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
   for name in ('tokenizer', 'pretrain', 'ddo'):
     _validate_phase(name, getattr(config, name))
   for name in ('tokenizer', 'pretrain'):
     objective = getattr(config, name).objective
-    require(objective == 'mle', f'{name}.objective', objective, "'mle'")
+    errors.require(objective == 'mle', f'{name}.objective', objective, "'mle'")
   evaluation, executor = config.evaluation, config.executor
   metrics = ('fd_train', 'fd_test')
   if evaluation.protocol:
     metrics = ('fid', 'sfid', 'fd_dinov2')
-  require(
+  errors.require(
     evaluation.metric in metrics,
     'evaluation.metric',
     evaluation.metric,
     f'one of {metrics}',
   )
   value = evaluation.selection_samples
-  require(
+  errors.require(
     value > 0, 'evaluation.selection_samples', value, 'a positive integer'
   )
   for field in ('samples', 'seeds', 'real_images'):
     value = getattr(evaluation, field)
-    require(value >= 0, f'evaluation.{field}', value, '0 or more')
+    errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
   kinds = ('pmap', 'fsdp')
-  require(
+  errors.require(
     executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'
   )
   for field in ('accumulate', 'sample_batch'):
     value = getattr(executor, field)
-    require(value > 0, f'executor.{field}', value, 'a positive integer')
+    errors.require(value > 0, f'executor.{field}', value, 'a positive integer')

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.evaluation import score
@@ -124,7 +125,7 @@ def sample(
   np.savez(
     output / 'samples.npz', image=images, label=labels, provenance=origin
   )
-  generate.save_grid(output / 'samples.png', images, model.levels)
+  generate.save_grid(output / 'samples.png', images, model.pixel_values)
   return output / 'samples.png'
 
 
@@ -146,7 +147,7 @@ def convert(
     output.
 
   Raises:
-    config.UserError: the source is missing, refused or of no known network.
+    errors.UserError: the source is missing, refused or of no known network.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -292,7 +293,7 @@ def _main(argv: Sequence[str]) -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(loop_lib.EX_TEMPFAIL))
   try:
     _print(_dispatch())
-  except config_lib.UserError as error:
+  except errors.UserError as error:
     sys.exit(f'FATAL {error}')
   except KeyboardInterrupt:
     sys.exit('interrupted; run the same command again to continue')

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import pickle_reader
 
 
@@ -44,7 +44,7 @@ def in_pickle(path, raw):
 
 def refusal(read, *args):
   """The one line that refuses."""
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     read(*args)
   line = str(caught.value)
   assert '\n' not in line and len(line) < 700 and 'wanted' in line

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import toy
 from ddo_jax.samplers import heun
 
@@ -65,7 +66,7 @@ def test_the_defaults_are_valid():
   ],
 )
 def test_a_senseless_value_is_refused_by_name(name, value):
-  with pytest.raises(config_lib.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     config_lib.validate(changed(name, value))
   field = 'ddo.decay_images' if value == 'linear' else name
   assert str(caught.value).startswith(f'config.{field} is ')

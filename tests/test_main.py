@@ -11,6 +11,7 @@ import pytest
 
 from configs import digits
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax import rng
@@ -91,9 +92,9 @@ def test_a_guide_of_its_own(workdir, tmp_path):
   # Guided by its own equal, labels and all, a model is what it was.
   np.testing.assert_allclose(itself.astype(int), plain.astype(int), atol=1)
   assert (draw('c', guide_from=other, guide=smaller) != plain).any()
-  with pytest.raises(config_lib.UserError, match='another architecture'):
+  with pytest.raises(errors.UserError, match='another architecture'):
     draw('d', guide_from=other)
-  with pytest.raises(config_lib.UserError, match='guide_from'):
+  with pytest.raises(errors.UserError, match='guide_from'):
     draw('e', guide=smaller)
 
 

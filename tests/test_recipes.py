@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.runtime import devices as devices_lib
@@ -49,7 +50,7 @@ def test_from_json_of_another_version():
     {'model.type': 'X'},
     {'model.type': 'ToyConfig', 'model.a': 1},
   ):
-    with pytest.raises(config_lib.UserError, match='known here; known: Toy'):
+    with pytest.raises(errors.UserError, match='known here; known: Toy'):
       models.from_json(recorded)
 
 

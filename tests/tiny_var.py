@@ -17,7 +17,7 @@ BATCH = 16
 CLASSES = 3
 SHAPE = (2, 2, 1)
 TOKENIZER = vqvae.VqvaeConfig(
-  SHAPE, (1, 2), vocab=6, channels=3, base=32, mult=(1,), levels=17
+  SHAPE, (1, 2), vocab=6, channels=3, base=32, mult=(1,), pixel_values=17
 )
 CONFIG = var.VarConfig(
   TOKENIZER, num_classes=CLASSES, depth=1, width=8, heads=2, chunk=3

@@ -20,7 +20,7 @@ import zlib
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 
 # Split name -> (images uint8 [N,H,W,C], labels [N]).
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -63,7 +63,7 @@ def digits(raw_dir: str = '') -> Splits:
 def _raw_file(raw_dir: str, filename: str, source: str) -> pathlib.Path:
   path = pathlib.Path(raw_dir).expanduser() / filename
   if not raw_dir or not path.is_file():
-    raise config.UserError(
+    raise errors.UserError(
       f'{filename} is not in config.data.raw_dir={raw_dir!r}; {source}'
     )
   return path
@@ -71,7 +71,7 @@ def _raw_file(raw_dir: str, filename: str, source: str) -> pathlib.Path:
 
 def _require_sha256(path: pathlib.Path, got: str, wanted: str) -> None:
   if got != wanted:
-    raise config.UserError(
+    raise errors.UserError(
       f'{path} has SHA-256 {got}, wanted {wanted}: damaged, or the file of'
       ' another set (MNIST uses the same names); download it again'
     )
@@ -82,7 +82,7 @@ def _idx(path: pathlib.Path, dims: int, sha256: str) -> np.ndarray:
   try:
     content = gzip.decompress(path.read_bytes())
   except (OSError, EOFError, zlib.error) as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'{path} cannot be decompressed ({error}): download it again'
     ) from error
   # The hash vouches for the header, too: 4 bytes of magic number, the sizes.
@@ -154,7 +154,7 @@ class Spec:
   version: str
   read: Callable[[str], Splits]  # raw_dir -> splits
   class_names: str  # 'name of class 0,name of class 1,...'
-  levels: int = 256  # pixel values are 0 .. levels-1
+  pixel_values: int = 256  # pixel values are 0 .. pixel_values-1
   has_id: bool = False  # records carry '<split>_<index>', as stock cifar10's
 
 
@@ -164,7 +164,7 @@ _FASHION = (
 )
 _CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
 SPECS = {
-  'digits': Spec('digits', '1.0.0', digits, _DIGITS, levels=17),
+  'digits': Spec('digits', '1.0.0', digits, _DIGITS, pixel_values=17),
   'fashion_mnist': Spec('fashion_mnist', '3.0.1', fashion_mnist, _FASHION),
   'cifar10': Spec('cifar10', '3.0.2', cifar10, _CIFAR10, has_id=True),
 }
@@ -230,7 +230,7 @@ def prepare(spec: Spec, data_dir: str = '', raw_dir: str = '') -> None:
     builder.download_and_prepare(file_format='array_record')
   except OSError as error:
     if not builder.data_path.exists():
-      raise config.UserError(
+      raise errors.UserError(
         f'cannot write {builder.data_path} ({error}): set config.data.data_dir'
         ' to a folder with space that may be written'
       ) from error
@@ -247,7 +247,7 @@ def _find(name: str, data_dir: str) -> Any | None:
   except ValueError:  # no such set, or no name that TFDS can parse
     return None
   except Exception as error:  # any of TFDS's parsers
-    raise config.UserError(
+    raise errors.UserError(
       f'the folder of the set {name!r} is damaged ({type(error).__name__}):'
       ' delete it and prepare the set again'
     ) from error
@@ -260,14 +260,14 @@ def _open_builder(name: str, data_dir: str, raw_dir: str) -> Any:
     prepare(SPECS[name], data_dir, raw_dir)
     builder = _find(name, data_dir)
   if builder is None:
-    raise config.UserError(
+    raise errors.UserError(
       f'{name!r} is neither a file or folder nor a set prepared, whole, in'
       f' {data_dir or "the folder of TFDS"}; known: {", ".join(SPECS)};'
       " prepare others with download_and_prepare(file_format='array_record')"
     )
   formats = {known.value for known in builder.info.available_file_formats()}
   if 'array_record' not in formats:
-    raise config.UserError(
+    raise errors.UserError(
       f'{builder.data_path} is prepared as {formats}; wanted array_record:'
       " prepare it with file_format='array_record' in another"
       ' config.data.data_dir'
@@ -283,12 +283,12 @@ def _rows(builder: Any, split: str) -> tuple[Any, list[Any]]:
   try:
     length = info.splits[split].num_examples
   except (KeyError, ValueError) as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'{builder.name} has no split {split!r}; it has {list(info.splits)}'
     ) from error
   features = dict(info.features.items())
   if not length or not isinstance(features.get('image'), tfds.features.Image):
-    raise config.UserError(
+    raise errors.UserError(
       f'{builder.name}/{split} has {length} rows of {list(features)};'
       ' wanted some, with an `image`'
     )
@@ -306,7 +306,7 @@ class Split:
 
   length: int
   num_classes: int  # 0: no labels
-  levels: int  # pixel values are 0 .. levels-1
+  pixel_values: int  # pixel values are 0 .. pixel_values-1
   fetch: Callable[[list[int]], list[Row]]
 
 
@@ -338,7 +338,7 @@ def open_split(
     except Exception as error:
       if len(index) > 1:  # the error names no file: look at the rows singly
         return [row for i in index for row in fetch([i])]
-      raise config.UserError(
+      raise errors.UserError(
         f'{where[0]} is damaged ({error}): delete its folder, prepare again'
       ) from error
     return [
@@ -347,4 +347,6 @@ def open_split(
     ]
 
   spec = SPECS.get(builder.name)
-  return Split(len(rows), num_classes, spec.levels if spec else 256, fetch)
+  return Split(
+    len(rows), num_classes, spec.pixel_values if spec else 256, fetch
+  )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 Shape = tuple[int, ...]
 Frozen = Mapping[str, Any]  # weights neither trained nor the reference
@@ -23,7 +23,7 @@ Frozen = Mapping[str, Any]  # weights neither trained nor the reference
 class Encoder(Protocol):
   """A hashable frozen dataclass, static under jit."""
 
-  levels: int  # values of a pixel of the images, 0 .. levels−1
+  pixel_values: int  # values of a pixel of the images, 0 .. pixel_values−1
 
   def raw_shape(self, example_shape: Shape) -> Shape:
     """Shape of the stored row of an example in model units."""
@@ -40,15 +40,15 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-  """uint8 pixels [B,H,W,C] as x = 2 raw/(levels−1) − 1, in [−1, 1].
+  """uint8 pixels [B,H,W,C] as x = 2 raw/(pixel_values−1) − 1, in [−1, 1].
 
   Attributes:
-    levels: pixel values are 0 .. levels−1.
+    pixel_values: pixel values are 0 .. pixel_values−1.
     nearest: pixels are rounded to the nearest level; or else cut off to the
       one below, as VAR's programs write images.
   """
 
-  levels: int = 256
+  pixel_values: int = 256
   nearest: bool = True
 
   def raw_shape(self, example_shape: Shape) -> Shape:
@@ -59,13 +59,15 @@ class Pixels:
     """Pixels to [−1, 1], to the bit as NumPy divides."""
     del keys
     # XLA would multiply by the reciprocal: 1e-7 off in half of the values.
-    half = np.float32((self.levels - 1) / 2)
-    table = np.arange(self.levels, dtype=np.float32) / half - np.float32(1)
+    half = np.float32((self.pixel_values - 1) / 2)
+    table = np.arange(self.pixel_values, dtype=np.float32) / half - np.float32(
+      1
+    )
     return jnp.asarray(table)[raw.astype(jnp.int32)]
 
   def decode(self, x: jax.Array) -> jax.Array:
     """[−1, 1] to pixels, uint8."""
-    top = self.levels - 1
+    top = self.pixel_values - 1
     if not self.nearest:
       return ((jnp.clip(x, -1, 1) + 1) / 2 * top).astype(jnp.uint8)
     raw = jnp.floor(jnp.clip(x * (top / 2) + (top / 2 + 0.5), 0, top))
@@ -90,14 +92,14 @@ class Latents:
     mean: of the data's latents, by channel.
     std: their standard deviation, by channel.
     sigma_data: σ_d, what it becomes.
-    levels: of the images.
+    pixel_values: of the images.
   """
 
   autoencoder: nn.Module
   mean: tuple[float, ...] = (5.81, 3.25, 0.12, -2.15)
   std: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
   sigma_data: float = 0.5
-  levels: int = 256
+  pixel_values: int = 256
 
   def affine(self) -> tuple[np.ndarray, np.ndarray]:
     """The float32 scale and bias [1,1,1,C] of x = scale z + bias."""
@@ -124,23 +126,23 @@ class Latents:
 
   def compress(self, frozen: Frozen, images: jax.Array) -> jax.Array:
     """The raw latents [B,H/8,W/8,2C] of uint8 images [B,H,W,3]."""
-    x = images.astype(jnp.float32) / (self.levels - 1)
+    x = images.astype(jnp.float32) / (self.pixel_values - 1)
     return jnp.concatenate(self._apply(frozen, x, 'encode_moments'), axis=-1)
 
   def render(self, frozen: Frozen, raw: jax.Array) -> jax.Array:
     """The images uint8 [B,8H,8W,3] of raw latents' means.
 
     Raises:
-      config.UserError: no autoencoder among `frozen`.
+      errors.UserError: no autoencoder among `frozen`.
     """
     mean, _ = jnp.split(raw, 2, axis=-1)
     x = jnp.clip(self._apply(frozen, mean, 'decode'), 0, 1)
     # Cut off, as the original does: 0.999 of a level is the one below.
-    return jnp.floor(x * (self.levels - 1)).astype(jnp.uint8)
+    return jnp.floor(x * (self.pixel_values - 1)).astype(jnp.uint8)
 
   def _apply(self, frozen: Frozen, x: jax.Array, method: str) -> Any:
     if 'vae' not in frozen:
-      raise config_lib.UserError(
+      raise errors.UserError(
         "images of latents need the autoencoder's weights and none were"
         ' given: name the file of stabilityai/sd-vae-ft-mse with'
         ' --config.vae_from'

@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 
 Row = tuple[str, bytes, int]  # where it stands, its file, label
 
@@ -26,7 +26,7 @@ def user_error(message: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # on damaged files they raise all kinds
-    raise config.UserError(f'{message} ({error})') from error
+    raise errors.UserError(f'{message} ({error})') from error
 
 
 def decode_image(where: str, encoded: bytes) -> np.ndarray:
@@ -37,7 +37,7 @@ def decode_image(where: str, encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded)) as image:
       mode, pixels = image.mode, np.asarray(image)
   if mode not in ('L', 'RGB'):
-    raise config.UserError(
+    raise errors.UserError(
       f'{where} is of PIL mode {mode!r}; wanted L (8-bit grey) or RGB: convert'
     )
   return pixels.reshape(*pixels.shape[:2], -1)
@@ -58,13 +58,13 @@ def decode_latents(where: str, encoded: bytes) -> np.ndarray:
     kind, shape = latents.dtype, latents.shape
   good = kind == np.float32 and len(shape) == 3 and shape[0] % 2 == 0
   if not good or not latents.size:
-    raise config.UserError(
+    raise errors.UserError(
       f'{where} is {kind} {list(shape)}; wanted raw latents, float32 [2C,H,W]:'
       ' C means, then C standard deviations'
     )
   latents = np.ascontiguousarray(np.moveaxis(latents, 0, -1))
   if fault := check_latents(latents):
-    raise config.UserError(f'{where} holds {fault}: encode its image again')
+    raise errors.UserError(f'{where} holds {fault}: encode its image again')
   return latents
 
 
@@ -95,13 +95,13 @@ def _labels(where: str, content: bytes, names: list[str]) -> list[int]:
     table = dict(entries)
   lost, left = table.keys() - set(names), set(names) - table.keys()
   if lost or left or len(entries) != len(table):
-    raise config.UserError(
+    raise errors.UserError(
       f'{where} lists {len(entries)} images of {len(names)}; wanted each once;'
       f' missing files: {sorted(lost)[:3]}, not listed: {sorted(left)[:3]}'
     )
   for name, label in table.items():
     if type(label) is not int or not 0 <= label < 2**31 - 1:
-      raise config.UserError(
+      raise errors.UserError(
         f'{where}: class of {name!r} is {label!r}; wanted an integer, 0 or up'
       )
   return [table[name] for name in names]
@@ -113,7 +113,7 @@ class Files:
 
   length: int
   num_classes: int  # 0: no labels
-  levels: int
+  pixel_values: int
   fetch: Callable[[list[int]], list[Row]]
   decode: Callable[[str, bytes], np.ndarray]  # (name, content) -> [H,W,C]
 
@@ -132,7 +132,7 @@ def open_files(path: pathlib.Path) -> Files:
   images = sorted(n for n in names if n.lower().endswith(_SUFFIXES))
   latents = sorted(n for n in names if n.lower().endswith(_LATENT))
   if bool(images) == bool(latents):
-    raise config.UserError(
+    raise errors.UserError(
       f'{path} holds {len(images)} images and {len(latents)} latents; wanted'
       f' either {_SUFFIXES} or {_LATENT}'
     )
@@ -148,7 +148,7 @@ def open_files(path: pathlib.Path) -> Files:
   if 'dataset.json' in names:
     labels = _labels(*read('dataset.json'), found)
   elif deep := [n for n in names if n.endswith('/dataset.json')]:
-    raise config.UserError(f'{path / deep[0]} must be at the top: move it up')
+    raise errors.UserError(f'{path / deep[0]} must be at the top: move it up')
   num_classes = max(labels, default=-1) + 1
   labels = labels or [0] * len(found)
   fetch = lambda index: [(*read(found[i]), labels[i]) for i in index]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import sources
 from ddo_jax.runtime import records
 
@@ -41,7 +41,7 @@ class Pool:
         reference, the sampler, the key stream.
 
     Raises:
-      config.UserError: the folder holds the pool of another identity.
+      errors.UserError: the folder holds the pool of another identity.
     """
     self.folder = folder
     self.size = size
@@ -57,7 +57,7 @@ class Pool:
     for name, wanted in identity.items():
       got = recorded.get(name)
       if got != wanted:
-        raise config_lib.UserError(
+        raise errors.UserError(
           f'the fake pool in {self.folder} was drawn with {name} = {got!r};'
           f' this round has {wanted!r}: delete that folder to draw it anew'
         )
@@ -87,14 +87,14 @@ class Pool:
     np.savez(partial, image=images, label=labels)
     os.replace(partial, self._path(shard))
 
-  def source(self, num_classes: int, levels: int) -> sources.ArraySource:
+  def source(self, num_classes: int, pixel_values: int) -> sources.ArraySource:
     """The complete pool, as any other source of images.
 
     Raises:
-      config.UserError: a shard is missing or cannot be read.
+      errors.UserError: a shard is missing or cannot be read.
     """
     if self.missing():
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'the fake pool in {self.folder} lacks {len(self.missing())} shards;'
         ' run the same command again to draw them'
       )
@@ -103,5 +103,5 @@ class Pool:
     images = np.concatenate([shard.images for shard in shards])
     labels = np.concatenate([shard.labels for shard in shards])
     return sources.ArraySource(
-      str(self.folder), images, labels, num_classes, levels
+      str(self.folder), images, labels, num_classes, pixel_values
     )

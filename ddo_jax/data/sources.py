@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.data import builders
 from ddo_jax.data import files as image_files
 
@@ -33,7 +34,9 @@ class Source(Protocol):
   name: str  # what errors call it
   image_shape: tuple[int, int, int]  # H, W, C
   num_classes: int  # 0: no labels
-  levels: int  # pixel values are 0 .. levels-1, also of latents' images
+  pixel_values: (
+    int  # pixel values are 0 .. pixel_values-1, also of latents' images
+  )
 
   def __len__(self) -> int: ...
 
@@ -53,7 +56,7 @@ class ArraySource:
   images: np.ndarray  # uint8, or latents float32 [N,H,W,C], C even; N > 0
   labels: np.ndarray  # integers [N] in 0 .. num_classes-1; 0 without labels
   num_classes: int = 0
-  levels: int = 256
+  pixel_values: int = 256
 
   def __post_init__(self):
     images, labels = self.images, self.labels
@@ -63,18 +66,18 @@ class ArraySource:
     )
     good = latents or (images.dtype == np.uint8 and len(shape) == 4)
     if not good or not images.size or labels.shape != shape[:1]:
-      raise config.UserError(
+      raise errors.UserError(
         f'{self.name}: images are {images.dtype} {list(shape)}, labels'
         f' {list(labels.shape)}; wanted unscaled uint8 [N,H,W,C] (or float32'
         ' latents, C even) and [N], N > 0'
       )
     if latents and (fault := image_files.check_latents(images)):
-      raise config.UserError(f'{self.name} holds {fault}; encode it again')
+      raise errors.UserError(f'{self.name} holds {fault}; encode it again')
     high = 0 if latents else int(images.max())
     top = _count_classes(self.name, labels) - 1, high
-    limit = max(self.num_classes, 1) - 1, self.levels - 1
+    limit = max(self.num_classes, 1) - 1, self.pixel_values - 1
     if top[0] > limit[0] or top[1] > limit[1]:
-      raise config.UserError(
+      raise errors.UserError(
         f'{self.name}: (label, pixel) reach {top}; wanted at most {limit}'
       )
 
@@ -97,7 +100,7 @@ class EncodedSource:
   name: str
   length: int
   num_classes: int
-  levels: int
+  pixel_values: int
   fetch: Callable[[list[int]], list[builders.Row]]
   decode: Callable[[str, bytes], np.ndarray] = image_files.decode_image
 
@@ -121,7 +124,7 @@ class EncodedSource:
     for i, (where, encoded, label) in enumerate(self.fetch(index.tolist())):
       image = self.decode(where, encoded)
       if image.shape != shape or not 0 <= label < limit:
-        raise config.UserError(
+        raise errors.UserError(
           f'{where} is {list(image.shape)}, label {label}; wanted {list(shape)}'
           f' [H,W,C] as the first image, label 0 .. {limit - 1}'
         )
@@ -134,7 +137,7 @@ def _count_classes(where: str, labels: np.ndarray) -> int:
   low, high = (labels.min(), labels.max()) if labels.size else (0, -1)
   whole = np.issubdtype(labels.dtype, np.integer)
   if not whole or low < 0 or high >= 2**31 - 1:
-    raise config.UserError(
+    raise errors.UserError(
       f'{where}: labels are {labels.dtype} {low} .. {high}; wanted ints from 0'
     )
   return int(high) + 1
@@ -149,7 +152,7 @@ def open_npz(path: pathlib.Path) -> ArraySource:
     with np.load(path, allow_pickle=False) as file:
       arrays = {key.removesuffix('s'): file[key] for key in file if key in keys}
   if 'image' not in arrays:
-    raise config.UserError(f'{name} has no array `image`, [N,H,W,C]')
+    raise errors.UserError(f'{name} has no array `image`, [N,H,W,C]')
   images, labels = arrays['image'], arrays.get('label')
   if labels is None:
     return ArraySource(name, images, np.zeros(images.shape[:1], np.int32))
@@ -163,7 +166,9 @@ def _open_tfds(data: config.Data, split: str) -> Source:
   if len(source) * math.prod(source.image_shape) > _IN_MEMORY:
     return source
   arrays = source.read(np.arange(len(source)))
-  return ArraySource(source.name, *arrays, source.num_classes, source.levels)
+  return ArraySource(
+    source.name, *arrays, source.num_classes, source.pixel_values
+  )
 
 
 def _padded(source: Source, side: int) -> Source:
@@ -177,7 +182,7 @@ def _padded(source: Source, side: int) -> Source:
     return source
   rows, columns = side - height, side - width
   if not isinstance(source, ArraySource) or min(rows, columns) < 0:
-    raise config.UserError(
+    raise errors.UserError(
       f'{source.name}: config.data.pad_to={side} pads smaller images held in'
       f' memory (.npz, or a small TFDS set); these are {height}×{width}: pad'
       ' them on disk, or set it to 0'
@@ -210,7 +215,7 @@ def _open(data: config.Data, split: str) -> Source:
   if data.source in builders.SPECS or not is_path:
     return _open_tfds(data, split)
   if '{split}' not in data.source and split != data.train_split:
-    raise config.UserError(
+    raise errors.UserError(
       f'{path} is the split {data.train_split!r}, not {split!r}: put {{split}}'
       ' into config.data.source where the paths differ'
     )
@@ -289,7 +294,7 @@ def batches(
     UserError: b is no integer; later, a failed read.
   """
   if batch_size % process_count:
-    raise config.UserError(
+    raise errors.UserError(
       f'batch_size {batch_size} must be a multiple of {process_count} processes'
     )
   rows = batch_size // process_count

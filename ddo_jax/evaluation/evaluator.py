@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import sources
 from ddo_jax.evaluation.metrics import frechet
@@ -51,17 +52,17 @@ class Evaluator:
     """Reads both splits whole and fits the classifier.
 
     Raises:
-      config.UserError: the data has no labels.
+      errors.UserError: the data has no labels.
     """
     if train.num_classes < 2:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'{train.name} has {train.num_classes} classes; evaluation fits a'
         ' classifier and wants 2 or more: give the images labels'
       )
     self._train, labels = train.read(np.arange(len(train)))
     self._test, _ = test.read(np.arange(len(test)))
     self._classifier = classifier.fit(
-      self._train, labels, train.num_classes, train.levels
+      self._train, labels, train.num_classes, train.pixel_values
     )
     self._features, _ = self._classifier.apply(self._train)
     test_features, _ = self._classifier.apply(self._test)

@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import sources
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation.metrics import frechet
@@ -50,14 +51,14 @@ class Extractor:
     """Loads the weights that the protocol, and what is asked of it, needs.
 
     Raises:
-      config.UserError: they are missing (the line says which file to bring
+      errors.UserError: they are missing (the line says which file to bring
         and where to put it) or damaged, or the protocol has no such features.
     """
     evaluation, self._seed = config.evaluation, config.seed
     self.protocol = protocols.get(evaluation.protocol)
     self.kinds = tuple(evaluation.features) or self.protocol.features
     if lost := set(self.kinds) - set(self.protocol.features):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.evaluation.features has {", ".join(sorted(lost))}; protocol'
         f' {self.protocol.name} has {", ".join(self.protocol.features)}'
       )
@@ -90,7 +91,7 @@ class Extractor:
     shape = self.protocol.image_shape
     for images in chunks:
       if images.dtype != np.uint8 or images.shape[1:] != shape:
-        raise config_lib.UserError(
+        raise errors.UserError(
           f'images are {images.dtype} {list(images.shape[1:])}; protocol'
           f' {self.protocol.name} measures uint8 {list(shape)}: write them so,'
           ' or name another --config.evaluation.protocol'
@@ -116,7 +117,7 @@ class Extractor:
       devices: blocks of images take turns on these; default: all.
 
     Raises:
-      config.UserError: the images are not what the protocol measures.
+      errors.UserError: the images are not what the protocol measures.
     """
     rows = {
       kind: _open_rows(folder, kind, (count, width))

@@ -46,7 +46,7 @@ class Evaluator:
       real: training images; `evaluation.real_images` of them are embedded.
 
     Raises:
-      config.UserError: the weights or the reference are missing or damaged;
+      errors.UserError: the weights or the reference are missing or damaged;
         the line says which file to bring and where to put it.
     """
     self.extractor = features.Extractor(config)

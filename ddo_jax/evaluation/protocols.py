@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.evaluation.networks import resize
 
@@ -63,13 +63,13 @@ class Protocol:
       ('resize', resize.Bilinear),
     ):
       if getattr(self, field) not in typing.get_args(rules):
-        raise config.UserError(
+        raise errors.UserError(
           f'{field} is {getattr(self, field)!r}; wanted one of '
           f'{typing.get_args(rules)}'
         )
     gaps = np.diff(sorted(self.first_seeds))
     if not self.first_seeds or (gaps < self.num_images).any():
-      raise config.UserError(
+      raise errors.UserError(
         f'blocks of {self.num_images} images from seeds {self.first_seeds} '
         'overlap; start them at least that far apart'
       )
@@ -97,7 +97,7 @@ class Protocol:
       return np.zeros(len(ids), np.int32)
     if self.labels == 'balanced':
       if self.num_images % num_classes:
-        raise config.UserError(
+        raise errors.UserError(
           f'{self.num_images} images cannot be balanced over {num_classes} '
           f'classes; protocol {self.name} needs a multiple'
         )
@@ -171,7 +171,7 @@ def get(name: str) -> Protocol:
     UserError: there is none.
   """
   if name not in PROTOCOLS:
-    raise config.UserError(
+    raise errors.UserError(
       f'no protocol {name!r}; wanted one of {", ".join(PROTOCOLS)}'
     )
   return PROTOCOLS[name]
@@ -214,7 +214,7 @@ def difference(a: Score, b: Score) -> float:
     if ours != theirs:
       reasons.append(f'{field.name} {ours} and {theirs}')
   if reasons:
-    raise config.UserError(
+    raise errors.UserError(
       f'two scores cannot be compared: {"; ".join(reasons)}; measure both '
       'under one protocol'
     )

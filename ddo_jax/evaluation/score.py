@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import files as image_files
@@ -122,14 +123,14 @@ def open_images(path: pathlib.Path) -> sources.Source:
       `image`, uint8 [N,H,W,3], and maybe labels.
 
   Raises:
-    config.UserError: nothing is there, or images that were compressed with
+    errors.UserError: nothing is there, or images that were compressed with
       loss or scaled.
   """
   if path.suffix == '.npz':
     arrays = statistics.read_npz(path)
     images = arrays.get('arr_0', arrays.get('image', arrays.get('images')))
     if images is None:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'{path} has the arrays {", ".join(arrays)}; wanted arr_0 or image,'
         ' uint8 [N,H,W,3]'
       )
@@ -137,12 +138,12 @@ def open_images(path: pathlib.Path) -> sources.Source:
       str(path), images, np.zeros(len(images), np.int32)
     )
   if not path.is_dir() and not zipfile.is_zipfile(path):
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'no images at {path}; wanted a folder or zip of PNGs, or an .npz'
     )
   names, _ = image_files.opener(path)
   if lossy := [name for name in names if name.lower().endswith(_LOSSY)]:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{path} holds {lossy[0]}: compression with loss changes the score by'
       ' more than models differ; write the samples as PNG or .npz'
     )
@@ -155,7 +156,7 @@ def score_images(
   """Scores images that are there already; writes and returns eval.json.
 
   Raises:
-    config.UserError: the images are not what the protocol measures.
+    errors.UserError: the images are not what the protocol measures.
   """
   source = open_images(path)
   evaluator = fidelity.Evaluator(config)
@@ -207,13 +208,13 @@ def compare(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     other: another one.
 
   Raises:
-    config.UserError: they are not of one protocol, number of images and
+    errors.UserError: they are not of one protocol, number of images and
       reference; the line says what differs.
   """
 
   def read(values):
     if 'protocol' not in values:
-      raise config_lib.UserError(
+      raise errors.UserError(
         'scores without a protocol are compared inside one run only: evaluate'
         ' both with --config.evaluation.protocol'
       )

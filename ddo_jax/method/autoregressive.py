@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.method import likelihood
 from ddo_jax.samplers import scalewise
@@ -57,20 +57,24 @@ class Autoregressive:
     return (sum(n * n for n in self.transformer.patch_nums),)
 
   @property
-  def levels(self) -> int:
-    """Values of a pixel of the images, 0 .. levels−1."""
-    return self.pixels.levels
+  def pixel_values(self) -> int:
+    """Values of a pixel of the images, 0 .. pixel_values−1."""
+    return self.pixels.pixel_values
 
   def check_source(
-    self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
+    self,
+    name: str,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    pixel_values: int,
   ) -> None:
     """Raises UserError where a data source does not fit the model."""
-    got = (tuple(image_shape), levels, num_classes)
-    wanted = (tuple(self.image_shape), self.levels, self.num_classes)
+    got = (tuple(image_shape), pixel_values, num_classes)
+    wanted = (tuple(self.image_shape), self.pixel_values, self.num_classes)
     if got != wanted:
-      raise config_lib.UserError(
-        f'{name} has (image shape, levels, classes) {got}, the model takes'
-        f' {wanted}: set config.model and config.model.tokenizer to the data'
+      raise errors.UserError(
+        f'{name} has (image shape, pixel values, classes) {got}, the model'
+        f' takes {wanted}: set config.model and config.model.tokenizer to the data'
       )
 
   def init(self, key: jax.Array) -> Params:
@@ -99,7 +103,7 @@ class Autoregressive:
   def _weights(self, frozen: Frozen) -> Params:
     """The tokenizer's; raises UserError if they are not among `frozen`."""
     if 'tokenizer' not in frozen:
-      raise config_lib.UserError(
+      raise errors.UserError(
         'the model reads tokens and has no tokenizer: name its folder of'
         ' params with --config.tokenizer_from'
       )
@@ -157,7 +161,7 @@ class Autoregressive:
     """Tokens [B,L] and f̂ of a `scalewise.Scalewise`."""
     self._check_sampler(sampler)
     if 'guide' in frozen:
-      raise config_lib.UserError(
+      raise errors.UserError(
         'this model is guided by itself without labels: unset config.guide_from'
       )
     chex.assert_equal_shape([label, keys])
@@ -176,11 +180,11 @@ class Autoregressive:
     """Tokens [B,L] of a `scalewise.Scalewise`.
 
     Raises:
-      config.UserError: it is no such sampler, it mixes vectors, which tokens
+      errors.UserError: it is no such sampler, it mixes vectors, which tokens
         cannot tell, or there is a guide.
     """
     if getattr(sampler, 'smooth', False):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler is {sampler}; tokens cannot tell of mixed vectors: set'
         ' config.sampler.smooth=False'
       )
@@ -197,7 +201,7 @@ class Autoregressive:
     """uint8 images [B,H,W,C] of a `scalewise.Scalewise`, smooth ones too.
 
     Raises:
-      config.UserError: it is no such sampler, or there is a guide.
+      errors.UserError: it is no such sampler, or there is a guide.
     """
     _, f_hat = self._sampled(params, frozen, label, keys, sampler)
     return self.pixels.decode(self._tokenizer(frozen, 'decode', f_hat))
@@ -206,14 +210,14 @@ class Autoregressive:
     """No guidance in the sampler's own convention, no filter.
 
     Raises:
-      config.UserError: the sampler does not go with tokens.
+      errors.UserError: the sampler does not go with tokens.
     """
     self._check_sampler(sampler)
     return sampler.unguided()
 
   def _check_sampler(self, sampler: Any) -> None:
     if not isinstance(sampler, scalewise.Scalewise):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler is {sampler}; this model wants a'
         ' samplers.scalewise.Scalewise'
       )

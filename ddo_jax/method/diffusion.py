@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.method import likelihood
 from ddo_jax.samplers import guidance
@@ -53,23 +53,27 @@ class Diffusion:
   guide: nn.Module | None = None
 
   @property
-  def levels(self) -> int:
-    """Values of a pixel of the images, 0 .. levels−1."""
-    return self.encoder.levels
+  def pixel_values(self) -> int:
+    """Values of a pixel of the images, 0 .. pixel_values−1."""
+    return self.encoder.pixel_values
 
   def check_source(
-    self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
+    self,
+    name: str,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    pixel_values: int,
   ) -> None:
     """Raises UserError where a data source does not fit the model."""
-    got = (tuple(image_shape), levels, num_classes)
+    got = (tuple(image_shape), pixel_values, num_classes)
     shape = self.encoder.raw_shape(self.example_shape)
-    wanted = (shape, self.levels, self.num_classes)
+    wanted = (shape, self.pixel_values, self.num_classes)
     if not self.num_classes:  # labels, if there are any, go unused
       got = (*got[:2], 0)
     if got != wanted:
-      raise config_lib.UserError(
-        f'{name} has (image shape, levels, classes) {got}, the model takes'
-        f' {wanted}: set config.model to the data'
+      raise errors.UserError(
+        f'{name} has (image shape, pixel values, classes) {got}, the model'
+        f' takes {wanted}: set config.model to the data'
       )
 
   def init(self, key: jax.Array) -> Params:
@@ -179,7 +183,7 @@ class Diffusion:
     the model itself without labels (classifier-free guidance).
 
     Raises:
-      config.UserError: guidance is asked for and there is nothing to guide.
+      errors.UserError: guidance is asked for and there is nothing to guide.
     """
     chex.assert_equal_shape([label, keys])
     denoise = lambda x, sigma: self.denoise(params, x, sigma, label)
@@ -209,10 +213,10 @@ class Diffusion:
     """Guidance 1.
 
     Raises:
-      config.UserError: the sampler does not go with a denoiser.
+      errors.UserError: the sampler does not go with a denoiser.
     """
     if not hasattr(sampler, 'guidance_max'):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler is {sampler}; this model wants one that follows noise'
         ' levels, such as samplers.heun.Heun'
       )
@@ -221,7 +225,7 @@ class Diffusion:
   def round_trip(
     self, frozen: Frozen, x: jax.Array, keys: jax.Array
   ) -> jax.Array:
-    """Through the stored form: rounded to the levels of pixels."""
+    """Through the stored form: rounded to whole pixel values."""
     return self.encode(frozen, self.decode(frozen, x), keys)
 
   def _guide(
@@ -234,7 +238,7 @@ class Diffusion:
       weights = frozen['guide']
       return lambda x, sigma: model.denoise(weights, x, sigma, label)
     if not self.num_classes:
-      raise config_lib.UserError(
+      raise errors.UserError(
         'guidance is not 1, but the model has no labels to leave out and no'
         ' guide was given: set config.sampler.guidance=1'
       )

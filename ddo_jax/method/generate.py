@@ -120,7 +120,9 @@ class Generator:
       pool.write(shard, np.concatenate(list(parts)), labels)
 
 
-def grid(images: np.ndarray, columns: int, levels: int = 256) -> np.ndarray:
+def grid(
+  images: np.ndarray, columns: int, pixel_values: int = 256
+) -> np.ndarray:
   """Lays images [N,H,W,C] out in rows, one pixel apart, at full contrast.
 
   Returns:
@@ -130,7 +132,9 @@ def grid(images: np.ndarray, columns: int, levels: int = 256) -> np.ndarray:
   rows = -(-len(images) // columns)
   size = (rows * (height + 1) + 1, columns * (width + 1) + 1, channels)
   sheet = np.full(size, 255, np.uint8)
-  bright = (images.astype(np.uint32) * 255 // (levels - 1)).astype(np.uint8)
+  bright = (images.astype(np.uint32) * 255 // (pixel_values - 1)).astype(
+    np.uint8
+  )
   for i, image in enumerate(bright):
     top = (i // columns) * (height + 1) + 1
     left = (i % columns) * (width + 1) + 1
@@ -138,9 +142,11 @@ def grid(images: np.ndarray, columns: int, levels: int = 256) -> np.ndarray:
   return sheet
 
 
-def save_grid(path: pathlib.Path, images: np.ndarray, levels: int) -> None:
+def save_grid(
+  path: pathlib.Path, images: np.ndarray, pixel_values: int
+) -> None:
   """Writes a PNG of images uint8 [N,H,W,C], ten a row, small ones enlarged."""
-  sheet = grid(images, 10, levels)
+  sheet = grid(images, 10, pixel_values)
   zoom = max(1, 32 // images.shape[1])
   sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
   Image.fromarray(sheet.squeeze()).save(path)

@@ -38,7 +38,11 @@ class LikelihoodModel(Protocol):
   num_levels: int  # bins of the diagnostics
 
   def check_source(
-    self, name: str, image_shape: tuple[int, ...], num_classes: int, levels: int
+    self,
+    name: str,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    pixel_values: int,
   ) -> None:
     """Raises UserError where a data source does not fit the model."""
 

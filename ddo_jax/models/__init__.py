@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
 from ddo_jax.models import edm
@@ -21,13 +22,13 @@ def from_json(recorded: dict[str, Any]) -> Any:
   """The model's config among what `config.to_json` wrote of a run.
 
   Raises:
-    config.UserError: it is of no known model, or of another version.
+    errors.UserError: it is of no known model, or of another version.
   """
   name = recorded.get('model.type')
   try:
     return _from_json(recorded, 'model.')
   except (KeyError, TypeError) as error:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the weights were written with the model {name!r} ({error}), which is'
       f' not known here; known: {", ".join(c.__name__ for c in CONFIGS)}'
     ) from error
@@ -53,7 +54,7 @@ def build(
   """Returns the model of `config.model` with the phase's noise law.
 
   Raises:
-    config.UserError: the dataclass is of no known model, or has no use for
+    errors.UserError: the dataclass is of no known model, or has no use for
       the guide.
   """
   p_mean = config_lib.pick(phase.p_mean, round_index)
@@ -65,7 +66,7 @@ def build(
   guide = _build(config.guide, *arguments)
   for part in (model, guide):
     if not isinstance(part, diffusion.Diffusion):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.guide goes with denoisers, not with {type(part).__name__}'
         ' models: unset it and config.guide_from'
       )
@@ -92,7 +93,7 @@ def _build(
       return edm2.build(config, p_mean, p_std, remat)
     case var.VarConfig():
       return var.build(config, remat)
-  raise config_lib.UserError(
+  raise errors.UserError(
     f'the model is a {type(config).__name__}; known:'
     f' {", ".join(c.__name__ for c in CONFIGS)}'
   )

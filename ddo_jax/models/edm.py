@@ -11,7 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import augmentation as augment_lib
 from ddo_jax.data import codec
@@ -231,7 +231,7 @@ class EdmConfig:
     augment_dim: width of the augmentation labels: 9, or 0 for none.
     augment: probability of each augmentation in MLE training; 0 is off.
     sigma_data: σ_d, the data's standard deviation in [−1, 1] units.
-    levels: pixel values are 0 .. levels−1.
+    pixel_values: pixel values are 0 .. pixel_values−1.
   """
 
   network: str = 'ddpmpp'
@@ -247,7 +247,7 @@ class EdmConfig:
   augment_dim: int = 9
   augment: float = 0.12
   sigma_data: float = 0.5
-  levels: int = 256
+  pixel_values: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,12 +289,12 @@ def denoiser(config: EdmConfig) -> layers.Precond:
   """The network of a config under its preconditioning.
 
   Raises:
-    config.UserError: the config is of no known network, or its levels do not
+    errors.UserError: the config is of no known network, or its levels do not
       fit the image.
   """
   layers.check_levels(config.image_shape, config.channel_mult)
   if config.network not in ('ddpmpp', 'ncsnpp', 'adm'):
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'config.model.network is {config.network!r}; known: ddpmpp, ncsnpp, adm'
     )
   fields = ('num_classes', 'augment_dim', 'model_channels', 'num_blocks')
@@ -325,7 +325,7 @@ def build(config: EdmConfig, p_mean: float, p_std: float, remat: bool) -> Edm:
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
-    encoder=codec.Pixels(config.levels),
+    encoder=codec.Pixels(config.pixel_values),
     remat=remat,
     augment=config.augment,
   )

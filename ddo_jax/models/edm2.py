@@ -14,7 +14,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
@@ -207,7 +207,7 @@ def _encoder(config: Edm2Config) -> codec.Encoder:
     return codec.Pixels()
   autoencoder = vae.AutoencoderKL()
   if config.image_shape[-1] != autoencoder.latent_channels:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'config.model.image_shape is {tuple(config.image_shape)}; wanted'
       f' {autoencoder.latent_channels} channels for config.model.latents=True'
     )

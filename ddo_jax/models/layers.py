@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 
 class Coefficients(NamedTuple):
@@ -218,7 +218,7 @@ def check_levels(
   halvings = len(channel_mult) - 1
   height, width, _ = image_shape
   if height != width or height % 2**halvings:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'config.model.image_shape is {tuple(image_shape)}; the'
       f' {halvings + 1} levels of config.model.channel_mult need a square whose'
       f' side is a multiple of {2**halvings}: pad the images or drop a level'

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import layers
 
 
@@ -142,7 +142,7 @@ def wrap(name: str, network: nn.Module, sigma_data: float) -> layers.Precond:
   """A network under the preconditioning of that name.
 
   Raises:
-    config.UserError: no such name.
+    errors.UserError: no such name.
   """
   match name:
     case 'edm':
@@ -153,6 +153,6 @@ def wrap(name: str, network: nn.Module, sigma_data: float) -> layers.Precond:
       return VEPrecond(network)
     case 'iddpm':
       return IDDPMPrecond(network)
-  raise config_lib.UserError(
+  raise errors.UserError(
     f'config.model.precond is {name!r}; known: edm, vp, ve, iddpm'
   )

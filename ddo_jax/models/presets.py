@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 
@@ -72,11 +72,11 @@ def get(name: str) -> edm.EdmConfig | edm2.Edm2Config:
   """A copy of the config of a released model.
 
   Raises:
-    config.UserError: no such name; lists the known ones.
+    errors.UserError: no such name; lists the known ones.
   """
   known = EDM | EDM2
   if name not in known:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'no released model is called {name!r}; known: {", ".join(known)}'
     )
   return dataclasses.replace(known[name])

@@ -22,7 +22,7 @@ class ToyConfig:
     image_shape: (H, W, C) of the data; the U-Net halves H, W once.
     num_classes: classes of the data; 0 for an unconditional model.
     sigma_data: σ_d, the data's standard deviation in [−1, 1] units.
-    levels: pixel values are 0 .. levels−1.
+    pixel_values: pixel values are 0 .. pixel_values−1.
   """
 
   network: str = 'mlp'
@@ -31,7 +31,7 @@ class ToyConfig:
   image_shape: tuple[int, int, int] = (8, 8, 1)
   num_classes: int = 10
   sigma_data: float = 0.752
-  levels: int = 17
+  pixel_values: int = 17
 
 
 class Condition(nn.Module):
@@ -136,6 +136,6 @@ def build(
     sigma_data=config.sigma_data,
     p_mean=p_mean,
     p_std=p_std,
-    encoder=codec.Pixels(config.levels),
+    encoder=codec.Pixels(config.pixel_values),
     remat=remat,
   )

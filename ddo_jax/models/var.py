@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.method import autoregressive
 from ddo_jax.models import var_layers
@@ -31,15 +31,15 @@ _FREE = (  # parts of names without weight decay, beside biases
 )
 
 
-def levels(patch_nums: Sequence[int]) -> np.ndarray:
+def scale_of_token(patch_nums: Sequence[int]) -> np.ndarray:
   """[L] the scale of each token."""
   return np.repeat(np.arange(len(patch_nums)), np.square(patch_nums))
 
 
 def mask(patch_nums: Sequence[int]) -> np.ndarray:
   """[L,L] bool: token i sees token j of its own or of a coarser scale."""
-  level = levels(patch_nums)
-  return level[:, None] >= level[None, :]
+  scale = scale_of_token(patch_nums)
+  return scale[:, None] >= scale[None, :]
 
 
 def decay_mask(params: Any) -> Any:
@@ -155,8 +155,8 @@ class Var(nn.Module):
     if not begin:
       x = jnp.concatenate([cond[:, None, :] + self.pos_start, x], axis=1)
     span = slice(begin, begin + x.shape[1])
-    level = self.lvl_embed(levels(self.patch_nums)[span])
-    return x + level[None] + self.pos_1LC[:, span]
+    scale = self.lvl_embed(scale_of_token(self.patch_nums)[span])
+    return x + scale[None] + self.pos_1LC[:, span]
 
   def _trunk(self, label, inputs, begin, mask, past):
     """The normalised input of the head, and keys and values."""
@@ -297,20 +297,20 @@ def transformer(config: VarConfig, remat: bool = False) -> Var:
   """The transformer of a config.
 
   Raises:
-    config.UserError: a number is not positive, the heads do not divide the
+    errors.UserError: a number is not positive, the heads do not divide the
       width, or the type is another.
   """
   for name in ('num_classes', 'depth', 'width', 'heads', 'mlp_ratio', 'chunk'):
     value = getattr(config, name)
-    config_lib.require(value > 0, f'model.{name}', value, 'positive')
+    errors.require(value > 0, f'model.{name}', value, 'positive')
   if config.width % config.heads:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'config.model has {config.heads} heads at width {config.width}; they'
       ' must divide it'
     )
   dtypes = {'float32': None, 'bfloat16': jnp.bfloat16}
   if config.dtype not in dtypes:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'config.model.dtype is {config.dtype!r}; it must be one of'
       f' {sorted(dtypes)}'
     )
@@ -333,7 +333,7 @@ def build(config: VarConfig, remat: bool) -> autoregressive.Autoregressive:
     image_shape=tuple(tokenizer.image_shape),
     token_channels=tokenizer.channels,
     num_classes=config.num_classes,
-    pixels=codec.Pixels(tokenizer.levels, tokenizer.nearest),
+    pixels=codec.Pixels(tokenizer.pixel_values, tokenizer.nearest),
     decayed=decay_mask,
     cast=cast,
   )

@@ -2,7 +2,7 @@
 
 import copy
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 
@@ -31,10 +31,10 @@ def get(name: str) -> var.VarConfig:
   """A copy of the config of a released model.
 
   Raises:
-    config.UserError: no such name; lists the known ones.
+    errors.UserError: no such name; lists the known ones.
   """
   if name not in VAR:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'no released model is called {name!r}; known: {", ".join(VAR)}'
     )
   return copy.deepcopy(VAR[name])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import vqvae_layers
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 256 px
@@ -275,7 +275,7 @@ class VqvaeConfig:
     channels: of a latent vector.
     base: unit of width, a multiple of 32.
     mult: width of each level, in units.
-    levels: pixel values are 0 .. levels−1.
+    pixel_values: pixel values are 0 .. pixel_values−1.
     nearest: see `encoders.Pixels`.
   """
 
@@ -285,7 +285,7 @@ class VqvaeConfig:
   channels: int = 32
   base: int = 160
   mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-  levels: int = 256
+  pixel_values: int = 256
   nearest: bool = False
 
 
@@ -293,25 +293,25 @@ def build(config: VqvaeConfig) -> Vqvae:
   """The tokenizer of a config.
 
   Raises:
-    config.UserError: the scales do not fit the image, or the width the norms,
+    errors.UserError: the scales do not fit the image, or the width the norms,
       or a number is not positive.
   """
   for name in ('vocab', 'channels', 'base'):
     value = getattr(config, name)
     name = f'model.tokenizer.{name}'
-    config_lib.require(value > 0, name, value, 'a positive integer')
+    errors.require(value > 0, name, value, 'a positive integer')
   scales = tuple(config.patch_nums)
   side = scales[-1] * 2 ** (len(config.mult) - 1) if scales else 0
   rising = scales[:1] == (1,) and sorted(set(scales)) == list(scales)
   shape = tuple(config.image_shape)
   if not rising or len(shape) != 3 or shape[:2] != (side, side):
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'patch_nums is {scales} with {len(config.mult)} levels and images'
       f' {shape}; the scales must rise from 1 and the last,'
       ' doubled at each level but one, must be the side of square (H, W, C)'
     )
   if config.base % vqvae_layers.GROUPS:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the tokenizer has base {config.base}; it must be a multiple of'
       f' {vqvae_layers.GROUPS}, the groups of its norms'
     )

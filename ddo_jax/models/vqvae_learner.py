@@ -67,5 +67,5 @@ def build(config: vqvae.VqvaeConfig) -> Learner:
   return Learner(
     module=vqvae.build(config),
     image_shape=tuple(config.image_shape),
-    pixels=codec.Pixels(config.levels, config.nearest),
+    pixels=codec.Pixels(config.pixel_values, config.nearest),
   )

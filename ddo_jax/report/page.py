@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.report import figures
 from ddo_jax.runtime import records
 
@@ -83,7 +84,7 @@ def _read(workdir: pathlib.Path) -> _Run:
   """Reads a run's folder, finished or not; UserError if it is none."""
   config = records.read_json(workdir / 'config.json')
   if not isinstance(config, dict) or 'evaluation.metric' not in config:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{workdir}/config.json is not that of a run; name the --workdir of one'
     )
   path = workdir / 'summary.json'
@@ -325,7 +326,7 @@ def write(
     The path of the page.
 
   Raises:
-    config.UserError: a folder holds no run, or a file of it is damaged.
+    errors.UserError: a folder holds no run, or a file of it is damaged.
   """
   run, other = _read(workdir), _read(control) if control else None
   sections = _sections(run, other).items()

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 _METRIC = 'selection'
 
@@ -53,7 +53,7 @@ def check_shapes(stored: Any, target: Any, where: pathlib.Path) -> None:
     if stored.get(name) != target.get(name)
   ]
   if wrong:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{where} holds another architecture ({len(wrong)} arrays differ): '
       + '; '.join(wrong[:3])
       + '; give the config that made it, or another folder'
@@ -68,7 +68,7 @@ def _guarded(folder: pathlib.Path, call: Callable, *args, **kwargs) -> Any:
     signs = ('No space left', 'RESOURCE_EXHAUSTED', 'Disk quota')
     if not any(sign in str(error) for sign in signs):
       raise
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'disk full while saving in {folder}; what was saved before is whole:'
       ' free some space and run the same command again'
     ) from error
@@ -145,7 +145,7 @@ class Checkpoints:
       target: a TrainState of `abstract` leaves.
 
     Raises:
-      config.UserError: the checkpoint is of another architecture.
+      errors.UserError: the checkpoint is of another architecture.
     """
     state = {
       'step': target.step,
@@ -192,10 +192,10 @@ def load_meta(folder: pathlib.Path) -> dict:
   """Returns what `save_params` kept beside the params.
 
   Raises:
-    config.UserError: the folder holds no params.
+    errors.UserError: the folder holds no params.
   """
   if not (folder / 'params').exists():
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'no params in {folder}; name a folder such as <workdir>/pretrain/params'
       ' or <workdir>/round_000/promoted'
     )
@@ -212,7 +212,7 @@ def load_params(folder: pathlib.Path, target: Any) -> tuple[Any, dict]:
     target: a pytree of `abstract` leaves.
 
   Raises:
-    config.UserError: no params there, of another architecture, or damaged.
+    errors.UserError: no params there, of another architecture, or damaged.
   """
   meta = load_meta(folder)
   with _checkpointer() as reader:
@@ -221,7 +221,7 @@ def load_params(folder: pathlib.Path, target: Any) -> tuple[Any, dict]:
     args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
     params = reader.restore(folder.absolute(), args=args).params
   if tree_hash(params) != meta['sha256']:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the params in {folder} do not match their sha256; copy them again'
     )
   return params, meta

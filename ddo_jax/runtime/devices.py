@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 AXIS = 'batch'
 
@@ -43,7 +44,7 @@ class Executor:
     unit = self.num_devices * accumulate
     if batch_size % unit:
       near = max(unit, round(batch_size / unit) * unit)
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'batch_size {batch_size} is not divisible by {self.num_devices}'
         f' devices × {accumulate} microbatches; try {near}'
       )

@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -21,12 +21,12 @@ def read_json(path: pathlib.Path) -> Any:
   """Reads a JSON file.
 
   Raises:
-    config.UserError: it is missing or damaged.
+    errors.UserError: it is missing or damaged.
   """
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'cannot read {path} ({error}); is this the --workdir of a run?'
     ) from error
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.samplers import guidance as guidance_lib
 from ddo_jax.samplers import noise as noise_lib
 from ddo_jax.samplers import schedules
@@ -81,12 +81,12 @@ class Ablation:
     }
     for name, allowed in choices.items():
       if getattr(self, name) not in allowed:
-        raise config_lib.UserError(
+        raise errors.UserError(
           f'config.sampler.{name} is {getattr(self, name)!r}; it must be one'
           f' of {allowed}'
         )
     if not 0 < self.alpha <= 1:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler.alpha is {self.alpha}; it must be in (0, 1]: 1 for'
         " Heun's method"
       )
@@ -108,7 +108,7 @@ class Ablation:
     """[N] float64 noise levels from the largest to the smallest, no 0.
 
     Raises:
-      config.UserError: a setting makes no sense.
+      errors.UserError: a setting makes no sense.
     """
     self.check()
     low, high = self.sigma_range()
@@ -123,7 +123,7 @@ class Ablation:
         u = schedules.iddpm_levels(self.iddpm_steps, self.c_1, self.c_2)
         u = u[(low <= u) & (u <= high)]
         if len(u) < self.num_steps:
-          raise config_lib.UserError(
+          raise errors.UserError(
             f'num_steps is {self.num_steps}, but iDDPM has {len(u)} levels'
             f' from {low} to {high}: take fewer steps'
           )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.samplers import guidance as guidance_lib
 from ddo_jax.samplers import noise as noise_lib
 
@@ -99,7 +99,7 @@ class DPMSolverV3:
     """λ of the fine grid, [M+1] float64, and the nodes' indices in it, [N+1].
 
     Raises:
-      config.UserError: two nodes snap to one point of the grid.
+      errors.UserError: two nodes snap to one point of the grid.
     """
     levels = noise_lib.levels(
       self.num_steps + 1, self.sigma_min, self.sigma_max, self.rho
@@ -108,7 +108,7 @@ class DPMSolverV3:
     share = (-np.log(levels) - first) / (last - first)
     nodes = np.rint(share * self.grid_size).astype(int)
     if not np.diff(nodes).all():
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'num_steps is {self.num_steps}: two steps fall on one point of the'
         f' grid of {self.grid_size}; take fewer steps'
       )

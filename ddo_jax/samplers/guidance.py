@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -36,10 +36,10 @@ def guided(
     A denoiser that evaluates both at every call where a row is guided.
 
   Raises:
-    config.UserError: the interval is empty.
+    errors.UserError: the interval is empty.
   """
   if not low < high:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'guidance_min is {low}, guidance_max {high}: no noise level lies above'
       ' the one and up to the other; set guidance to 1 for no guidance'
     )

@@ -70,7 +70,7 @@ class Heun:
       x [B, *shape], in the denoiser's units.
 
     Raises:
-      config.UserError: the settings make no grid.
+      errors.UserError: the settings make no grid.
     """
     start = noise_lib.normal(keys, shape, 'start')
     noise = lambda step: noise_lib.normal(keys, shape, 'churn', step)

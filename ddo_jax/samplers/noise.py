@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 
 # A step's index -> unit normal numbers of the shape of x.
@@ -25,7 +25,7 @@ def levels(
     rho: ρ; the larger it is, the denser the small levels.
 
   Raises:
-    config.UserError: these settings make no descending grid above 0.
+    errors.UserError: these settings make no descending grid above 0.
   """
   check(num_steps, sigma_min, sigma_max)
   ramp = np.arange(num_steps) / max(num_steps - 1, 1)
@@ -36,7 +36,7 @@ def levels(
 def check(num_steps: int, sigma_min: float, sigma_max: float) -> None:
   """Raises UserError where no grid goes down from sigma_max to sigma_min."""
   if num_steps < 1 or not 0 < sigma_min < sigma_max:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the sampler has num_steps {num_steps}, sigma_min {sigma_min},'
       f' sigma_max {sigma_max}; it needs a step or more and'
       ' 0 < sigma_min < sigma_max: set config.sampler'

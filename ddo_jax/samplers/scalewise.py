@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 
 CONVENTIONS = ('var', 'minus_one')
@@ -135,16 +135,16 @@ class Scalewise:
     """Guidance t at r = `ratio`.
 
     Raises:
-      config.UserError: the convention has another name, or t is negative.
+      errors.UserError: the convention has another name, or t is negative.
     """
     if self.convention not in CONVENTIONS:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler.convention is {self.convention!r}; it must be one of'
         f' {CONVENTIONS}'
       )
     none = float(self.convention == 'minus_one')
     if self.guidance < none:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler.guidance is {self.guidance} in the convention'
         f' {self.convention!r}, where {none} is no guidance and less would'
         ' guide away from the class: set it to that or more'
@@ -171,7 +171,7 @@ class Scalewise:
       `smooth`, f̂ is not that of the tokens.
 
     Raises:
-      config.UserError: see `strength`; or top_k, top_p out of range.
+      errors.UserError: see `strength`; or top_k, top_p out of range.
     """
     self._check()
     guided = self.strength(1.0) > 0
@@ -199,7 +199,7 @@ class Scalewise:
 
   def _check(self) -> None:
     if self.top_k < 0 or not 0 <= self.top_p <= 1:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.sampler has top_k {self.top_k} and top_p {self.top_p}; wanted'
         ' a number of tokens, and a probability in [0, 1]; 0 is off'
       )

@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import sources
 from ddo_jax.method import likelihood
@@ -160,7 +161,7 @@ class _Logger:
     """Checks the newest metrics, waiting for the device; logs them if due.
 
     Raises:
-      config.UserError: the loss or the gradient is not finite, or step 0 of
+      errors.UserError: the loss or the gradient is not finite, or step 0 of
         a round is not at chance.
     """
     if self._pending is None:
@@ -189,7 +190,7 @@ class _Logger:
       if not np.isfinite(metrics[name]):
         folder = self._job.folder / 'checkpoints'
         kept = sorted(int(p.name) for p in folder.glob('[0-9]*'))
-        raise config_lib.UserError(
+        raise errors.UserError(
           f'{where}: {name} is {metrics[name]}; last good checkpoint:'
           f' {folder / str(kept[-1]) if kept else "none"}; lower the learning'
           ' rate or set clip_norm'
@@ -200,7 +201,7 @@ class _Logger:
       # |d loss / d logit| ≤ the weights, and chance = log 2 · their mean.
       away = abs(loss - chance) / max(chance, 1)
       if away > 2 * _TOLERANCE or logit > _TOLERANCE:
-        raise config_lib.UserError(
+        raise errors.UserError(
           f'{where}: loss {loss:.6f}, expected {chance:.6f} where θ = θ_ref,'
           f' largest |βΔ| {logit:.2g}; the two passes differ: try'
           ' --config.executor.remat=True, and check that dropout is off'
@@ -216,7 +217,7 @@ def _evaluate(
     scores = job.evaluate(params)
     selection = scores[job.metric]
     if not np.isfinite(selection):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'{job.name} step {step}: {job.metric} of {profile} is {selection}'
       )
     if best is None or selection < best['selection']:
@@ -255,7 +256,7 @@ def run(job: Job) -> Promotion:
 
   Raises:
     SystemExit: with status EX_TEMPFAIL after SIGTERM; the state is saved.
-    config.UserError: see `_Logger.flush`; or the data is at fault.
+    errors.UserError: see `_Logger.flush`; or the data is at fault.
   """
   phase, executor, steps = job.phase, job.executor, job.phase.steps()
   executor.check_batch(phase.batch_size, job.accumulate)

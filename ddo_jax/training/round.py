@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import pool as pool_lib
@@ -66,14 +67,14 @@ def pretrain(run: run_lib.Run) -> pathlib.Path:
     The folder of params that the first round starts from.
 
   Raises:
-    config.UserError: weights are named, and not the tokenizer they go with.
+    errors.UserError: weights are named, and not the tokenizer they go with.
   """
   config = run.config
   run_lib.claim_workdir(config, run.workdir)
   learner = models.tokenizer(config.model)
   if learner and not config.tokenizer_from:
     if config.init_from:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'config.init_from={config.init_from} holds a model of tokens: name'
         ' the folder of its tokenizer too, with --config.tokenizer_from'
       )
@@ -121,7 +122,7 @@ def _fake_pool(
   )
   key = rng.stream(run.config.seed, 'fakes', folder.name)
   generator.fill(pool, reference, key)
-  return pool.source(run.real.num_classes, run.real.levels)
+  return pool.source(run.real.num_classes, run.real.pixel_values)
 
 
 def _promote(
@@ -160,7 +161,7 @@ def _report_scores(
   for name, params in (('before', reference), ('after', promotion.params)):
     key = rng.stream(run.config.seed, 'grid')
     images, _ = generator.images(params, key, GRID, name)
-    generate.save_grid(folder / f'{name}.png', images, run.real.levels)
+    generate.save_grid(folder / f'{name}.png', images, run.real.pixel_values)
   result = {'before': before, 'after': after}
   records.write_json(folder / 'eval.json', result)
   return result

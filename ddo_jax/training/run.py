@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import sources
@@ -27,13 +28,13 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Writes config.json, or checks that it agrees with this config.
 
   Raises:
-    config.UserError: a science field differs from the recorded one.
+    errors.UserError: a science field differs from the recorded one.
   """
   path = workdir / 'config.json'
   if path.exists():
     changes = config_lib.science_changes(config, records.read_json(path))
     if changes:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
         ' these changes, or choose another --workdir'
       )
@@ -55,13 +56,13 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
   """The folder of params that the last finished stage of a run left.
 
   Raises:
-    config.UserError: no stage has finished.
+    errors.UserError: no stage has finished.
   """
   folders = sorted(workdir.glob('round_*/promoted'))
   folders = [workdir / 'pretrain' / 'params', *folders]
   folders = [f for f in folders if (f.parent / 'done.json').exists()]
   if not folders:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'no finished stage in {workdir}; run --mode=selfplay first, or name'
       ' --params'
     )
@@ -71,7 +72,7 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
 def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
   """Raises UserError where a model without classes is to go by labels."""
   if not num_classes and (phase.contrasts or phase.label_drop):
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'config.{name} has objective {phase.objective!r} and label_drop'
       f' {phase.label_drop}, which go by labels, and the model has no classes:'
       ' take objective ddo or mle, and label_drop 0'
@@ -105,7 +106,7 @@ class Run:
     source = sources.open_source(self.config.data, self.config.data.train_split)
     model = models.build(self.config, self.config.pretrain)
     model.check_source(
-      source.name, source.image_shape, source.num_classes, source.levels
+      source.name, source.image_shape, source.num_classes, source.pixel_values
     )
     return source
 

@@ -86,7 +86,7 @@ def load(
     sha256, licence and date).
 
   Raises:
-    config.UserError: there is no file (the line says which to bring and where
+    errors.UserError: there is no file (the line says which to bring and where
       to put it), or it is damaged or of another network.
   """
   if path is None:

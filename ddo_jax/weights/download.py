@@ -12,7 +12,7 @@ import urllib.request
 
 import tqdm
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import provenance
 
 _HUB = re.compile(r'hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/([\w./-]+)')
@@ -37,11 +37,11 @@ def fetch(
       ~/.cache/ddo_jax/files otherwise.
 
   Raises:
-    config.UserError: missing, no network, refused by the server, cut off, or
+    errors.UserError: missing, no network, refused by the server, cut off, or
       not of that sha256.
   """
   if sha256 is not None and not _DIGEST.fullmatch(sha256 := sha256.lower()):
-    raise config.UserError(
+    raise errors.UserError(
       f'sha256 is {sha256[:80]!r}; wanted 64 hexadecimal digits'
     )
   scheme = source.partition('://')[0] if '://' in source else ''
@@ -54,14 +54,14 @@ def fetch(
     recorded = _DIGEST.fullmatch(path.resolve().name)
     sha256 = sha256 or (recorded and recorded.group())
   elif scheme:
-    raise config.UserError(
+    raise errors.UserError(
       f'{source} has the unknown scheme {scheme}://; wanted a path, http(s)://'
       ' or hf://owner/name/file'
     )
   else:
     path = pathlib.Path(source).expanduser()
   if not path.is_file():
-    raise config.UserError(
+    raise errors.UserError(
       f'no file {path}; wanted a path, http(s):// or hf://owner/name/file'
     )
   if sha256 and (found := provenance.sha256(path)) != sha256:
@@ -71,8 +71,8 @@ def fetch(
 
 def _mismatch(
   where: str | pathlib.Path, found: str, wanted: str, remedy: str
-) -> config.UserError:
-  return config.UserError(
+) -> errors.UserError:
+  return errors.UserError(
     f'{where} has sha256 {found}; wanted {wanted}: {remedy}'
   )
 
@@ -84,7 +84,7 @@ def _fetch_hub(source: str, cache: pathlib.Path | None) -> pathlib.Path:
 
   match = _HUB.fullmatch(source)
   if match is None:
-    raise config.UserError(
+    raise errors.UserError(
       f'{source} is no file of the hub; wanted hf://owner/name/file'
     )
   repo, revision, name = match.groups()
@@ -93,16 +93,16 @@ def _fetch_hub(source: str, cache: pathlib.Path | None) -> pathlib.Path:
       repo, name, revision=revision, cache_dir=cache
     )
   except errors.LocalEntryNotFoundError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'no network to the Hugging Face hub for {source}: try again, {_BY_HAND}'
     ) from error
   except errors.GatedRepoError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'{source} is gated: accept its terms on the hub and log in, {_BY_HAND}'
     ) from error
   except (OSError, ValueError, errors.EntryNotFoundError) as error:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise config.UserError(
+    raise errors.UserError(
       f'the Hugging Face hub does not give {source} ({lines[0][:200]}): check'
       f' the name, {_BY_HAND}'
     ) from error
@@ -117,7 +117,7 @@ def _fetch_url(
     urllib.parse.unquote(urllib.parse.urlsplit(url).path)
   ).name
   if not re.fullmatch(r'[\w][\w .+-]*', name):
-    raise config.UserError(f'{url} names no file; wanted http(s)://.../file')
+    raise errors.UserError(f'{url} names no file; wanted http(s)://.../file')
   # Addresses that end alike do not share a place.
   folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
   path, record = folder / name, folder / f'{name}.sha256'
@@ -148,24 +148,24 @@ def _saying(url: str, partial: pathlib.Path):
   again = f'run the same command again, {_BY_HAND}'
   try:
     yield
-  except config.UserError:
+  except errors.UserError:
     raise
   except urllib.error.HTTPError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'{url}: the server answers {error.code} ({error.reason}); check the'
       f' address, {_BY_HAND}'
     ) from error
   except urllib.error.URLError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'no network to {url} ({error.reason}): {again}'
     ) from error
   except (OSError, http.client.HTTPException) as error:
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-      raise config.UserError(
+      raise errors.UserError(
         f'disk full while fetching {url} to {partial.parent}; free some space'
         ' and run the same command again to go on'
       ) from error
-    raise config.UserError(
+    raise errors.UserError(
       f'{url} was cut off ({error or type(error).__name__}); {again}'
     ) from error
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import edm_layers
@@ -79,7 +79,7 @@ def _fields(
     fixed: those that must have the value that they have here.
 
   Raises:
-    config.UserError: an argument is missing, or asks for another network.
+    errors.UserError: an argument is missing, or asks for another network.
   """
   options = {k: _plain(v) for k, v in options.items() if k not in _IGNORED}
   try:
@@ -91,7 +91,7 @@ def _fields(
       **{name: options[name] for name in given},
     }
   except KeyError as error:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the network inside the file does not say its {error}; wanted the .pkl'
       ' of an EDM, EDM2 or DDO network'
     ) from error
@@ -99,7 +99,7 @@ def _fields(
     if name in names:
       found[name] = value
     elif name not in fixed or fixed[name] != value:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'the network inside the file has {name}={str(value)[:80]}; the'
         f' networks here have {fixed.get(name, "no such argument")}'
       )
@@ -114,7 +114,7 @@ def _edm(network: pickle_reader.Network) -> edm.EdmConfig:
     kind = 'ncsnpp' if taps == edm_layers.NCSNPP.taps else 'ddpmpp'
     fixed = _FIXED | _STYLES[kind]
   elif options.get('model_type') != 'DhariwalUNet':
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the network inside the file is a {options.get("model_type")}; known:'
       ' SongUNet, DhariwalUNet'
     )
@@ -142,7 +142,7 @@ def _check_encoder(
     got = state.get(name) if isinstance(state, dict) else None
     numbers = isinstance(got, np.ndarray) and got.shape == (wanted.size,)
     if not numbers or not np.allclose(got, wanted.ravel(), rtol=1e-5):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'the latents of the file have the {name} {str(got)[:80]}; those here'
         f' {wanted.ravel()}: the network is of another autoencoder'
       )
@@ -154,7 +154,7 @@ def config_of(
   """The model's config of a released network.
 
   Raises:
-    config.UserError: it is a network that is not built here.
+    errors.UserError: it is a network that is not built here.
   """
   if network.class_name == 'Precond':
     given, names = ('model_channels',), (*_FIELDS, 'logvar_channels')
@@ -165,7 +165,7 @@ def config_of(
     return config
   if network.class_name in _PRECONDS:
     return _edm(network)
-  raise config_lib.UserError(
+  raise errors.UserError(
     f'the file holds a {network.class_name[:80]}; known:'
     f' {", ".join(_PRECONDS)}, Precond (EDM2)'
   )

@@ -14,7 +14,7 @@ from typing import Any
 from flax import traverse_util
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 Path = tuple[str, ...]
 _PREFIXES = ('model', 'unet')  # of the network in EDM and in EDM2
@@ -73,14 +73,14 @@ def to_flax(
       stored filters are compared with it and left out. EDM2 stores none.
 
   Raises:
-    config.UserError: a stored filter is another.
+    errors.UserError: a stored filter is another.
   """
   flat = {}
   for key, tensor in state.items():
     if key.rpartition('.')[2] == _FILTER:
       wanted = resample_filter(taps) if taps else np.zeros(())
       if not np.array_equal(np.asarray(tensor, np.float32), wanted):
-        raise config_lib.UserError(
+        raise errors.UserError(
           f'{key} is not the filter of taps {tuple(taps)}: the file is of'
           ' another network; convert it with its own config'
         )

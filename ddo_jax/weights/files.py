@@ -9,7 +9,7 @@ import pathlib
 import struct
 import zipfile
 
-from ddo_jax import config
+from ddo_jax import errors
 
 # What a hostile or damaged file makes the readers, numpy and zipfile raise.
 _SIGNS = (
@@ -34,19 +34,19 @@ def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
     wanted: what should have been there.
 
   Raises:
-    config.UserError: the body raised what unreadable or hostile files raise.
+    errors.UserError: the body raised what unreadable or hostile files raise.
   """
   try:
     yield
-  except config.UserError:
+  except errors.UserError:
     raise
   except OSError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'cannot read {path} ({error.strerror or error}); wanted {wanted}'
     ) from error
   except _SIGNS as error:
     reason = ' '.join(str(error).split())[:240] or type(error).__name__
-    raise config.UserError(
+    raise errors.UserError(
       f'{path} is refused: {reason}; wanted {wanted}; nothing in it was run:'
       ' get the file again from its publisher'
     ) from error
@@ -69,12 +69,12 @@ def first_of(
     what: the files hold, for the error.
 
   Raises:
-    config.UserError: none is there.
+    errors.UserError: none is there.
   """
   for name in names:
     if (folder / name).is_file():
       return folder / name
-  raise config.UserError(
+  raise errors.UserError(
     f'no {what} in {folder}; fetch {" or ".join(names)} from its publisher and'
     ' put it there, or give its path'
   )
@@ -85,7 +85,7 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A file to write beside `path`, put in its place only once it is whole.
 
   Raises:
-    config.UserError: it cannot be written there.
+    errors.UserError: it cannot be written there.
   """
   partial = path.with_name(path.name + '.partial')
   try:
@@ -93,7 +93,7 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield partial
     os.replace(partial, path)
   except OSError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'cannot write {path} ({error.strerror or error}); wanted a folder that'
       ' may be written, with room for it'
     ) from error

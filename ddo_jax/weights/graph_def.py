@@ -132,7 +132,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The float32 constants of a frozen graph, by node name.
 
   Raises:
-    config.UserError: missing, damaged, or no GraphDef with constants.
+    errors.UserError: missing, damaged, or no GraphDef with constants.
   """
   with files.refusing(path, _WANTED):
     raw = memoryview(path.read_bytes())

@@ -251,7 +251,7 @@ def load(
     file's name, sha256, licence and date).
 
   Raises:
-    config.UserError: there is no file (the line says which to bring and where
+    errors.UserError: there is no file (the line says which to bring and where
       to put it), or it is damaged or of another network.
   """
   folder = folder.expanduser()

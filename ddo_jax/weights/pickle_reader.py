@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import arrays
 from ddo_jax.weights import files
 from ddo_jax.weights import pickle_machine
@@ -96,7 +96,7 @@ def read(path: pathlib.Path) -> Any:
     objects.
 
   Raises:
-    config.UserError: missing, damaged, over the limits, or it names anything
+    errors.UserError: missing, damaged, over the limits, or it names anything
       that weights do not need.
   """
   with files.refusing(path, _WANTED):
@@ -182,12 +182,12 @@ def read_network(
     source: the address that the file was fetched from, if any.
 
   Raises:
-    config.UserError: unreadable (see `read`), or it holds no such network.
+    errors.UserError: unreadable (see `read`), or it holds no such network.
   """
   tree = read(path)
   if not isinstance(tree, dict) or not isinstance(tree.get(which), Record):
     found = list(tree) if isinstance(tree, dict) else type(tree).__name__
-    raise config.UserError(
+    raise errors.UserError(
       f'{path} holds no network {which!r} (it holds {str(found)[:120]});'
       f' wanted {_WANTED}'
     )

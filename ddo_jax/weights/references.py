@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.weights import files
 from ddo_jax.weights import pickle_reader
@@ -42,10 +42,10 @@ class Reference:
     """The moments of one kind of features.
 
     Raises:
-      config.UserError: the file has none of that kind.
+      errors.UserError: the file has none of that kind.
     """
     if kind not in self.moments:
-      raise config.UserError(
+      raise errors.UserError(
         f'{self.path} has statistics of {", ".join(self.moments)}, not of '
         f'{kind}; give a reference file that has'
       )
@@ -55,7 +55,7 @@ class Reference:
     """The images [N,H,W,3] uint8 that OpenAI's files hold (2 GB at 256²).
 
     Raises:
-      config.UserError: the file holds none.
+      errors.UserError: the file holds none.
     """
     with files.refusing(self.path, _WANTED):
       if not self.has_images:
@@ -115,7 +115,7 @@ def read(path: pathlib.Path) -> Reference:
     path: an .npz or .pkl; see the module.
 
   Raises:
-    config.UserError: missing, damaged, of other features, or no reference.
+    errors.UserError: missing, damaged, of other features, or no reference.
   """
   with files.refusing(path, _WANTED):
     origin = provenance.describe(path)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.method import likelihood
@@ -93,7 +94,7 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
       a tokenizer's file is known by its tensors.
 
   Raises:
-    config.UserError: unreadable, of an unknown network, or of another one
+    errors.UserError: unreadable, of an unknown network, or of another one
       than `config` says.
   """
   if path.suffix == '.pkl':
@@ -108,12 +109,12 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
   elif path.suffix == '.pth':
     state, origin = torch_zip.read(path), provenance.describe(path, source)
   else:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{path} is no file of weights by its name; wanted .pkl, .safetensors or'
       ' .pth'
     )
   if config is None:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{path} does not say which network it is of: give the --config of a'
       ' recipe with that model'
     )
@@ -179,7 +180,7 @@ def load_folder(folder: pathlib.Path) -> Weights:
   """Reads a folder of params, of this module's making or of a run's.
 
   Raises:
-    config.UserError: no params there, or damaged.
+    errors.UserError: no params there, or damaged.
   """
   meta = checkpoint.load_meta(folder)
   config = models.from_json(meta['config'])

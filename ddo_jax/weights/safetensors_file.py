@@ -7,7 +7,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import files
 
 _WANTED = 'a .safetensors file'
@@ -21,7 +21,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     of the state dict that was written.
 
   Raises:
-    config.UserError: missing, damaged, or no such file.
+    errors.UserError: missing, damaged, or no such file.
   """
   with files.refusing(path, _WANTED):
     try:
@@ -44,7 +44,7 @@ def write(
     metadata: text by name, such as `provenance.describe` returns.
 
   Raises:
-    config.UserError: an array of a type that the format lacks, or a full disk.
+    errors.UserError: an array of a type that the format lacks, or a full disk.
   """
   # The library writes an array's memory as it lies, whatever its strides.
   dense = {k: np.require(v, requirements='C') for k, v in state.items()}
@@ -52,7 +52,7 @@ def write(
     try:
       safetensors.numpy.save_file(dense, partial, dict(metadata))
     except safetensors.SafetensorError as error:
-      raise config.UserError(
+      raise errors.UserError(
         f'cannot write {path} ({error}); wanted arrays of plain numbers, and'
         ' room on the disk'
       ) from error

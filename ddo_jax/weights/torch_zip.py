@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import arrays
 from ddo_jax.weights import files
 from ddo_jax.weights import pickle_machine
@@ -45,7 +45,7 @@ def read(path: pathlib.Path) -> Any:
     Arrays may view the file: do not overwrite it while they live.
 
   Raises:
-    config.UserError: missing, damaged, over the limits, or it names anything
+    errors.UserError: missing, damaged, over the limits, or it names anything
       that weights do not need.
   """
   with files.refusing(path, _WANTED):
@@ -157,11 +157,11 @@ def write(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
     state: arrays by key; float64/32/16, bfloat16, int64/32/16/8, uint8 or bool.
 
   Raises:
-    config.UserError: an array of another type, or the disk is full.
+    errors.UserError: an array of another type, or the disk is full.
   """
   for key, array in state.items():
     if array.dtype.newbyteorder('<') not in _TYPES:
-      raise config.UserError(
+      raise errors.UserError(
         f'{key} is {array.dtype}, which a .pth cannot hold; wanted one of'
         f' {", ".join(map(str, _TYPES))}'
       )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import vae
 from ddo_jax.weights import safetensors_file
 from ddo_jax.weights import torch_zip
@@ -77,7 +77,7 @@ def to_flax(
     network: that the params are for; traced only.
 
   Raises:
-    config.UserError: tensors are missing, left over, of another shape or no
+    errors.UserError: tensors are missing, left over, of another shape or no
       floating-point numbers.
   """
   wanted = _wanted(network)
@@ -85,7 +85,7 @@ def to_flax(
   lost, left = wanted.keys() - newer.keys(), set(state) - set(newer.values())
   left |= newer.keys() - wanted.keys()
   if lost or left:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the weights lack {_few(lost)} of this AutoencoderKL and have'
       f" {_few(left)} too many: wanted diffusers' names, as in"
       ' stabilityai/sd-vae-ft-mse'
@@ -96,7 +96,7 @@ def to_flax(
     flat[path] = _to_layout(tensor, len(shape))
     numbers = jnp.issubdtype(tensor.dtype, jnp.floating)
     if flat[path].shape != shape or not numbers:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'{newer[key]} is {tensor.dtype} {list(tensor.shape)}; wanted floating'
         f" point, {list(shape)} once in Flax's order: the file is of another"
         ' AutoencoderKL'
@@ -127,7 +127,7 @@ def read(
     network: of the weights; by default that of stabilityai/sd-vae-ft-mse.
 
   Raises:
-    config.UserError: unreadable, or see `to_flax`.
+    errors.UserError: unreadable, or see `to_flax`.
   """
   if path.suffix == '.safetensors':
     state, _ = safetensors_file.read(path)
@@ -135,11 +135,11 @@ def read(
     state = torch_zip.read(path)
   tensors = state.values() if isinstance(state, dict) else [None]
   if not all(isinstance(tensor, np.ndarray) for tensor in tensors):
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{path} holds something else than tensors by name; wanted the'
       " AutoencoderKL in diffusers' format"
     )
   try:
     return to_flax(state, network or vae.AutoencoderKL())
-  except config_lib.UserError as error:
-    raise config_lib.UserError(f'{path}: {error}') from error
+  except errors.UserError as error:
+    raise errors.UserError(f'{path}: {error}') from error

@@ -15,7 +15,7 @@ from typing import Any
 from flax import traverse_util
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 
 Path = tuple[str, ...]
 State = dict[str, np.ndarray]
@@ -67,14 +67,14 @@ def unwrap(tree: Any) -> State:
     Official key -> tensor, without the wrappers' prefixes.
 
   Raises:
-    config.UserError: there is no state dict.
+    errors.UserError: there is no state dict.
   """
   for name in ('trainer', 'var_wo_ddp'):
     if isinstance(tree, Mapping) and name in tree:
       tree = tree[name]
   if not _is_state(tree):
     got = sorted(map(str, tree)) if isinstance(tree, Mapping) else tree
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the file holds {str(got)[:200]}; wanted a state dict of tensors, plain'
       " or under 'trainer' and 'var_wo_ddp': is it a checkpoint of VAR?"
     )
@@ -120,7 +120,7 @@ def _stack(key: str, rows: Mapping[int, np.ndarray], depth: int) -> np.ndarray:
   """Blocks 0 … depth−1 of one tensor as an array [depth, ...]."""
   shapes = {row.shape for row in rows.values()}
   if sorted(rows) != list(range(depth)) or len(shapes) != 1:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{key} is there for blocks {sorted(rows)}, in shapes {sorted(shapes)};'
       f' wanted one shape for each of {depth} blocks: the file is not whole'
     )
@@ -135,7 +135,7 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
       `unwrap`. Constants in it are left out.
 
   Raises:
-    config.UserError: blocks are missing or of different shapes.
+    errors.UserError: blocks are missing or of different shapes.
   """
   flat, blocks = {}, {}
   for key, tensor in state.items():

@@ -49,7 +49,7 @@ def cifar_shaped() -> config_lib.Config:
     blocks=1,
     image_shape=(32, 32, 3),
     sigma_data=0.5,
-    levels=256,
+    pixel_values=256,
   )
   for phase in (config.pretrain, config.ddo):
     phase.batch_size = 32
@@ -70,10 +70,10 @@ def make_job(
   model = models.build(config, phase)
   executor = devices_lib.Executor(config.executor)
   draw = np.random.RandomState(0)
-  images = draw.randint(0, model.levels, (2_000, *model.example_shape))
+  images = draw.randint(0, model.pixel_values, (2_000, *model.example_shape))
   labels = np.arange(2_000, dtype=np.int32) % 10
   source = sources.ArraySource(
-    'random', images.astype(np.uint8), labels, 10, model.levels
+    'random', images.astype(np.uint8), labels, 10, model.pixel_values
   )
   start = functools.partial(executor.make_state, model.init, rng.stream(0))
   return loop_lib.Job(

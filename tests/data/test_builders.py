@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.data import builders
 from ddo_jax.data import sources
 
@@ -35,7 +36,7 @@ def read_all(source):
 
 def refusal(source, split='train', **fields):
   """The one line that refuses a source."""
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     open_set(source, split, **fields)
   assert '\n' not in str(caught.value)
   return str(caught.value)
@@ -51,7 +52,7 @@ def test_npz_gives_pixels_and_labels_back(tmp_path, s):
   arrays = {f'image{s}': X, f'label{s}': Y}
   source = open_set(npz(tmp_path / 'set.npz', **arrays))
   assert isinstance(source, sources.ArraySource)
-  assert (source.num_classes, source.levels) == (4, 256)
+  assert (source.num_classes, source.pixel_values) == (4, 256)
   for got, expected in zip(read_all(source), (X, Y), strict=True):
     np.testing.assert_array_equal(got, expected)
   plain = open_set(npz(tmp_path / 'plain.npz', image=X))
@@ -88,9 +89,11 @@ def test_a_damaged_or_missing_npz_is_refused(tmp_path):
 
 
 def test_arrays_keep_to_their_classes_and_levels():
-  source = sources.ArraySource('pool', X % 17, Y, num_classes=4, levels=17)
-  for wrong in ({'levels': 16}, {'num_classes': 3}, {'num_classes': 0}):
-    with pytest.raises(config.UserError, match=r'pool: .* wanted at most'):
+  source = sources.ArraySource(
+    'pool', X % 17, Y, num_classes=4, pixel_values=17
+  )
+  for wrong in ({'pixel_values': 16}, {'num_classes': 3}, {'num_classes': 0}):
+    with pytest.raises(errors.UserError, match=r'pool: .* wanted at most'):
       dataclasses.replace(source, **wrong)
 
 
@@ -131,7 +134,7 @@ def test_digits_are_scikit_learns(data_dir):
 
   train = open_set('digits', data_dir=str(data_dir))
   test = open_set('digits', 'test', data_dir=str(data_dir))
-  assert (len(train), len(test), train.levels) == (1437, 360, 17)
+  assert (len(train), len(test), train.pixel_values) == (1437, 360, 17)
   assert (train.image_shape, train.num_classes) == ((8, 8, 1), 10)
   pixels, labels = sklearn_datasets.load_digits(return_X_y=True)
   both = rows_of(*read_all(train)) + rows_of(*read_all(test))
@@ -151,7 +154,7 @@ def test_a_large_set_stays_on_disk(data_dir, monkeypatch):
   monkeypatch.setattr(sources, '_IN_MEMORY', 360 * 64 - 1)
   source = open_set('digits', 'test', data_dir=str(data_dir))
   assert isinstance(source, sources.EncodedSource)
-  assert (source.levels, source.num_classes, len(source)) == (17, 10, 360)
+  assert (source.pixel_values, source.num_classes, len(source)) == (17, 10, 360)
   index = np.array([359, 0, 7])
   for got, expected in zip(source.read(index), whole.read(index), strict=True):
     np.testing.assert_array_equal(got, expected)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
 from ddo_jax.data import pool as pool_lib
@@ -174,7 +175,7 @@ def test_raw_latents_of_images(autoencoder):
 
 
 def test_images_need_the_autoencoder():
-  with pytest.raises(config.UserError, match=r'config\.vae_from'):
+  with pytest.raises(errors.UserError, match=r'config\.vae_from'):
     LATENTS.render({'guide': {}}, raw_latents(1))
 
 
@@ -186,10 +187,10 @@ def test_presets_of_512_have_latents_and_no_others():
     model = edm2.build(presets.get(name), -0.4, 1.0, remat=False)
     raw_shape = model.encoder.raw_shape(model.example_shape)
     wanted = (64, 64, 8) if 'img512' in name else (64, 64, 3)
-    assert raw_shape == wanted and model.levels == 256
+    assert raw_shape == wanted and model.pixel_values == 256
     model.check_source('data', wanted, model.num_classes, 256)
     other = (64, 64, 11 - wanted[-1])
-    with pytest.raises(config.UserError, match='the model takes'):
+    with pytest.raises(errors.UserError, match='the model takes'):
       model.check_source('data', other, model.num_classes, 256)
   assert model.encoder == codec.Latents(vae.AutoencoderKL())
 
@@ -205,7 +206,7 @@ def test_latents_follow_sigma_data():
 
 def test_latents_of_three_channels_are_refused():
   model_config = edm2.Edm2Config(latents=True)
-  with pytest.raises(config.UserError, match='wanted 4 channels'):
+  with pytest.raises(errors.UserError, match='wanted 4 channels'):
     edm2.build(model_config, -0.4, 1.0, remat=False)
 
 
@@ -234,8 +235,8 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   pool = pool_lib.Pool(tmp_path, 10, 4, {})
   key = rng.stream(0, 'fakes')
   generator.fill(pool, {}, key)
-  source = pool.source(num_classes=3, levels=256)
-  model.check_source(source.name, source.image_shape, 3, source.levels)
+  source = pool.source(num_classes=3, pixel_values=256)
+  model.check_source(source.name, source.image_shape, 3, source.pixel_values)
   stored, labels = source.read(np.arange(10))
   assert stored.shape == (10, 4, 4, 8) and stored.dtype == np.float32
   x = model.sample(

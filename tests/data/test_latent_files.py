@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_sources
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
 
@@ -54,7 +54,7 @@ def test_folder_and_zip_give_latents_and_labels_back(tmp_path, name):
   np.testing.assert_array_equal(got, latents)
   np.testing.assert_array_equal(got_labels, labels)
   assert (len(source), source.image_shape) == (5, SHAPE)
-  assert (source.num_classes, source.levels) == (labels.max() + 1, 256)
+  assert (source.num_classes, source.pixel_values) == (labels.max() + 1, 256)
   (batch,) = sources.batches(source, 1, 4, 3, 4)
   index = sources.order(1, 12 + np.arange(4), 5)
   np.testing.assert_array_equal(batch['image'], latents[index])
@@ -103,7 +103,7 @@ def test_a_wrong_latent_is_refused_by_its_name(tmp_path, content, words):
     tmp_path / 'set.zip', edm2_files() | {name_of(3): content}
   )
   source = test_sources.open_path(path)
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     test_sources.read_all(source)
   line = str(caught.value)
   assert words in line and f'{path}/{name_of(3)}' in line and '\n' not in line
@@ -114,13 +114,13 @@ def test_an_npz_for_a_latent_is_refused(tmp_path):
   np.savez(file, PLANES)
   files = edm2_files() | {name_of(3): file.getvalue()}
   source = test_sources.open_path(test_sources.write(tmp_path / 'set', files))
-  with pytest.raises(config.UserError, match=r'00000003\.npy is no whole'):
+  with pytest.raises(errors.UserError, match=r'00000003\.npy is no whole'):
     test_sources.read_all(source)
 
 
 def test_images_and_latents_in_one_set_are_refused(tmp_path):
   path = test_sources.write(tmp_path / 'set', edm2_files() | {'a.png': b''})
-  with pytest.raises(config.UserError, match='holds 1 images and 5 latents'):
+  with pytest.raises(errors.UserError, match='holds 1 images and 5 latents'):
     test_sources.open_path(path)
 
 
@@ -128,7 +128,7 @@ def test_labels_must_be_those_of_the_latents(tmp_path):
   files = edm2_files()
   del files[name_of(4)]
   path = test_sources.write(tmp_path / 'set', files)
-  with pytest.raises(config.UserError, match='missing files'):
+  with pytest.raises(errors.UserError, match='missing files'):
     test_sources.open_path(path)
 
 
@@ -153,13 +153,13 @@ def test_latents_in_memory():
 )
 def test_wrong_latents_in_memory_are_refused(change, words):
   latents, labels = make_latents()
-  with pytest.raises(config.UserError, match=words):
+  with pytest.raises(errors.UserError, match=words):
     sources.ArraySource('pool', change(latents), labels, num_classes=3)
 
 
 def test_labels_of_latents_keep_to_their_classes():
   latents, labels = make_latents()
-  with pytest.raises(config.UserError, match='wanted at most'):
+  with pytest.raises(errors.UserError, match='wanted at most'):
     sources.ArraySource('pool', latents, labels, num_classes=2)
 
 
@@ -170,7 +170,7 @@ def test_a_pool_keeps_latents_to_the_bit(tmp_path):
   for shard in pool.missing():
     ids = pool.ids(shard)
     pool.write(shard, latents[ids], pool_lib.balanced_labels(ids, 3))
-  source = pool.source(num_classes=3, levels=256)
+  source = pool.source(num_classes=3, pixel_values=256)
   got, labels = test_sources.read_all(source)
   assert got.dtype == np.float32 and got.tobytes() == latents.tobytes()
   assert labels.tolist() == [0, 1, 2, 0, 1]
@@ -184,5 +184,5 @@ def test_a_pool_names_the_shard_of_a_diverged_latent(tmp_path):
   for shard in pool.missing():
     ids = pool.ids(shard)
     pool.write(shard, latents[ids], labels[ids])
-  with pytest.raises(config.UserError, match=r'000001\.npz holds NaN'):
-    pool.source(num_classes=3, levels=256)
+  with pytest.raises(errors.UserError, match=r'000001\.npz holds NaN'):
+    pool.source(num_classes=3, pixel_values=256)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.data import pool as pool_lib
 
 IDENTITY = {'reference': 'abc', 'sampler': {'num_steps': 3}, 'stream': [0, 'a']}
@@ -39,8 +39,8 @@ def test_labels_are_balanced_by_id():
 def test_a_pool_is_read_back_whole(tmp_path):
   pool = open_pool(tmp_path)
   fill(pool)
-  source = pool.source(num_classes=3, levels=17)
-  assert (len(source), source.num_classes, source.levels) == (10, 3, 17)
+  source = pool.source(num_classes=3, pixel_values=17)
+  assert (len(source), source.num_classes, source.pixel_values) == (10, 3, 17)
   images, labels = source.read(np.arange(10))
   expected = draw(np.arange(10))
   np.testing.assert_array_equal(images, expected[0])
@@ -68,7 +68,7 @@ def test_the_shards_partition_the_pool(tmp_path):
 def test_a_pool_that_lacks_shards_is_refused(tmp_path):
   pool = open_pool(tmp_path)
   fill(pool, [0])
-  with pytest.raises(config.UserError, match='lacks 2 shards'):
+  with pytest.raises(errors.UserError, match='lacks 2 shards'):
     pool.source(3, 17)
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path):
   fill(pool)
   path = tmp_path / '000001.npz'
   path.write_bytes(path.read_bytes()[:100])
-  with pytest.raises(config.UserError, match=r'000001\.npz'):
+  with pytest.raises(errors.UserError, match=r'000001\.npz'):
     pool.source(3, 17)
 
 
@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
 def test_the_pool_of_another_identity_is_refused(tmp_path, other):
   fill(open_pool(tmp_path))
   (name,) = other
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     open_pool(tmp_path, **other)
   line = str(caught.value)
   assert f'was drawn with {name} = ' in line and str(tmp_path) in line

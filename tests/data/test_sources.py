@@ -13,6 +13,7 @@ from PIL import Image
 import pytest
 
 from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.data import sources
 
 SHAPE = (4, 6, 3)
@@ -68,7 +69,7 @@ def read_all(source):
 
 def refusal(path, read=True):
   """The one line that refuses `path`."""
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     source = open_path(path)
     if read:
       read_all(source)
@@ -120,7 +121,7 @@ def test_processes_share_out_the_rows(in_memory):
     for step in zip(*parts, strict=True)
   ]
   assert_same(sources.batches(in_memory, 1, 6, 0, 4), joined)
-  with pytest.raises(config.UserError, match='6 must be a multiple of 4'):
+  with pytest.raises(errors.UserError, match='6 must be a multiple of 4'):
     sources.batches(in_memory, 1, 6, 0, 4, 0, 4)
 
 
@@ -139,7 +140,7 @@ def counted(path, bad=None):
   def fetch(index):
     seen.extend(index)
     if bad in index:
-      raise config.UserError('that one')
+      raise errors.UserError('that one')
     return source.fetch(index)
 
   return dataclasses.replace(source, fetch=fetch), seen
@@ -175,7 +176,7 @@ def test_a_failed_read_surfaces_at_its_step(tmp_path):
   stream = sources.batches(source, 1, 1, 0, 7)
   for _ in range(step):
     next(stream)
-  with pytest.raises(config.UserError, match='that one'):
+  with pytest.raises(errors.UserError, match='that one'):
     next(stream)
   assert threading.active_count() == before
 
@@ -190,7 +191,11 @@ def test_folder_and_zip_give_pixels_and_labels_back(tmp_path, name, shape):
   np.testing.assert_array_equal(got, images[order])
   np.testing.assert_array_equal(got_labels, labels[order])
   assert (got.dtype, got_labels.dtype) == (np.uint8, np.int32)
-  assert (len(source), source.image_shape, source.levels) == (7, shape, 256)
+  assert (len(source), source.image_shape, source.pixel_values) == (
+    7,
+    shape,
+    256,
+  )
   assert source.num_classes == labels.max() + 1
   again = source.read(np.array([5, 5, 0]))[0]
   np.testing.assert_array_equal(again, got[[5, 5, 0]])
@@ -304,7 +309,7 @@ def test_a_file_that_vanished_is_named(tmp_path):
   source = open_path(path)
   (path / '00001/img00000005.png').unlink()
   with pytest.raises(
-    config.UserError, match=r'img00000005\.png cannot be read'
+    errors.UserError, match=r'img00000005\.png cannot be read'
   ):
     read_all(source)
 
@@ -337,7 +342,7 @@ def test_images_are_padded_with_black(tmp_path):
   np.testing.assert_array_equal(got[:, 2:6, 1:7], images)
   assert got.sum() == images.sum()
   settings.pad_to = 5
-  with pytest.raises(config.UserError, match='pad_to=5'):
+  with pytest.raises(errors.UserError, match='pad_to=5'):
     sources.open_source(settings, 'train')
   settings.pad_to = 0
   assert sources.open_source(settings, 'train').image_shape == (4, 6, 1)

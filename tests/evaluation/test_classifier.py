@@ -8,7 +8,7 @@ import pytest
 from sklearn import datasets
 from sklearn import model_selection
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.networks import classifier
 
 
@@ -28,7 +28,7 @@ def digits():
 
 @pytest.fixture(scope='module')
 def fitted(digits):
-  return classifier.fit(digits[0], digits[2], num_classes=10, levels=17)
+  return classifier.fit(digits[0], digits[2], num_classes=10, pixel_values=17)
 
 
 def test_it_learns_the_digits(digits, fitted):
@@ -79,7 +79,7 @@ def test_any_number_of_images_without_retracing(digits, fitted):
 def test_levels_set_the_scale(digits, fitted):
   # x = raw·2/(levels - 1) - 1: 15 times the values of 241 levels are the same.
   images = digits[1]
-  finer = dataclasses.replace(fitted, levels=241)
+  finer = dataclasses.replace(fitted, pixel_values=241)
   features, predicted = fitted.apply(images)
   same, same_predicted = finer.apply(images * 15)
   np.testing.assert_allclose(same, features, atol=1e-5)
@@ -91,23 +91,23 @@ def test_levels_set_the_scale(digits, fitted):
 def test_mistakes_raise(digits, fitted):
   images, _, labels, _ = digits
   fit = classifier.fit
-  with pytest.raises(config.UserError, match='float32'):
+  with pytest.raises(errors.UserError, match='float32'):
     fit(images.astype(np.float32), labels, 10, 17)
-  with pytest.raises(config.UserError, match='value 16; raw pixels of 16'):
+  with pytest.raises(errors.UserError, match='value 16; raw pixels of 16'):
     fit(images, labels, 10, 16)
-  with pytest.raises(config.UserError, match=r'labels are int64 \(9,\)'):
+  with pytest.raises(errors.UserError, match=r'labels are int64 \(9,\)'):
     fit(images, labels[:9], 10, 17)
-  with pytest.raises(config.UserError, match='labels are float64'):
+  with pytest.raises(errors.UserError, match='labels are float64'):
     fit(images, labels / 2, 10, 17)
-  with pytest.raises(config.UserError, match='labels run from 0 to 9'):
+  with pytest.raises(errors.UserError, match='labels run from 0 to 9'):
     fit(images, labels, 9, 17)
-  with pytest.raises(config.UserError, match='num_classes is 1'):
+  with pytest.raises(errors.UserError, match='num_classes is 1'):
     fit(images, labels, 1, 17)
-  with pytest.raises(config.UserError, match=r'images are uint8 \(0, 8'):
+  with pytest.raises(errors.UserError, match=r'images are uint8 \(0, 8'):
     fitted.apply(images[:0])
-  with pytest.raises(config.UserError, match='value 255; raw pixels of 17'):
+  with pytest.raises(errors.UserError, match='value 255; raw pixels of 17'):
     fitted.apply(images * 15 + 15)
-  with pytest.raises(config.UserError, match=r'have shape \(8, 7, 1\)'):
+  with pytest.raises(errors.UserError, match=r'have shape \(8, 7, 1\)'):
     fitted.apply(images[:, :, :7])
-  with pytest.raises(config.UserError, match='all alike'):
+  with pytest.raises(errors.UserError, match='all alike'):
     fit(np.full_like(images, 3), labels, 10, 17)

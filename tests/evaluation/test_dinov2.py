@@ -8,7 +8,7 @@ import official_files as official
 import pytest
 from scipy import special
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.networks import dinov2
 from ddo_jax.evaluation.networks import resize
 from ddo_jax.weights import dinov2 as convert
@@ -137,13 +137,13 @@ def test_the_published_file(tmp_path):
 
 
 def test_what_is_missing_or_broken(tmp_path):
-  with pytest.raises(config.UserError, match=convert.PUBLISHED) as caught:
+  with pytest.raises(errors.UserError, match=convert.PUBLISHED) as caught:
     convert.load(folder=tmp_path)
   assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
 
   def refuses(said, state):
     path = official.zipped(tmp_path / 'x.pth', state)
-    with pytest.raises(config.UserError, match=said):
+    with pytest.raises(errors.UserError, match=said):
       convert.load(path, network=TINY)
 
   good = {k: official.Tensor(v) for k, v in weights().items()}
@@ -153,5 +153,5 @@ def test_what_is_missing_or_broken(tmp_path):
   good.pop('blocks.1.mlp.fc2.bias')
   refuses(r'blocks\.1\.mlp\.fc2\.bias is missing', good)
   refuses('no state dict', [1])
-  with pytest.raises(config.UserError, match='repeat the channel'):
+  with pytest.raises(errors.UserError, match='repeat the channel'):
     dinov2.preprocess(jnp.zeros((1, 8, 8, 1), jnp.uint8))

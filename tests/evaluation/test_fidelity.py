@@ -13,6 +13,7 @@ import pytest
 
 from configs import digits
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax import rng
@@ -90,7 +91,7 @@ def settings(tmp_path):
     reference=str(tmp_path / 'fid.npz'),
   )
   config.model.image_shape, config.model.num_classes = SHAPE, 3
-  config.model.hidden, config.model.levels = 8, 256
+  config.model.hidden, config.model.pixel_values = 8, 256
   config.sampler.num_steps, config.executor.sample_batch = 2, 40
   score.write_reference(config, tmp_path)
   return config
@@ -115,9 +116,9 @@ def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
   assert gap['fid'] == pytest.approx(other['scores']['fid']['mean'], abs=1e-9)
   changed = json.loads(json.dumps(result))
   changed['protocol']['labels'] = 'random'
-  with pytest.raises(config_lib.UserError, match='labels balanced and random'):
+  with pytest.raises(errors.UserError, match='labels balanced and random'):
     score.compare(other, changed)
-  with pytest.raises(config_lib.UserError, match='without a protocol'):
+  with pytest.raises(errors.UserError, match='without a protocol'):
     score.compare(other, {'scores': {}})
 
 
@@ -286,7 +287,7 @@ def encoded(image, kind):
 
 def test_mistakes(settings, tmp_path, monkeypatch):
   def refusal(path, config=settings):
-    with pytest.raises(config_lib.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
       score.score_images(config, path, tmp_path)
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -325,7 +326,7 @@ def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
   monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
   monkeypatch.setattr(inception_weights, 'FOLDER', tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))
-  with pytest.raises(config_lib.UserError, match='no Inception weights in'):
+  with pytest.raises(errors.UserError, match='no Inception weights in'):
     features.Extractor(settings)
 
 
@@ -334,7 +335,7 @@ def test_sorted_samples_have_no_inception_score(settings):
   logits = np.repeat(np.eye(5, dtype=np.float32) * 9, 2_000, axis=0)
   rows = {'fid': np.random.default_rng(0).normal(size=(10_000, WIDTH))}
   rows = {k: np.float32(v) for k, v in rows.items()}
-  with pytest.raises(config_lib.UserError, match='sorted by class'):
+  with pytest.raises(errors.UserError, match='sorted by class'):
     evaluator.scores(rows | {features.LOGITS: logits})
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.networks import inception
 from ddo_jax.evaluation.networks import resize
 from ddo_jax.weights import inception as convert
@@ -123,9 +123,9 @@ def test_resize_tables(size):
 
 
 def test_images_of_another_kind_are_refused():
-  with pytest.raises(config.UserError, match='repeat the channel'):
+  with pytest.raises(errors.UserError, match='repeat the channel'):
     inception.preprocess(jnp.zeros((1, 8, 8, 1), jnp.uint8))
-  with pytest.raises(config.UserError, match='int32'):
+  with pytest.raises(errors.UserError, match='int32'):
     inception.preprocess(jnp.zeros((1, 8, 8, 3), jnp.int32))
-  with pytest.raises(config.UserError, match="'lanczos' is unknown"):
+  with pytest.raises(errors.UserError, match="'lanczos' is unknown"):
     resize.bilinear_table(8, 299, 'lanczos')

@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 from scipy.spatial import distance as scipy_distance
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import memorisation
 from ddo_jax.evaluation.metrics import prdc
@@ -137,30 +137,30 @@ def test_distance_of_a_rank_deficient_set_from_a_full_one(ridge):
 def test_features_that_are_not_finite_raise(value):
   features = _features(8, 50, 3)
   features[17, 1] = value
-  with pytest.raises(config.UserError, match=r'1 of 50 rows \(first: row 17'):
+  with pytest.raises(errors.UserError, match=r'1 of 50 rows \(first: row 17'):
     frechet.Statistics.of(features)
-  with pytest.raises(config.UserError, match='fake has NaN or Inf'):
+  with pytest.raises(errors.UserError, match='fake has NaN or Inf'):
     prdc.precision_recall(_features(8, 50, 3), features)
 
 
 def test_mistakes_in_a_frechet_distance_raise():
   of = frechet.Statistics.of
-  with pytest.raises(config.UserError, match=r'shape \(7,\)'):
+  with pytest.raises(errors.UserError, match=r'shape \(7,\)'):
     of(np.zeros(7))
-  with pytest.raises(config.UserError, match=r'shape \(0, 7\)'):
+  with pytest.raises(errors.UserError, match=r'shape \(0, 7\)'):
     of(np.zeros((0, 7)))
-  with pytest.raises(config.UserError, match=r'covariance of 1 row'):
+  with pytest.raises(errors.UserError, match=r'covariance of 1 row'):
     frechet.distance(of(np.ones((1, 2))), of(np.ones((9, 2))))
-  with pytest.raises(config.UserError, match=r'merge statistics of 2 .* 3'):
+  with pytest.raises(errors.UserError, match=r'merge statistics of 2 .* 3'):
     of(np.ones((4, 2))).merge(of(np.ones((4, 3))))
-  with pytest.raises(config.UserError, match='shapes'):
+  with pytest.raises(errors.UserError, match='shapes'):
     frechet.distance(of(np.ones((4, 2))), of(np.ones((4, 3))))
   zero, one = np.zeros(2), np.eye(2)
-  with pytest.raises(config.UserError, match='first covariance has eigen'):
+  with pytest.raises(errors.UserError, match='first covariance has eigen'):
     frechet.distance_of_moments(zero, np.diag([1.0, -1.0]), zero, one)
-  with pytest.raises(config.UserError, match='second covariance has'):
+  with pytest.raises(errors.UserError, match='second covariance has'):
     frechet.distance_of_moments(zero, one, zero, np.diag([1.0, -1.0]))
-  with pytest.raises(config.UserError, match='NaN or Inf'):
+  with pytest.raises(errors.UserError, match='NaN or Inf'):
     frechet.distance_of_moments(zero, one, zero, one * np.nan)
 
 
@@ -244,15 +244,15 @@ def test_distances_survive_a_large_common_offset():
 
 def test_mistakes_in_precision_recall_raise():
   few, many = np.ones((3, 2)), np.ones((9, 2))
-  with pytest.raises(config.UserError, match='real has 3 rows'):
+  with pytest.raises(errors.UserError, match='real has 3 rows'):
     prdc.precision_recall(few, many)
-  with pytest.raises(config.UserError, match='fake has 3 rows'):
+  with pytest.raises(errors.UserError, match='fake has 3 rows'):
     prdc.precision_recall(many, few)
-  with pytest.raises(config.UserError, match='of 3 and of 2 numbers'):
+  with pytest.raises(errors.UserError, match='of 3 and of 2 numbers'):
     prdc.precision_recall(many, np.ones((9, 3)))
-  with pytest.raises(config.UserError, match='k is 0'):
+  with pytest.raises(errors.UserError, match='k is 0'):
     prdc.precision_recall(many, many, k=0)
-  with pytest.raises(config.UserError, match='tile is -1'):
+  with pytest.raises(errors.UserError, match='tile is -1'):
     prdc.kth_distance(many, many, 1, tile=-1)
 
 
@@ -299,11 +299,11 @@ def test_copies_are_memorised_and_fresh_images_are_not():
 def test_mistakes_in_memorisation_raise():
   train, held_out = _images(5, 20), _images(6, 20)
   scaled = held_out / np.float32(127.5) - 1
-  with pytest.raises(config.UserError, match=r'float32.*uint8'):
+  with pytest.raises(errors.UserError, match=r'float32.*uint8'):
     memorisation.compare(scaled, train, held_out)
-  with pytest.raises(config.UserError, match='one type and shape'):
+  with pytest.raises(errors.UserError, match='one type and shape'):
     memorisation.compare(held_out[:, :2], train, held_out)
-  with pytest.raises(config.UserError, match='0 images and 20'):
+  with pytest.raises(errors.UserError, match='0 images and 20'):
     memorisation.compare(held_out[:0], train, held_out)
-  with pytest.raises(config.UserError, match='100% of the held-out'):
+  with pytest.raises(errors.UserError, match='100% of the held-out'):
     memorisation.compare(held_out, train, train)

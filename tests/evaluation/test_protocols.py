@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation import protocols
 
 
@@ -20,7 +20,7 @@ def test_the_names():
     assert protocols.get(name) is protocol and protocol.name == name
     assert protocol.num_images == 50_000 and protocol.resize == 'tf1'
     assert hash(protocol)
-  with pytest.raises(config.UserError, match="'fid50k'; wanted one of edm-c"):
+  with pytest.raises(errors.UserError, match="'fid50k'; wanted one of edm-c"):
     protocols.get('fid50k')
 
 
@@ -30,7 +30,7 @@ def test_blocks_of_seeds_are_disjoint():
   together = np.concatenate(blocks)
   np.testing.assert_array_equal(together, np.arange(150_000))
   assert len(protocols.get('adm-img256').first_seeds) == 1
-  with pytest.raises(config.UserError, match='overlap'):
+  with pytest.raises(errors.UserError, match='overlap'):
     dataclasses.replace(protocol, first_seeds=(0, 49_999))
 
 
@@ -39,7 +39,7 @@ def test_balanced_classes():
   classes = protocol.classes(protocol.ids(1), 1_000, seed=0)
   assert classes.dtype == np.int32
   assert (np.bincount(classes) == 50).all()
-  with pytest.raises(config.UserError, match='over 999 classes'):
+  with pytest.raises(errors.UserError, match='over 999 classes'):
     protocol.classes(protocol.ids(0), 999, seed=0)
   assert (protocol.classes(np.arange(4), 0, seed=0) == 0).all()
 
@@ -73,11 +73,11 @@ def test_scores_of_one_protocol_are_compared_and_others_refused():
     ({'protocol': half_pixel}, 'resize tf1 and half_pixel'),
     ({'protocol': protocols.get('edm2-img512')}, 'reference img64'),
   ):
-    with pytest.raises(config.UserError, match=said):
+    with pytest.raises(errors.UserError, match=said):
       protocols.difference(a, dataclasses.replace(b, **change))
 
 
 @pytest.mark.parametrize('field', ['labels', 'pixels', 'resize'])
 def test_unknown_rules_are_refused(field):
-  with pytest.raises(config.UserError, match=f"{field} is 'x'; wanted one of"):
+  with pytest.raises(errors.UserError, match=f"{field} is 'x'; wanted one of"):
     dataclasses.replace(protocols.get('edm-cifar10'), **{field: 'x'})

@@ -6,7 +6,7 @@ import golden_io
 import numpy as np
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.weights import references
@@ -31,9 +31,9 @@ def test_edms_file(tmp_path):
   assert reference.of('fid').n == 0 and not reference.has_images
   assert reference.of('fid').provenance['file'] == path.name
   assert len(reference.of('fid').provenance['sha256']) == 64
-  with pytest.raises(config.UserError, match='of fid, not of fd_dinov2'):
+  with pytest.raises(errors.UserError, match='of fid, not of fd_dinov2'):
     reference.of('fd_dinov2')
-  with pytest.raises(config.UserError, match='no images in it'):
+  with pytest.raises(errors.UserError, match='no images in it'):
     reference.images()
 
 
@@ -94,7 +94,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
   def refuses(name, said, write):
     path = tmp_path / name
     write(path)
-    with pytest.raises(config.UserError, match=said) as caught:
+    with pytest.raises(errors.UserError, match=said) as caught:
       references.read(path)
     assert '\n' not in str(caught.value)
 

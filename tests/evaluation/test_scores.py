@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.metrics import kid
@@ -80,7 +80,7 @@ def test_samples_sorted_by_class_are_refused():
   random = np.random.default_rng(0)
   classes = np.repeat(np.arange(50), 20)
   logits = random.normal(size=(1_000, 50)) + 4 * np.eye(50)[classes]
-  with pytest.raises(config.UserError, match='sorted by class'):
+  with pytest.raises(errors.UserError, match='sorted by class'):
     inception_score.openai(logits, chunk=100)
   inception_score.openai(logits)  # one chunk: order does not matter
   shuffled = logits[random.permutation(1_000)]
@@ -91,17 +91,17 @@ def test_samples_sorted_by_class_are_refused():
   )
   inception_score.check_shuffled(np.zeros(500))  # one class alone
   inception_score.check_shuffled(random.integers(0, 2, 5_000))
-  with pytest.raises(config.UserError, match='sorted by class'):
+  with pytest.raises(errors.UserError, match='sorted by class'):
     inception_score.check_shuffled(np.sort(random.integers(0, 2, 5_000)))
 
 
 def test_mistakes_in_an_inception_score_raise():
   logits = np.zeros((5, 3))
-  with pytest.raises(config.UserError, match='6 splits of 5'):
+  with pytest.raises(errors.UserError, match='6 splits of 5'):
     inception_score.torch_fidelity(logits, splits=6)
-  with pytest.raises(config.UserError, match='chunk is 0'):
+  with pytest.raises(errors.UserError, match='chunk is 0'):
     inception_score.openai(logits, chunk=0)
-  with pytest.raises(config.UserError, match='NaN or Inf'):
+  with pytest.raises(errors.UserError, match='NaN or Inf'):
     inception_score.openai(logits + np.inf)
 
 
@@ -135,11 +135,11 @@ def test_kid_is_unbiased():
 
 def test_mistakes_in_kid_raise():
   rows = np.zeros((9, 2))
-  with pytest.raises(config.UserError, match='3 fake features'):
+  with pytest.raises(errors.UserError, match='3 fake features'):
     kid.kid(rows, np.zeros((9, 3)))
-  with pytest.raises(config.UserError, match='1 fake rows'):
+  with pytest.raises(errors.UserError, match='1 fake rows'):
     kid.mmd2(rows, rows[:1])
-  with pytest.raises(config.UserError, match='100 subsets of 1000'):
+  with pytest.raises(errors.UserError, match='100 subsets of 1000'):
     kid.kid(rows, rows)
 
 
@@ -185,8 +185,8 @@ def test_the_interval_holds_the_spread_of_frechet_distances():
   draws = [groups_of(random.normal(size=(500, 4)), 10) for _ in range(30)]
   intervals = [uncertainty.jackknife(groups, metric) for groups in draws]
   spread = np.std([x.value for x in intervals])
-  errors = np.mean([x.standard_error for x in intervals])
-  assert 0.7 < errors / spread < 1.4
+  deviations = np.mean([x.standard_error for x in intervals])
+  assert 0.7 < deviations / spread < 1.4
 
 
 def test_the_limit_of_many_images():
@@ -216,12 +216,12 @@ def test_the_limit_of_many_images():
 def test_mistakes_in_uncertainty_raise():
   rows = np.random.default_rng(5).normal(size=(40, 3))
   metric = lambda s: float(s.n)
-  with pytest.raises(config.UserError, match='4 groups of'):
+  with pytest.raises(errors.UserError, match='4 groups of'):
     uncertainty.jackknife(groups_of(rows, 4), metric)
   uneven = [*groups_of(rows, 5), frechet.Statistics.of(rows[:3])]
-  with pytest.raises(config.UserError, match=r'of \[3, 8\] images'):
+  with pytest.raises(errors.UserError, match=r'of \[3, 8\] images'):
     uncertainty.jackknife(uneven, metric)
-  with pytest.raises(config.UserError, match='2 groups'):
+  with pytest.raises(errors.UserError, match='2 groups'):
     uncertainty.extrapolate(groups_of(rows, 2), metric)
-  with pytest.raises(config.UserError, match='2 images for 3 features'):
+  with pytest.raises(errors.UserError, match='2 images for 3 features'):
     uncertainty.extrapolate(groups_of(rows, 20), metric)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.networks import extract
@@ -155,57 +155,57 @@ def test_a_covariance_of_too_few_rows_is_named():
 def test_mistakes_raise():
   sums = accumulate(features(BLOCK + 88))
   rows = features(3)
-  with pytest.raises(config.UserError, match='image 5 comes twice'):
+  with pytest.raises(errors.UserError, match='image 5 comes twice'):
     sums.add(np.array([5]), rows[:1])
-  with pytest.raises(config.UserError, match=f'image {BLOCK + 87} comes twice'):
+  with pytest.raises(errors.UserError, match=f'image {BLOCK + 87} comes twice'):
     sums.add(np.array([BLOCK + 87]), rows[:1])
   with pytest.raises(
-    config.UserError, match=f'image {BLOCK + 700} comes twice'
+    errors.UserError, match=f'image {BLOCK + 700} comes twice'
   ):
     sums.add(np.array([BLOCK + 700] * 2), rows[:2])
-  with pytest.raises(config.UserError, match=r'wanted \[B, 24\]'):
+  with pytest.raises(errors.UserError, match=r'wanted \[B, 24\]'):
     sums.add(np.array([700]), rows[:1, :3])
-  with pytest.raises(config.UserError, match='whole numbers'):
+  with pytest.raises(errors.UserError, match='whole numbers'):
     sums.add(np.array([700.0]), rows[:1])
-  with pytest.raises(config.UserError, match='ids from -1'):
+  with pytest.raises(errors.UserError, match='ids from -1'):
     sums.add(np.array([-1]), rows[:1])
-  with pytest.raises(config.UserError, match='NaN or Inf'):
+  with pytest.raises(errors.UserError, match='NaN or Inf'):
     sums.add(np.array([700]), rows[:1] * np.nan)
-  with pytest.raises(config.UserError, match='sums of features reach'):
+  with pytest.raises(errors.UserError, match='sums of features reach'):
     accumulate(np.full((BLOCK, 2), 1e6, np.float32)).statistics()
-  with pytest.raises(config.UserError, match='statistics of no images'):
+  with pytest.raises(errors.UserError, match='statistics of no images'):
     statistics.Accumulator(3).statistics()
-  with pytest.raises(config.UserError, match='0 features'):
+  with pytest.raises(errors.UserError, match='0 features'):
     statistics.Accumulator(0)
-  with pytest.raises(config.UserError, match='merge sums of 24 and of 3'):
+  with pytest.raises(errors.UserError, match='merge sums of 24 and of 3'):
     sums.merge(statistics.Accumulator(3))
   before = sums.statistics()
   for others in ([3], [BLOCK + 87], np.arange(BLOCK)):
     other = statistics.Accumulator(WIDTH)
     other.add(np.asarray(others), features(len(others)))
-    with pytest.raises(config.UserError, match='both sums hold images'):
+    with pytest.raises(errors.UserError, match='both sums hold images'):
       sums.merge(other)
   np.testing.assert_array_equal(sums.statistics().outer, before.outer)
 
 
 def test_broken_files_raise(tmp_path):
   path = tmp_path / 'x.npz'
-  with pytest.raises(config.UserError, match='cannot read'):
+  with pytest.raises(errors.UserError, match='cannot read'):
     statistics.Accumulator.load(path)
   path.write_bytes(b'PK\3\4 nothing')
-  with pytest.raises(config.UserError, match='cannot read'):
+  with pytest.raises(errors.UserError, match='cannot read'):
     statistics.Accumulator.load(path)
   np.savez(path, kind=np.array([{}], dtype=object))
-  with pytest.raises(config.UserError, match='allow_pickle'):
+  with pytest.raises(errors.UserError, match='allow_pickle'):
     statistics.Accumulator.load(path)
   np.savez(path, mu=np.zeros(3))
-  with pytest.raises(config.UserError, match='no feature sums'):
+  with pytest.raises(errors.UserError, match='no feature sums'):
     statistics.Accumulator.load(path)
   mean, covariance = np.zeros(3), np.eye(3)
-  with pytest.raises(config.UserError, match=r'wanted \[D\] and \[D, D\]'):
+  with pytest.raises(errors.UserError, match=r'wanted \[D\] and \[D, D\]'):
     statistics.Moments(mean, np.eye(2))
-  with pytest.raises(config.UserError, match='NaN or Inf'):
+  with pytest.raises(errors.UserError, match='NaN or Inf'):
     statistics.Moments(mean, covariance * np.nan)
   covariance[0, 1] = 0.5
-  with pytest.raises(config.UserError, match='not symmetric'):
+  with pytest.raises(errors.UserError, match='not symmetric'):
     statistics.Moments(mean, covariance)

@@ -10,6 +10,7 @@ import pytest
 import tiny_var
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.samplers import scalewise
@@ -62,17 +63,17 @@ def test_mistakes():
   draw = lambda frozen, sampler: MODEL.sample(
     params, frozen, label, keys, sampler
   )
-  with pytest.raises(config_lib.UserError, match='tokenizer_from'):
+  with pytest.raises(errors.UserError, match='tokenizer_from'):
     draw({}, scalewise.Scalewise())
-  with pytest.raises(config_lib.UserError, match='smooth=False'):
+  with pytest.raises(errors.UserError, match='smooth=False'):
     draw(frozen, scalewise.Scalewise(smooth=True))
-  with pytest.raises(config_lib.UserError, match='guide_from'):
+  with pytest.raises(errors.UserError, match='guide_from'):
     draw(frozen | {'guide': {}}, scalewise.Scalewise())
-  with pytest.raises(config_lib.UserError, match='tokenizer to the data'):
+  with pytest.raises(errors.UserError, match='tokenizer to the data'):
     MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 256)
   MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 17)
   guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
-  with pytest.raises(config_lib.UserError, match='goes with denoisers'):
+  with pytest.raises(errors.UserError, match='goes with denoisers'):
     models.build(guide, config_lib.Phase())
   minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)
   assert MODEL.unguided(minus) == scalewise.Scalewise(1.0, 'minus_one')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import edm
 from ddo_jax.models import edm_layers
 from ddo_jax.models import layers
@@ -296,5 +296,5 @@ def test_dropout_is_by_row():
   ],
 )
 def test_impossible_configs(change, message):
-  with pytest.raises(config_lib.UserError, match=message):
+  with pytest.raises(errors.UserError, match=message):
     edm.denoiser(edm.EdmConfig(**change))

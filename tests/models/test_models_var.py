@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import var_golden
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import var
 from ddo_jax.models import var_presets
 from ddo_jax.models import vqvae
@@ -105,7 +105,7 @@ def test_causality():
     return jax.jacrev(lambda x: jnp.sin(logits(x)))(inputs)
 
   slope = np.abs(slopes(inputs.astype(np.float32))[:, 0]).sum(-1)
-  level = var.levels((1, 2, 3))
+  level = var.scale_of_token((1, 2, 3))
   sees = level[:, None] >= level[None, 1:]
   np.testing.assert_array_equal(slope != 0, sees)
   np.testing.assert_array_equal(var.mask((1, 2, 3))[:, 1:], sees)
@@ -314,7 +314,7 @@ def test_parameters_of_a_shared_modulation():
 def test_presets_are_copies():
   var_presets.get('var_d36').tokenizer.base = 1
   assert var_presets.get('var_d36').tokenizer.base == 160
-  with pytest.raises(config_lib.UserError, match='var_d16'):
+  with pytest.raises(errors.UserError, match='var_d16'):
     var_presets.get('var_d1')
 
 
@@ -331,5 +331,5 @@ def test_presets_are_copies():
   ],
 )
 def test_misfits_are_refused(options):
-  with pytest.raises(config_lib.UserError, match='must'):
+  with pytest.raises(errors.UserError, match='must'):
     var.transformer(dataclasses.replace(TINY, **options))

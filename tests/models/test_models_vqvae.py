@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import var_golden
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.models import vqvae
 
@@ -162,5 +162,5 @@ def test_truncation():
   ],
 )
 def test_misfits_are_refused(options):
-  with pytest.raises(config_lib.UserError, match='must'):
+  with pytest.raises(errors.UserError, match='must'):
     vqvae.build(dataclasses.replace(TINY, **options))

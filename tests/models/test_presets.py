@@ -6,7 +6,7 @@ import golden_io
 import jax
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -78,5 +78,5 @@ def test_presets_are_copies():
 
 
 def test_unknown_preset():
-  with pytest.raises(config_lib.UserError, match='edm-cifar10-32x32-cond-vp'):
+  with pytest.raises(errors.UserError, match='edm-cifar10-32x32-cond-vp'):
     presets.get('edm-cifar10')

@@ -13,7 +13,7 @@ import numpy as np
 import official_files
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.models import vae
 from ddo_jax.weights import safetensors_file
 from ddo_jax.weights import torch_zip
@@ -169,7 +169,7 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path, change, words):
   change(state)
   path = tmp_path / 'vae.safetensors'
   safetensors_file.write(path, state, {})
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     vae_names.read(path, SMALL)
   line = str(caught.value)
   assert words in line and '\n' not in line and line.startswith(str(path))
@@ -178,15 +178,15 @@ def test_wrong_weights_are_refused_in_one_line(tmp_path, change, words):
 def test_weights_of_another_size_are_refused(tmp_path):
   path = tmp_path / 'vae.bin'
   torch_zip.write(path, weights())
-  with pytest.raises(config.UserError, match=r'lack .* of this AutoencoderKL'):
+  with pytest.raises(errors.UserError, match=r'lack .* of this AutoencoderKL'):
     vae_names.read(path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
   path = tmp_path / 'vae.bin'
   path.write_bytes(b'<html>')
-  with pytest.raises(config.UserError, match=r'vae\.bin is refused'):
+  with pytest.raises(errors.UserError, match=r'vae\.bin is refused'):
     vae_names.read(path, SMALL)
   official_files.zipped(path, {'state_dict': {}, 'epoch': 3})
-  with pytest.raises(config.UserError, match='something else than tensors'):
+  with pytest.raises(errors.UserError, match='something else than tensors'):
     vae_names.read(path, SMALL)

@@ -12,6 +12,7 @@ from PIL import Image
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.method import ddo
 from ddo_jax.method import generate
 from ddo_jax.models import toy
@@ -284,12 +285,12 @@ def test_single_evaluation_single_seed_and_nulls(tmp_path, diagnostics):
 
 def test_folder_that_is_no_run(tmp_path, finished):
   folder, _ = finished
-  with pytest.raises(config_lib.UserError, match='is this the --workdir'):
+  with pytest.raises(errors.UserError, match='is this the --workdir'):
     report_page.write(tmp_path)
-  with pytest.raises(config_lib.UserError, match='is this the --workdir'):
+  with pytest.raises(errors.UserError, match='is this the --workdir'):
     report_page.write(folder, tmp_path)
   write_json(tmp_path / 'config.json', {'name': 'of another program'})
-  with pytest.raises(config_lib.UserError, match='not that of a run'):
+  with pytest.raises(errors.UserError, match='not that of a run'):
     report_page.write(tmp_path)
 
 

@@ -10,6 +10,7 @@ import pytest
 import tensorstore
 
 from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.runtime import checkpoint
 from ddo_jax.training import state as state_lib
 
@@ -103,7 +104,7 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
   saved(tmp_path, [3])
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
       checkpoints.restore(3, abstract(make_state(width=4)))
   line = str(caught.value)
   assert f'{tmp_path / "3"} holds another architecture' in line
@@ -118,7 +119,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
   saved(tmp_path, [2])
   with monkeypatch.context() as patch:
     patch.setattr(tensorstore, 'open', full_disk)  # by it Orbax writes arrays
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
       with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state(4), 4)
         checkpoints.wait()
@@ -134,9 +135,9 @@ def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
   folder, params = tmp_path / 'params', make_params()
   with monkeypatch.context() as patch:
     patch.setattr(tensorstore, 'open', full_disk)
-    with pytest.raises(config.UserError, match=f'disk full .* in {folder}'):
+    with pytest.raises(errors.UserError, match=f'disk full .* in {folder}'):
       checkpoint.save_params(folder, params, {})
-  with pytest.raises(config.UserError, match='no params'):
+  with pytest.raises(errors.UserError, match='no params'):
     checkpoint.load_params(folder, abstract(params))
   checkpoint.save_params(folder, params, {})  # what it left is no obstacle
   checkpoint.load_params(folder, abstract(params))
@@ -155,7 +156,7 @@ def test_another_failure_to_save_is_not_called_a_full_disk(
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
       checkpoints.save(make_state(4), 4)
       checkpoints.wait()
-  assert not isinstance(caught.value, config.UserError)
+  assert not isinstance(caught.value, errors.UserError)
 
 
 def test_params_come_back_with_what_is_kept_beside_them(tmp_path):
@@ -169,14 +170,14 @@ def test_params_come_back_with_what_is_kept_beside_them(tmp_path):
 
 
 def test_a_folder_without_params_is_refused(tmp_path):
-  with pytest.raises(config.UserError, match=f'no params in {tmp_path}; name'):
+  with pytest.raises(errors.UserError, match=f'no params in {tmp_path}; name'):
     checkpoint.load_params(tmp_path, abstract(make_params()))
 
 
 def test_params_of_another_architecture_are_refused(tmp_path):
   checkpoint.save_params(tmp_path / 'a', make_params(), {})
   other = {'dense': {'kernel': jnp.zeros((2, 4))}, 'new': jnp.zeros(1)}
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     checkpoint.load_params(tmp_path / 'a', abstract(other))
   line = str(caught.value)
   assert '(3 arrays differ)' in line
@@ -189,7 +190,7 @@ def test_changed_params_are_refused(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, 'tree_hash', lambda params: '0' * 64)
     checkpoint.save_params(tmp_path / 'a', make_params(), {})
-  with pytest.raises(config.UserError, match='do not match their sha256'):
+  with pytest.raises(errors.UserError, match='do not match their sha256'):
     checkpoint.load_params(tmp_path / 'a', abstract(make_params()))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
@@ -36,7 +37,7 @@ def test_all_devices_are_taken():
 )
 def test_a_batch_that_does_not_divide_is_refused(batch, accumulate, near):
   line = f'batch_size {batch} .* 8 devices × {accumulate} .*; try {near}$'
-  with pytest.raises(config.UserError, match=line):
+  with pytest.raises(errors.UserError, match=line):
     executor().check_batch(batch, accumulate)
   executor().check_batch(near, accumulate)
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.runtime import records
 
 
@@ -41,7 +41,7 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path, content):
   path = tmp_path / 'a.json'
   if content is not None:
     path.write_text(content)
-  with pytest.raises(config.UserError, match=f'cannot read {path}'):
+  with pytest.raises(errors.UserError, match=f'cannot read {path}'):
     records.read_json(path)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.samplers import ablation
 from ddo_jax.samplers import heun
@@ -66,8 +66,8 @@ def test_the_order_of_the_solvers(order, solver, options):
     return float(jnp.abs(x - exact).max())
 
   with jax.enable_x64(True):
-    errors = np.array([error(n) for n in (64, 128, 256)])
-  np.testing.assert_allclose(errors[:-1] / errors[1:], 2**order, rtol=0.12)
+    gaps = np.array([error(n) for n in (64, 128, 256)])
+  np.testing.assert_allclose(gaps[:-1] / gaps[1:], 2**order, rtol=0.12)
 
 
 def test_its_defaults_are_the_sampler_of_edm():
@@ -126,11 +126,11 @@ def test_the_fitted_schedule_ends_where_it_is_asked_to():
 )
 def test_a_setting_that_makes_no_sense_is_named(options, words):
   sampler = dataclasses.replace(ablation.Ablation(), **options)
-  with pytest.raises(config_lib.UserError, match=words):
+  with pytest.raises(errors.UserError, match=words):
     sampler.integrate(denoise, jnp.asarray(START), no_noise)
 
 
 def test_a_grid_must_go_down():
   sampler = heun.Heun(sigma_min=3.0, sigma_max=2.0)
-  with pytest.raises(config_lib.UserError, match='sigma_min 3'):
+  with pytest.raises(errors.UserError, match='sigma_min 3'):
     sampler.integrate(denoise, jnp.asarray(START), no_noise)

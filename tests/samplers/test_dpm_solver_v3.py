@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.samplers import dpm_solver_v3
 
@@ -38,8 +38,8 @@ def test_it_is_of_second_order():
     return float(jnp.abs(x - 10 * START * shrink).max())
 
   with jax.enable_x64(True):
-    errors = np.array([error(n) for n in (100, 200, 400)])
-  np.testing.assert_allclose(errors[:-1] / errors[1:], 4, rtol=0.12)
+    gaps = np.array([error(n) for n in (100, 200, 400)])
+  np.testing.assert_allclose(gaps[:-1] / gaps[1:], 4, rtol=0.12)
 
 
 def test_a_constant_denoiser_is_integrated_exactly():
@@ -90,5 +90,5 @@ def test_a_sample_depends_on_its_own_key_alone():
 
 def test_as_many_steps_as_the_grid_can_tell_apart():
   dpm_solver_v3.DPMSolverV3(139).grid()
-  with pytest.raises(config_lib.UserError, match='num_steps is 140'):
+  with pytest.raises(errors.UserError, match='num_steps is 140'):
     dpm_solver_v3.DPMSolverV3(140).grid()

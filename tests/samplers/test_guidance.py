@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.method import diffusion
 from ddo_jax.samplers import ablation
@@ -67,7 +67,7 @@ def test_the_guide_is_not_evaluated_elsewhere(sampler):
 
 
 def test_an_empty_interval_is_a_mistake():
-  with pytest.raises(config_lib.UserError, match='guidance_min is 3'):
+  with pytest.raises(errors.UserError, match='guidance_min is 3'):
     guidance.guided(model, guide, 2.0, 3.0, 2.0)
 
 
@@ -159,5 +159,5 @@ def test_a_model_without_labels_needs_a_guide():
   params = {'values': jnp.array([1.0])}
   labels, sampler = jnp.zeros(2, jnp.int32), heun.Heun(4, guidance=3.0)
   sample = guided_model(num_classes=0).sample
-  with pytest.raises(config_lib.UserError, match='no guide was given'):
+  with pytest.raises(errors.UserError, match='no guide was given'):
     sample(params, {}, labels, keys(2), sampler)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import var_golden
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
@@ -143,7 +143,7 @@ def test_cached_decoding_is_the_full_forward_pass():
   ids, _, logits = _sampling(guidance=3.0)(LABEL, KEYS)
   with_label = np.asarray(forced(LABEL, ids))
   without = np.asarray(forced(np.full(4, 2, np.int32), ids))
-  t = 3 * var.levels((1, 2, 3))[None, :, None] / 2
+  t = 3 * var.scale_of_token((1, 2, 3))[None, :, None] / 2
   wanted = (1 + t) * with_label - t * without
   np.testing.assert_allclose(logits, wanted, atol=1e-4)
   np.testing.assert_allclose(logits[:, 0], with_label[:, 0], atol=2e-5)
@@ -225,5 +225,5 @@ def test_conventions():
 def test_mistakes_are_refused(options, match):
   stages, _ = _small()
   sampler = scalewise.Scalewise(**options)
-  with pytest.raises(config_lib.UserError, match=match):
+  with pytest.raises(errors.UserError, match=match):
     jax.eval_shape(lambda: sampler(stages, LABEL, KEYS))

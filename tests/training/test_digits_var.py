@@ -11,6 +11,7 @@ import pytest
 
 from configs import digits_var
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax.runtime import checkpoint
@@ -130,7 +131,7 @@ def test_another_run_takes_its_weights(workdir, tmp_path):
   config = tiny()
   config.init_from = str(workdir / 'pretrain' / 'params')
   run = run_lib.Run(config, tmp_path / 'a')
-  with pytest.raises(config_lib.UserError, match='tokenizer_from'):
+  with pytest.raises(errors.UserError, match='tokenizer_from'):
     round_lib.pretrain(run)
   config.tokenizer_from = str(workdir / 'tokenizer' / 'params')
   run = run_lib.Run(config, tmp_path / 'b')

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import sources
 from ddo_jax.models import toy
@@ -148,7 +149,7 @@ def test_law_4_pmap_resumes_as_fsdp(make_job, tmp_path):
 
 
 def test_an_undefined_score_stops_the_run(make_job):
-  with pytest.raises(config_lib.UserError, match='round_000 step 6: fd_train'):
+  with pytest.raises(errors.UserError, match='round_000 step 6: fd_train'):
     loop_lib.run(make_job(Judge(1.0, 1.0, 2.0, float('nan'))))
 
 
@@ -156,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job):
   job = make_job()
   interruption.interrupted(job, 4)
   wild = dataclasses.replace(job.phase, learning_rate=(1e30,))
-  with pytest.raises(config_lib.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     loop_lib.run(dataclasses.replace(job, phase=wild))
   line = str(caught.value)
   assert line.startswith('round_000 step 4: ')
@@ -174,7 +175,7 @@ def test_law_1_a_start_that_is_not_at_chance_stops_the_run(
 
     with monkeypatch.context() as patch:
       patch.setattr(devices_lib, 'fetch', changed)
-      with pytest.raises(config_lib.UserError, match=r'step 0: .* two passes'):
+      with pytest.raises(errors.UserError, match=r'step 0: .* two passes'):
         loop_lib.run(make_job())
 
 

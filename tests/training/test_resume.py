@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.data import pool as pool_lib
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.models import toy
@@ -69,7 +70,7 @@ def make_config(images, **fields):
   )
   return config_lib.Config(
     rounds=fields.pop('rounds', 2),
-    model=toy.ToyConfig('mlp', 8, 1, (4, 4, 1), 3, levels=256),
+    model=toy.ToyConfig('mlp', 8, 1, (4, 4, 1), 3, pixel_values=256),
     sampler=heun.Heun(3, 0.02, 10.0),
     data=config_lib.Data(source=f'{images}/{{split}}.npz'),
     pretrain=pretrain,
@@ -316,7 +317,7 @@ def test_law_4_with_real_signals(compiled, images, whole, tmp_path):
 def test_a_changed_science_field_is_refused(images, whole):
   config = make_config(images, seed=1, ddo={'alpha': (3.0,)})
   before = (whole / 'config.json').read_bytes()
-  with pytest.raises(config_lib.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     round_lib.play(config, whole)
   line = str(caught.value)
   assert 'seed: 0 -> 1' in line and str(whole) in line
@@ -329,7 +330,7 @@ def test_init_from_names_the_weights(images, whole, tmp_path):
   config = make_config(images, rounds=0, init_from=str(origin))
   assert round_lib.pretrain(run_lib.Run(config, tmp_path)) == origin
   missing = dataclasses.replace(config, rounds=1, init_from=str(tmp_path))
-  with pytest.raises(config_lib.UserError, match=f'no params in {tmp_path}'):
+  with pytest.raises(errors.UserError, match=f'no params in {tmp_path}'):
     round_lib.play(missing, tmp_path / 'run')
 
 
@@ -337,7 +338,7 @@ def test_weights_of_another_architecture_are_refused(images, whole, tmp_path):
   origin = str(whole / 'pretrain' / 'params')
   config = make_config(images, init_from=origin)
   config.model.hidden = 16
-  with pytest.raises(config_lib.UserError, match='another architecture') as e:
+  with pytest.raises(errors.UserError, match='another architecture') as e:
     round_lib.play(config, tmp_path)
   assert 'wanted (16,)' in str(e.value) and origin in str(e.value)
 
@@ -348,6 +349,6 @@ def test_the_pool_of_another_reference_is_refused(images, whole, tmp_path):
   (second / 'done.json').unlink()
   shutil.rmtree(second / 'reference')
   shutil.copytree(whole / 'pretrain' / 'params', second / 'reference')
-  with pytest.raises(config_lib.UserError, match='drawn with reference') as e:
+  with pytest.raises(errors.UserError, match='drawn with reference') as e:
     round_lib.play(make_config(images), tmp_path / 'run')
   assert str(second / 'fakes') in str(e.value) and first.exists()

@@ -4,7 +4,7 @@ import pytest
 
 from configs import digits
 from configs import digits_var
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
 
@@ -42,7 +42,7 @@ def test_a_model_without_classes_cannot_go_by_labels(tmp_path, name, change):
   run_lib.Run(config, tmp_path)
   for field, value in change.items():
     setattr(getattr(config, name), field, value)
-  with pytest.raises(config_lib.UserError, match=f'config.{name} has object'):
+  with pytest.raises(errors.UserError, match=f'config.{name} has object'):
     run_lib.Run(config, tmp_path)
 
 
@@ -52,5 +52,5 @@ def test_a_model_without_classes_cannot_go_by_labels(tmp_path, name, change):
 def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
   config, other = (recipe.get_config() for recipe in recipes)
   config.sampler = other.sampler
-  with pytest.raises(config_lib.UserError, match=r'sampler is .* wants'):
+  with pytest.raises(errors.UserError, match=r'sampler is .* wants'):
     run_lib.Run(config, tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import official_files as official
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.networks import inception as network
 from ddo_jax.weights import graph_def
 from ddo_jax.weights import inception
@@ -187,12 +187,12 @@ def test_nvidias_pickle(tmp_path):
 
 
 def test_without_a_file_the_line_says_what_to_bring(tmp_path):
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     inception.load(folder=tmp_path)
   line = str(caught.value)
   assert '\n' not in line and str(tmp_path) in line
   assert all(name in line for name in inception.PUBLISHED)
-  with pytest.raises(config.UserError, match=r'cannot read .*none\.pth'):
+  with pytest.raises(errors.UserError, match=r'cannot read .*none\.pth'):
     inception.load(tmp_path / 'none.pth', tmp_path)
 
 
@@ -222,7 +222,7 @@ def broken(change):
 def test_another_network_is_refused(tmp_path, change, said):
   path = tmp_path / 'x.pth'
   torch_zip.write(path, broken(change))
-  with pytest.raises(config.UserError, match=said):
+  with pytest.raises(errors.UserError, match=said):
     inception.load(path, tmp_path)
   assert not (tmp_path / inception.CACHED).exists()
 
@@ -232,7 +232,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, suffix):
   path = tmp_path / f'x{suffix}'
   for raw in (b'', b'PK\3\4', b'\x80\x04N.', b'\n\xff\xff\xff\xff\xff', b'<!'):
     path.write_bytes(raw)
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
       inception.load(path, tmp_path)
     assert '\n' not in str(caught.value)
 
@@ -258,7 +258,7 @@ def test_damaged_graphs_are_refused(tmp_path):
   }
   for said, raw in cases.items():
     path.write_bytes(raw)
-    with pytest.raises(config.UserError, match=re.escape(said)):
+    with pytest.raises(errors.UserError, match=re.escape(said)):
       graph_def.read(path)
 
 
@@ -274,7 +274,7 @@ def test_random_damage_to_a_graph_never_escapes(tmp_path):
     path.write_bytes(raw)
     try:
       arrays = graph_def.read(path)
-    except config.UserError as error:
+    except errors.UserError as error:
       assert '\n' not in str(error)
       refused += 1
     else:

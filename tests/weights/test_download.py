@@ -13,10 +13,10 @@ import sys
 import threading
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import errors as hub_errors
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import download
 
 BODY = bytes(range(256)) * 40
@@ -80,7 +80,7 @@ def site():
 
 
 def refusal(*args, **kwargs):
-  with pytest.raises(config.UserError) as caught:
+  with pytest.raises(errors.UserError) as caught:
     download.fetch(*args, **kwargs)
   line = str(caught.value)
   assert '\n' not in line
@@ -269,10 +269,13 @@ def test_names_that_the_hub_cannot_have(hub, source):
 @pytest.mark.parametrize(
   ('error', 'words'),
   [
-    (errors.LocalEntryNotFoundError('a\nb'), 'no network to the Hugging Face'),
-    (errors.EntryNotFoundError('no such\nfile'), 'does not give'),
+    (
+      hub_errors.LocalEntryNotFoundError('a\nb'),
+      'no network to the Hugging Face',
+    ),
+    (hub_errors.EntryNotFoundError('no such\nfile'), 'does not give'),
     (ConnectionResetError('reset'), 'does not give'),
-    (errors.HFValidationError('bad name'), 'bad name'),
+    (hub_errors.HFValidationError('bad name'), 'bad name'),
   ],
 )
 def test_what_the_hub_refuses(monkeypatch, error, words):

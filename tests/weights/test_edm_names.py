@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -52,7 +52,7 @@ def test_round_trip_of_edm2(case):
 def test_another_filter_is_refused():
   state = golden_io.state_dict(golden_io.load('edm_ncsnpp.npz'))
   for taps in ((1, 1), ()):
-    with pytest.raises(config_lib.UserError, match='resample_filter is not'):
+    with pytest.raises(errors.UserError, match='resample_filter is not'):
       edm_names.to_flax(state, taps)
 
 

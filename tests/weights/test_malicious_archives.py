@@ -9,7 +9,7 @@ import official_files as official
 import payloads
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import torch_zip
 
@@ -316,6 +316,6 @@ def test_files_with_bytes_changed_are_read_or_refused(tmp_path):
       path.write_bytes(damaged.tobytes())
       try:
         read(path)
-      except config.UserError:
+      except errors.UserError:
         refused += 1
   assert refused > 200

@@ -10,7 +10,7 @@ import official_files as official
 import pytest
 
 import ddo_jax
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import provenance
 
@@ -153,12 +153,12 @@ def test_numpy_values(tmp_path, protocol, core):
 
 def test_a_file_of_something_else_is_named(tmp_path):
   path = save(tmp_path / 'x.pkl', {'fid': {'mu': np.zeros(2)}})
-  with pytest.raises(config.UserError, match=r"'ema' \(it holds \['fid'\]\)"):
+  with pytest.raises(errors.UserError, match=r"'ema' \(it holds \['fid'\]\)"):
     pickle_reader.read_network(path)
   path = save(path, {'ema': official.Persistent('Loss', {'P_mean': 0})})
-  with pytest.raises(config.UserError, match="'Loss' is no module"):
+  with pytest.raises(errors.UserError, match="'Loss' is no module"):
     pickle_reader.read_network(path)
-  with pytest.raises(config.UserError, match=r'cannot read .*No such file'):
+  with pytest.raises(errors.UserError, match=r'cannot read .*No such file'):
     pickle_reader.read(tmp_path / 'none.pkl')
 
 
@@ -170,7 +170,7 @@ def test_modules_in_the_wrong_places_are_refused(tmp_path):
   def refusal(**tables):
     net = official.Persistent('Net', official.module(**tables, **kwargs))
     path = save(tmp_path / 'x.pkl', {'ema': net})
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
       pickle_reader.read_network(path)
     return str(caught.value)
 
@@ -192,7 +192,7 @@ def test_shared_children_cannot_multiply(tmp_path, monkeypatch):
     state = official.module(modules={'a': net, 'b': net}, _init_kwargs={})
     net = official.Persistent('Pair', state)
   path = save(tmp_path / 'x.pkl', {'ema': net})
-  with pytest.raises(config.UserError, match='more than 1000 modules'):
+  with pytest.raises(errors.UserError, match='more than 1000 modules'):
     pickle_reader.read_network(path)
 
 

@@ -11,6 +11,7 @@ import official_files
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax.models import edm
@@ -196,7 +197,7 @@ def test_networks_of_latents():
     (None, 'scale'),
   ):
     encoder = arrays.Record('StabilityVAEEncoder', state)
-    with pytest.raises(config_lib.UserError, match=f'have the {name} ') as hit:
+    with pytest.raises(errors.UserError, match=f'have the {name} ') as hit:
       edm_configs.config_of(latent_network(encoder))
     assert '\n' not in str(hit.value)
 
@@ -214,7 +215,7 @@ def test_networks_of_latents():
 def test_networks_that_are_not_built_here(tmp_path, case, change, line):
   path = tmp_path / 'edm-x.pkl'
   write_pkl(path, case, **change)
-  with pytest.raises(config_lib.UserError, match=line):
+  with pytest.raises(errors.UserError, match=line):
     released.read(path)
 
 
@@ -223,18 +224,18 @@ def test_files_that_say_too_little(tmp_path):
   kwargs = {k: v for k, v in DDPMPP.items() if k != 'channel_mult'}
   table = official_files.released('EDMPrecond', {}, kwargs)
   path.write_bytes(official_files.dumps(table))
-  with pytest.raises(config_lib.UserError, match="not say its 'channel_mult'"):
+  with pytest.raises(errors.UserError, match="not say its 'channel_mult'"):
     released.read(path)
   table = official_files.released('Generator', {}, DDPMPP)
   path.write_bytes(official_files.dumps(table))
-  with pytest.raises(config_lib.UserError, match='holds a Generator; known'):
+  with pytest.raises(errors.UserError, match='holds a Generator; known'):
     released.read(path)
 
 
 def test_another_architecture_is_refused(tmp_path):
   path = tmp_path / 'edm-x.pkl'
   write_pkl(path, 'edm2', num_blocks=2)
-  with pytest.raises(config_lib.UserError, match='stored nothing, wanted'):
+  with pytest.raises(errors.UserError, match='stored nothing, wanted'):
     released.read(path)
 
 
@@ -296,25 +297,25 @@ def test_where_it_comes_from_goes_along(tmp_path):
 def test_mistakes(tmp_path):
   path = tmp_path / 'edm-x.pkl'
   write_pkl(path, 'ddpmpp')
-  with pytest.raises(config_lib.UserError, match=r'sha256 .*; wanted 000'):
+  with pytest.raises(errors.UserError, match=r'sha256 .*; wanted 000'):
     convert(path, tmp_path / 'folder', sha256='0' * 64)
   assert not (tmp_path / 'folder').exists()
-  with pytest.raises(config_lib.UserError, match=r'no file .*lost\.pkl'):
+  with pytest.raises(errors.UserError, match=r'no file .*lost\.pkl'):
     convert(tmp_path / 'lost.pkl', tmp_path / 'folder')
-  with pytest.raises(config_lib.UserError, match=r'wanted \.pkl, \.safet'):
+  with pytest.raises(errors.UserError, match=r'wanted \.pkl, \.safet'):
     convert(__file__, tmp_path / 'folder')
-  with pytest.raises(config_lib.UserError, match='no params in'):
+  with pytest.raises(errors.UserError, match='no params in'):
     convert(tmp_path, tmp_path / 'x.pth')
   convert(path, tmp_path / 'x.pth')
-  with pytest.raises(config_lib.UserError, match='give the --config'):
+  with pytest.raises(errors.UserError, match='give the --config'):
     convert(tmp_path / 'x.pth', tmp_path / 'folder')
   other = config_lib.Config(
     model=dataclasses.replace(CASES['ddpmpp'][2], model_channels=16)
   )
-  with pytest.raises(config_lib.UserError, match='another architecture'):
+  with pytest.raises(errors.UserError, match='another architecture'):
     convert(tmp_path / 'x.pth', tmp_path / 'folder', config=other)
   torch_zip.write(tmp_path / 'y.pth', {'a': np.ones(1), 'a.b': np.ones(1)})
-  with pytest.raises(config_lib.UserError, match=r'y\.pth'):
+  with pytest.raises(errors.UserError, match=r'y\.pth'):
     convert(tmp_path / 'y.pth', tmp_path / 'folder', config=other)
 
 

@@ -9,6 +9,7 @@ import official_files
 import pytest
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
@@ -89,7 +90,7 @@ def test_a_run_reads_the_folder(tmp_path):
   run = run_lib.Run(config, tmp_path / 'run')
   same(jax.device_get(run.frozen['tokenizer']), params)
   lost = dataclasses.replace(config, tokenizer_from='')
-  with pytest.raises(config_lib.UserError, match='no params in'):
+  with pytest.raises(errors.UserError, match='no params in'):
     _ = run_lib.Run(lost, tmp_path / 'run').frozen
 
 
@@ -106,7 +107,7 @@ def test_a_runs_own_tokenizer_is_written(tmp_path):
 def test_another_architecture_is_refused(tmp_path):
   _, path = file_of(tmp_path, 'plain', CONFIG)
   deeper = dataclasses.replace(CONFIG, depth=3)
-  with pytest.raises(config_lib.UserError, match='another architecture'):
+  with pytest.raises(errors.UserError, match='another architecture'):
     released.read(path, config=deeper)
-  with pytest.raises(config_lib.UserError, match='give the --config'):
+  with pytest.raises(errors.UserError, match='give the --config'):
     released.read(path)

@@ -11,7 +11,7 @@ import numpy as np
 import official_files as official
 import pytest
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.weights import pickle_machine
 from ddo_jax.weights import safetensors_file
 from ddo_jax.weights import torch_zip
@@ -164,11 +164,11 @@ def test_a_large_count_is_written(tmp_path):
 def test_what_cannot_be_written_is_refused(tmp_path, write):
   path = tmp_path / 'x'
   path.write_bytes(b'before')
-  with pytest.raises(config.UserError, match='complex128'):
+  with pytest.raises(errors.UserError, match='complex128'):
     write(path, {'a': np.zeros(2), 'b': np.zeros(2, complex)})
   assert path.read_bytes() == b'before' and os.listdir(tmp_path) == ['x']
   (tmp_path / 'folder').mkdir()
-  with pytest.raises(config.UserError, match=r'cannot write .*folder'):
+  with pytest.raises(errors.UserError, match=r'cannot write .*folder'):
     write(tmp_path / 'folder', {'a': np.zeros(2)})
 
 
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(zipfile.ZipFile, 'writestr', full)
-  with pytest.raises(config.UserError, match='No space left'):
+  with pytest.raises(errors.UserError, match='No space left'):
     torch_zip.write(path, {'a': np.ones(2)})
   assert path.read_bytes() == before and os.listdir(tmp_path) == ['x.pth']
 
@@ -215,7 +215,7 @@ def safetensors(shape, start, end, data):
 def test_broken_safetensors_are_refused(tmp_path, raw):
   path = tmp_path / 'x.safetensors'
   path.write_bytes(raw)
-  with pytest.raises(config.UserError, match='refused'):
+  with pytest.raises(errors.UserError, match='refused'):
     safetensors_file.read(path)
   path.write_bytes(safetensors([2], 0, 8, bytes(8)))  # the same, were it well
   assert safetensors_file.read(path)[0]['a'].tolist() == [0, 0]

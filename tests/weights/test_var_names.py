@@ -7,7 +7,7 @@ import official_files
 import pytest
 import var_golden
 
-from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.models import var
 from ddo_jax.models import var_presets
 from ddo_jax.models import vqvae
@@ -183,7 +183,7 @@ def test_files(tmp_path, layout):
 
 @pytest.mark.parametrize('tree', [{}, [1], {'epoch': 3}, {'trainer': {'a': 1}}])
 def test_what_is_no_state_dict_is_refused(tree):
-  with pytest.raises(config_lib.UserError, match='wanted a state dict'):
+  with pytest.raises(errors.UserError, match='wanted a state dict'):
     var_names.unwrap(tree)
 
 
@@ -193,12 +193,12 @@ def test_what_is_no_state_dict_is_refused(tree):
 )
 def test_missing_blocks_are_refused(blocks):
   state = {f'blocks.{i}.ffn.fc1.bias': np.zeros(s) for i, s in blocks.items()}
-  with pytest.raises(config_lib.UserError, match=r'ffn.fc1.bias is there for'):
+  with pytest.raises(errors.UserError, match=r'ffn.fc1.bias is there for'):
     var_names.to_flax(state)
 
 
 def test_a_block_without_one_tensor_is_refused():
   state = {f'blocks.{i}.ffn.fc1.bias': np.zeros(3) for i in (0, 1)}
   state['blocks.0.ffn.fc2.bias'] = np.zeros(3)
-  with pytest.raises(config_lib.UserError, match='fc2'):
+  with pytest.raises(errors.UserError, match='fc2'):
     var_names.to_flax(state)

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 
 _ROWS = 4_096  # rows widened to float64 at once; bounds memory only
 
@@ -17,13 +17,13 @@ def check_features(name: str, features: np.ndarray) -> np.ndarray:
   """Returns `features` as an array; UserError unless [N, D] and finite."""
   features = np.asarray(features)
   if features.ndim != 2 or 0 in features.shape:
-    raise config.UserError(
+    raise errors.UserError(
       f'{name} has shape {features.shape}; it must be [N, D] with N, D > 0: '
       'one row of features an image'
     )
   bad = ~np.isfinite(features).all(axis=1)
   if bad.any():
-    raise config.UserError(
+    raise errors.UserError(
       f'{name} has NaN or Inf in {bad.sum()} of {len(bad)} rows (first: row '
       f'{bad.argmax()}); look for a diverged model or sampler'
     )
@@ -71,7 +71,7 @@ class Statistics:
       UserError: if the two have different numbers of features.
     """
     if self.total.shape != other.total.shape:
-      raise config.UserError(
+      raise errors.UserError(
         f'cannot merge statistics of {len(self.total)} and of '
         f'{len(other.total)} features; use one feature network for both'
       )
@@ -92,7 +92,7 @@ class Statistics:
       UserError: if there are fewer than two rows.
     """
     if self.n < 2:
-      raise config.UserError(
+      raise errors.UserError(
         f'a covariance of {self.n} row(s) of features; it needs 2 or more'
       )
     mean = self.mean
@@ -112,7 +112,7 @@ def _root(name: str, matrix: np.ndarray) -> np.ndarray:
   values, vectors = np.linalg.eigh(matrix)
   # A covariance rounded to float32, as some files hold it, has about -1e-7.
   if values.min() < -1e-5 * max(values.max(), 0.0):
-    raise config.UserError(
+    raise errors.UserError(
       f'{name} has eigenvalues from {values.min():.3g} to '
       f'{values.max():.3g}; a covariance has none below 0: use the features '
       'of float64 sums, of order one'
@@ -154,12 +154,12 @@ def distance_of_moments(
   shapes = [x.shape for x in moments]
   width = moments[0].size
   if shapes != [(width,), (width, width)] * 2:
-    raise config.UserError(
+    raise errors.UserError(
       f'means and covariances have shapes {shapes}; they must be [D] and '
       '[D, D] with one D: compare features of one network'
     )
   if not all(np.isfinite(x).all() for x in moments):
-    raise config.UserError(
+    raise errors.UserError(
       'a mean or covariance holds NaN or Inf; compute the statistics anew'
     )
   mean_a, a, mean_b, b = moments

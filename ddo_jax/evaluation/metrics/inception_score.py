@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
 _SEED = 2020  # of torch-fidelity's shuffle
@@ -54,7 +54,7 @@ def torch_fidelity(
   logits = frechet.check_features('logits', logits_unbiased)
   n = len(logits)
   if not 1 <= splits <= n:
-    raise config.UserError(
+    raise errors.UserError(
       f'{splits} splits of {n} samples; wanted from 1 to the number of samples'
     )
   probabilities = special.softmax(logits.astype(np.float64), axis=1)
@@ -85,7 +85,7 @@ def openai(
   """
   logits = frechet.check_features('logits', logits_unbiased)
   if chunk < 1:
-    raise config.UserError(f'chunk is {chunk}; it must be 1 or more rows')
+    raise errors.UserError(f'chunk is {chunk}; it must be 1 or more rows')
   if len(logits) > chunk:
     check_shuffled(logits.argmax(axis=1))
   probabilities = special.softmax(logits.astype(np.float64), axis=1)
@@ -111,7 +111,7 @@ def check_shuffled(classes: np.ndarray) -> None:
   expected = (counts * (counts - 1)).sum() / max(n, 1)
   found = int((classes[1:] == classes[:-1]).sum())
   if found > expected + _SORTED * np.sqrt(expected + 1):
-    raise config.UserError(
+    raise errors.UserError(
       f'{found} of {n} samples follow one of their own class, where shuffled '
       f'ones would be {expected:.0f}: the file is sorted by class, which '
       "ruins OpenAI's Inception Score; shuffle the samples before writing it"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
 _SEED = 2020  # torch-fidelity's
@@ -48,12 +48,12 @@ def _check(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   real = frechet.check_features('real', real)
   fake = frechet.check_features('fake', fake)
   if real.shape[1] != fake.shape[1]:
-    raise config.UserError(
+    raise errors.UserError(
       f'{real.shape[1]} real and {fake.shape[1]} fake features; use one '
       'feature network for both'
     )
   if min(len(real), len(fake)) < 2:
-    raise config.UserError(
+    raise errors.UserError(
       f'{len(real)} real and {len(fake)} fake rows; wanted 2 or more of each'
     )
   return real, fake
@@ -93,7 +93,7 @@ def kid(
   """
   real, fake = _check(real, fake)
   if not 2 <= size <= min(len(real), len(fake)) or subsets < 1:
-    raise config.UserError(
+    raise errors.UserError(
       f'{subsets} subsets of {size} from {len(real)} real and {len(fake)} fake '
       'images; wanted 1 or more, of 2 up to the smaller set'
     )

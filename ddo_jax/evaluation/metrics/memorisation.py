@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import prdc
 
 # Held-out images nearer to the training set than this share of them are
@@ -49,12 +49,12 @@ def nearest_distance(
   images, train = np.asarray(images), np.asarray(train)
   kinds = [(x.dtype.name, x.shape[1:]) for x in (images, train)]
   if kinds[0] != kinds[1]:
-    raise config.UserError(
+    raise errors.UserError(
       f'images are {kinds[0]} and training images {kinds[1]}; both must have '
       'one type and shape: compare raw pixels as the source stores them'
     )
   if not (images.size and train.size):
-    raise config.UserError(
+    raise errors.UserError(
       f'{len(images)} images and {len(train)} training images; both sets '
       'must have some'
     )
@@ -89,7 +89,7 @@ def compare(
   near = np.quantile(held_out_distance, QUANTILE)
   if near == 0:
     copies = (held_out_distance == 0).mean()
-    raise config.UserError(
+    raise errors.UserError(
       f'{copies:.0%} of the held-out images are copies of training images, '
       f'so nothing can be nearer than they are; at most {QUANTILE:.0%} may '
       'be: use a split without duplicates'

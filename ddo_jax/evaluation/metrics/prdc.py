@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
 # Rows of a tile: its distances take 8 MiB, near to the caches, and 50,000 rows
@@ -50,17 +50,17 @@ def _tiles(
 
 def _check_pair(a: np.ndarray, b: np.ndarray, k: int, tile: int) -> None:
   if a.shape[1] != b.shape[1]:
-    raise config.UserError(
+    raise errors.UserError(
       f'rows of {a.shape[1]} and of {b.shape[1]} numbers have no distance; '
       'compare features of one network, images of one size'
     )
   if not 1 <= k <= len(b):
-    raise config.UserError(
+    raise errors.UserError(
       f'k is {k}; it must be from 1 to the {len(b)} neighbours there are: '
       'use more images or a smaller k'
     )
   if tile < 1:
-    raise config.UserError(f'tile is {tile}; it must be 1 or more rows')
+    raise errors.UserError(f'tile is {tile}; it must be 1 or more rows')
 
 
 def kth_distance(
@@ -128,7 +128,7 @@ def radii(rows: np.ndarray, k: int = 3, tile: int = TILE) -> np.ndarray:
 
 def _check_neighbours(name: str, rows: np.ndarray, k: int) -> None:
   if len(rows) <= k:
-    raise config.UserError(
+    raise errors.UserError(
       f'{name} has {len(rows)} rows; the {k}-th neighbour of a row needs '
       f'more than {k}: use more images or a smaller k'
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
 BLOCK = 2_048  # consecutive ids that are summed as one
@@ -48,19 +48,19 @@ class Moments:
     width = self.mean.size
     shapes = (self.mean.shape, self.covariance.shape)
     if shapes != ((width,), (width, width)) or width == 0:
-      raise config.UserError(
+      raise errors.UserError(
         f'mean and covariance have shapes {shapes}; wanted [D] and [D, D]: the '
         'file is damaged or holds something else'
       )
     if not (
       np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()
     ):
-      raise config.UserError(
+      raise errors.UserError(
         'a mean or covariance holds NaN or Inf; compute the statistics anew'
       )
     skew = np.abs(self.covariance - self.covariance.T).max()
     if skew > 1e-6 * np.abs(self.covariance).max():
-      raise config.UserError(
+      raise errors.UserError(
         f'a covariance is not symmetric (by {skew:.3g}); the file is damaged '
         'or holds something else'
       )
@@ -103,7 +103,7 @@ class Accumulator:
   def __init__(self, width: int):
     """Starts without rows; `width` is the number of features D."""
     if width < 1:
-      raise config.UserError(f'{width} features; it must be 1 or more')
+      raise errors.UserError(f'{width} features; it must be 1 or more')
     self.width = width
     self._done = set()  # numbers of the blocks that are in the sums
     self._rows = {}  # block -> [BLOCK, D] float32, zero where not yet there
@@ -134,12 +134,12 @@ class Accumulator:
     features = frechet.check_features('features', features)
     ids = np.asarray(ids)
     if features.shape != (len(ids), self.width) or ids.dtype.kind not in 'iu':
-      raise config.UserError(
+      raise errors.UserError(
         f'{features.shape} features for ids {ids.dtype} {ids.shape}; wanted '
         f'[B, {self.width}] and [B] whole numbers'
       )
     if ids.min() < 0 or ids.max() >= MAX_BLOCKS * BLOCK:
-      raise config.UserError(
+      raise errors.UserError(
         f'ids from {ids.min()} to {ids.max()}; they must be from 0 to '
         f'{MAX_BLOCKS * BLOCK - 1}: number the images consecutively'
       )
@@ -154,7 +154,7 @@ class Accumulator:
       here = np.full(BLOCK, number in self._done)
     if here[at].any() or len(np.unique(at)) < len(at):
       twice = at[here[at]] if here[at].any() else at
-      raise config.UserError(
+      raise errors.UserError(
         f'image {number * BLOCK + twice[0]} comes twice; give every image an '
         'id of its own, and after a resume only the missing ones'
       )
@@ -184,7 +184,7 @@ class Accumulator:
       UserError: another number of features, or an image in both.
     """
     if other.width != self.width:
-      raise config.UserError(
+      raise errors.UserError(
         f'cannot merge sums of {self.width} and of {other.width} features; use '
         'one feature network for both'
       )
@@ -196,7 +196,7 @@ class Accumulator:
       if (self._here[number] & other._here[number]).any()
     }
     if common:
-      raise config.UserError(
+      raise errors.UserError(
         f'both sums hold images from {min(common) * BLOCK} on; give every '
         'process images of its own'
       )
@@ -213,7 +213,7 @@ class Accumulator:
       UserError: there are no rows, or numbers too large to be exact.
     """
     if not self.n:
-      raise config.UserError('statistics of no images; add features first')
+      raise errors.UserError('statistics of no images; add features first')
     sums = [x.copy() for x in self._sums]
     for rows in self._rows.values():
       _add(sums, _split(rows))
@@ -250,7 +250,7 @@ class Accumulator:
     """
     arrays = read_npz(path)
     if str(arrays.get('kind')) != _KIND:
-      raise config.UserError(
+      raise errors.UserError(
         f'{path} holds no feature sums; wanted a file that an evaluation saved'
       )
     made = cls(len(arrays['sum_0']))
@@ -284,7 +284,7 @@ def _add(sums: list[np.ndarray], parts: list[np.ndarray]) -> None:
     x += part
     largest = max(x.max(), -x.min())
     if largest >= _LARGEST:
-      raise config.UserError(
+      raise errors.UserError(
         f'sums of features reach {largest:.3g}, above {_LARGEST:.3g}; use '
         'features of order one'
       )
@@ -298,7 +298,7 @@ def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
       np.savez(file, **arrays)
     partial.replace(path)
   except OSError as error:
-    raise config.UserError(
+    raise errors.UserError(
       f'cannot write {path} ({error.strerror or error}); wanted a folder that '
       'may be written, with room for it'
     ) from error
@@ -317,7 +317,7 @@ def read_npz(path: pathlib.Path, skip: tuple[str, ...] = ()) -> dict[str, Any]:
       return {key: arrays[key] for key in arrays.files if key not in skip}
   except Exception as error:  # zipfile, zlib, numpy: each has its own
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    raise config.UserError(
+    raise errors.UserError(
       f'cannot read {path} ({reason}); wanted an .npz of plain arrays'
     ) from error
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
 Metric = Callable[[frechet.Statistics], float]
@@ -64,7 +64,7 @@ def _total(
   """All groups as one; UserError unless enough, of equal numbers of rows."""
   sizes = sorted({group.n for group in groups})
   if len(groups) < fewest or len(sizes) != 1:
-    raise config.UserError(
+    raise errors.UserError(
       f'{len(groups)} groups of {sizes} images; wanted {fewest} or more of one '
       'size: cut the seeds evenly'
     )
@@ -122,7 +122,7 @@ def extrapolate(groups: Sequence[frechet.Statistics], metric: Metric) -> Limit:
   total = _total(groups, 4)
   each, width = groups[0].n, len(total.total)
   if each <= width:
-    raise config.UserError(
+    raise errors.UserError(
       f'groups of {each} images for {width} features; a limit needs more '
       'images than features in each: use fewer groups or more images'
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddo_jax import config
+from ddo_jax import errors
 from ddo_jax import rng
 
 FEATURES = 32  # width of the penultimate layer
@@ -45,9 +45,9 @@ class Network(nn.Module):
     return features, dense(self.num_classes)(nn.silu(features))
 
 
-def _inputs(images: jax.Array, levels: jax.Array) -> jax.Array:
-  """Raw pixels 0 .. levels-1 to float32 in [-1, 1]."""
-  return images.astype(jnp.float32) * (2 / (levels - 1)) - 1
+def _inputs(images: jax.Array, pixel_values: jax.Array) -> jax.Array:
+  """Raw pixels 0 .. pixel_values-1 to float32 in [-1, 1]."""
+  return images.astype(jnp.float32) * (2 / (pixel_values - 1)) - 1
 
 
 def _initial(network: Network, width: int, key: jax.Array) -> Any:
@@ -69,7 +69,7 @@ def _train(
   network: Network,
   images: jax.Array,
   labels: jax.Array,
-  levels: jax.Array,
+  pixel_values: jax.Array,
   key: jax.Array,
 ) -> Any:
   """The network's params after all steps.
@@ -80,7 +80,7 @@ def _train(
     network: static.
     images: [N, D] uint8; they stay so, and only a batch at a time is float.
     labels: [N] int32.
-    levels: [] float32.
+    pixel_values: [] float32.
     key: [] of which every step folds its own.
   """
   schedule = optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS)
@@ -94,7 +94,7 @@ def _train(
     params, opt_state = carry
     row_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
     rows = jax.random.randint(row_key, (_BATCH,), 0, len(images))
-    x = _inputs(images[rows], levels)
+    x = _inputs(images[rows], pixel_values)
     x += _NOISE * jax.random.normal(noise_key, x.shape)
     grads = jax.grad(loss)(params, x, labels[rows])
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -110,43 +110,43 @@ def _train(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
-  network: Network, params: Any, images: jax.Array, levels: jax.Array
+  network: Network, params: Any, images: jax.Array, pixel_values: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Features [B, 32] and the most probable class [B] of uint8 images [B, D]."""
-  features, logits = network.apply(params, _inputs(images, levels))
+  features, logits = network.apply(params, _inputs(images, pixel_values))
   return features, jnp.argmax(logits, axis=1).astype(jnp.int32)
 
 
-def _check_images(images: np.ndarray, levels: int) -> None:
+def _check_images(images: np.ndarray, pixel_values: int) -> None:
   if images.dtype != np.uint8 or images.ndim < 2 or not images.size:
-    raise config.UserError(
+    raise errors.UserError(
       f'images are {images.dtype} {images.shape}; they must be uint8 '
       '[N, ...] with N > 0: raw pixels as the source stores them'
     )
-  if images.max() >= levels:
-    raise config.UserError(
-      f'images hold the value {images.max()}; raw pixels of {levels} levels '
-      f'are 0 .. {levels - 1}: round and clip samples as the data is'
+  if images.max() >= pixel_values:
+    raise errors.UserError(
+      f'images hold the value {images.max()}; raw pixels are'
+      f' 0 .. {pixel_values - 1}: round and clip samples as the data is'
     )
 
 
 def _check_training(
-  images: np.ndarray, labels: np.ndarray, num_classes: int, levels: int
+  images: np.ndarray, labels: np.ndarray, num_classes: int, pixel_values: int
 ) -> None:
-  if num_classes < 2 or levels < 2:
-    raise config.UserError(
-      f'num_classes is {num_classes} and levels {levels}; both must be 2 or '
-      'more'
+  if num_classes < 2 or pixel_values < 2:
+    raise errors.UserError(
+      f'num_classes is {num_classes} and pixel_values {pixel_values}; both'
+      ' must be 2 or more'
     )
-  _check_images(images, levels)
+  _check_images(images, pixel_values)
   integers = np.issubdtype(labels.dtype, np.integer)
   if not integers or labels.shape != images.shape[:1]:
-    raise config.UserError(
+    raise errors.UserError(
       f'labels are {labels.dtype} {labels.shape} for {len(images)} images; '
       'they must be integers, one an image'
     )
   if labels.min() < 0 or labels.max() >= num_classes:
-    raise config.UserError(
+    raise errors.UserError(
       f'labels run from {labels.min()} to {labels.max()}; {num_classes} '
       f'classes are 0 .. {num_classes - 1}'
     )
@@ -160,7 +160,7 @@ class Classifier:
     network: the module.
     params: its weights, on the device.
     image_shape: shape of one image.
-    levels: pixel values are 0 .. levels-1.
+    pixel_values: pixel values are 0 .. pixel_values-1.
     deviation: [32] float32, standard deviation of the raw features over the
       training split.
   """
@@ -168,7 +168,7 @@ class Classifier:
   network: Network
   params: Any
   image_shape: tuple[int, ...]
-  levels: int
+  pixel_values: int
   deviation: np.ndarray
 
   def apply(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +179,7 @@ class Classifier:
     on its neighbours.
 
     Args:
-      images: uint8 [N, *image_shape], raw values 0 .. levels-1.
+      images: uint8 [N, *image_shape], raw values 0 .. pixel_values-1.
 
     Returns:
       features: float32 [N, 32], each of variance 1 over the training split.
@@ -189,21 +189,21 @@ class Classifier:
       UserError: if the images are not of that type, shape and range.
     """
     images = np.asarray(images)
-    _check_images(images, self.levels)
+    _check_images(images, self.pixel_values)
     if images.shape[1:] != self.image_shape:
-      raise config.UserError(
+      raise errors.UserError(
         f'images have shape {images.shape[1:]}; this classifier was fitted '
         f'to {self.image_shape}: fit one to the set you evaluate'
       )
     rows = images.reshape(len(images), -1)
     # Explicit transfers: callers may forbid the implicit ones.
-    levels = jax.device_put(np.float32(self.levels))
+    pixel_values = jax.device_put(np.float32(self.pixel_values))
     features, predicted = [], []
     for start in range(0, len(rows), _CHUNK):
       chunk = rows[start : start + _CHUNK]
       padded = np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))
       outputs = _forward(
-        self.network, self.params, jax.device_put(padded), levels
+        self.network, self.params, jax.device_put(padded), pixel_values
       )
       part, classes = jax.device_get(outputs)
       features.append(part[: len(chunk)] / self.deviation[None, :])
@@ -215,7 +215,7 @@ def fit(
   images: np.ndarray,
   labels: np.ndarray,
   num_classes: int,
-  levels: int,
+  pixel_values: int,
   seed: int = 0,
 ) -> Classifier:
   """Trains a classifier, in a few seconds on CPU.
@@ -225,10 +225,10 @@ def fit(
   number of devices (XLA sums in an order that follows its number of threads).
 
   Args:
-    images: uint8 [N, ...], the training split, raw values 0 .. levels-1.
+    images: uint8 [N, ...], the training split, raw values 0 .. pixel_values-1.
     labels: integers [N] in [0, num_classes).
     num_classes: 2 or more.
-    levels: number of pixel values (256; 17 for the digits).
+    pixel_values: number of pixel values (256; 17 for the digits).
     seed: of the initial weights, the minibatches and the noise.
 
   Returns:
@@ -238,22 +238,22 @@ def fit(
     UserError: if images or labels are not as above, or all images are alike.
   """
   images, labels = np.asarray(images), np.asarray(labels)
-  _check_training(images, labels, num_classes, levels)
+  _check_training(images, labels, num_classes, pixel_values)
   network = Network(num_classes)
   rows = images.reshape(len(images), -1)
   params = _train(
     network,
     jax.device_put(rows),
     jax.device_put(labels.astype(np.int32)),
-    jax.device_put(np.float32(levels)),
+    jax.device_put(np.float32(pixel_values)),
     rng.stream(seed, 'classifier'),
   )
   unit = np.ones(FEATURES, np.float32)
-  raw = Classifier(network, params, images.shape[1:], levels, unit)
+  raw = Classifier(network, params, images.shape[1:], pixel_values, unit)
   features, _ = raw.apply(images)
   deviation = features.std(axis=0, ddof=1, dtype=np.float64)
   if not np.all(deviation > 1e-6):
-    raise config.UserError(
+    raise errors.UserError(
       f'a feature has standard deviation {deviation.min():.3g} over the '
       f'{len(images)} training images; it must vary: are they all alike?'
     )

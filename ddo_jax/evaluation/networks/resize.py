@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config
+from ddo_jax import errors
 
 # 'tf1': TensorFlow 1's ResizeBilinear (the graph itself, torch-fidelity, EDM,
 # EDM2, OpenAI). 'half_pixel': PyTorch's interpolate (pytorch-fid).
@@ -32,7 +32,7 @@ def check_images(images: jax.Array) -> jax.Array:
   """
   known = images.dtype in (jnp.uint8, jnp.float32)
   if images.ndim != 4 or images.shape[-1] != 3 or not known:
-    raise config.UserError(
+    raise errors.UserError(
       f'images are {images.dtype} {images.shape}; wanted [B,H,W,3] uint8 or '
       'float32 from 0 to 255: repeat the channel of grey images three times'
     )
@@ -61,11 +61,11 @@ def bilinear_table(size: int, out: int, rule: Bilinear = 'tf1') -> Table:
     UserError: if a size is below 1 or the rule is unknown.
   """
   if rule not in typing.get_args(Bilinear):
-    raise config.UserError(
+    raise errors.UserError(
       f'resize {rule!r} is unknown; wanted one of {typing.get_args(Bilinear)}'
     )
   if size < 1 or out < 1:
-    raise config.UserError(
+    raise errors.UserError(
       f'cannot resize {size} pixels to {out}; both must be 1 or more'
     )
   if rule == 'tf1':  # source = i·size/out, in float32 as there
