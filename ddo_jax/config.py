@@ -212,11 +212,14 @@ def at_round(group: Any, round_index: int) -> Any:
 
   Args:
     group: a phase, an objective, a noise law or an optimizer of a config. Its
-      leaves are tuples with one entry a round; the last entry repeats.
+      leaves are tuples with one entry a round, the last of which repeats, or
+      numbers that hold in every round.
     round_index: the round, from 0.
   """
 
   def pick(values):
+    if not isinstance(values, tuple):
+      return values
     return float(values[min(round_index, len(values) - 1)])
 
   return jax.tree.map(pick, group, is_leaf=lambda leaf: isinstance(leaf, tuple))

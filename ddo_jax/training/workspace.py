@@ -31,7 +31,12 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
   path = workdir / 'config.json'
   if path.exists():
     recorded = records.read_json(path)
-    old = [name for name in config_lib.RENAMED if name in recorded]
+    now = config_lib.to_json(config)
+    old = [
+      name
+      for name in config_lib.RENAMED
+      if name in recorded and name not in now
+    ]
     if old:
       raise errors.UserError(
         f'{workdir} holds a run of an earlier version, where'
