@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax.data import sources
 
 
 def _knob(default: Any, *, science: bool = True) -> Any:
@@ -23,22 +24,7 @@ def _knob(default: Any, *, science: bool = True) -> Any:
   return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass
-class Data:
-  """Where real images come from (see `data.open_source`)."""
-
-  # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow), or the
-  # path of an .npz, or of a folder or zip of images with EDM's dataset.json.
-  source: str = _knob('digits')
-  # Side that smaller images are padded to with 0 (black), centred; 0: as is.
-  pad_to: int = _knob(0)
-  train_split: str = _knob('train')
-  test_split: str = _knob('test')
-  # Where TFDS keeps prepared data; '' is TFDS's own default.
-  data_dir: str = _knob('', science=False)
-  # Folder of the downloaded files that a builder reads (fashion_mnist: the
-  # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz).
-  raw_dir: str = _knob('', science=False)
+Data = sources.Data
 
 
 # Mutable only so that `--config.ddo.x=v` can write it; hashed once it is read.

@@ -72,4 +72,4 @@ def make_rows(seed):
   numbers = np.random.default_rng(seed)
   image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
   label = numbers.integers(0, CLASSES, BATCH).astype(np.int32)
-  return {'image': image, 'label': label}
+  return {'stored': image, 'label': label}

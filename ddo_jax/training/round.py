@@ -117,7 +117,7 @@ def _fake_pool(
     'stream': [run.config.seed, folder.name],
   }
   batch = run.config.executor.sample_batch
-  pool = pool_lib.Pool(
+  pool = pool_lib.FakePool(
     folder / 'fakes', run.config.ddo.pool_size, batch, identity
   )
   key = rng.stream(run.config.seed, 'fakes', folder.name)

@@ -106,7 +106,7 @@ class Run:
     source = sources.open_source(self.config.data, self.config.data.train_split)
     model = models.build(self.config, self.config.pretrain)
     model.check_source(
-      source.name, source.image_shape, source.num_classes, source.pixel_values
+      source.name, source.stored_shape, source.num_classes, source.pixel_values
     )
     return source
 

@@ -13,7 +13,7 @@ from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.training import state as state_lib
 
-# 'image' [B,...] as stored, 'label' [B], 'id' [B]; 'other_label' [B] for the
+# 'stored' [B,...], 'label' [B], 'id' [B]; 'other_label' [B] for the
 # objectives that contrast labels.
 Raw = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -49,7 +49,7 @@ def _batches(model, frozen, reference, rows, sampler, phase):
   """
   real, fake, keys, dropped = rows
   encode = lambda raw: model.encode(
-    frozen, raw['image'], rng.split_rows(keys, 'encode')
+    frozen, raw['stored'], rng.split_rows(keys, 'encode')
   )
   hide = lambda label: jnp.where(dropped, model.num_classes, label)
   first = likelihood.Batch(encode(real), hide(real['label']), real['id'])

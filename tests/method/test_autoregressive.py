@@ -128,7 +128,7 @@ def tokens(seed):
   _, frozen = tiny_var.weights()
   rows = tiny_var.make_rows(seed)
   encode = jax.jit(MODEL.encode)
-  x = encode(frozen, jnp.asarray(rows['image']), first_keys())
+  x = encode(frozen, jnp.asarray(rows['stored']), first_keys())
   label = np.where(first_drop(), tiny_var.CLASSES, rows['label'])
   return likelihood.Batch(x, jnp.asarray(label), jnp.arange(BATCH))
 
@@ -269,7 +269,7 @@ def test_online_fakes_are_the_references_own():
   rows, keys = tiny_var.make_rows(0), first_keys()
   phase = config_lib.Phase(fakes='online', label_drop=DROP)
   args = (
-    {**rows, 'image': jnp.asarray(rows['image']), 'id': jnp.arange(BATCH)},
+    {**rows, 'stored': jnp.asarray(rows['stored']), 'id': jnp.arange(BATCH)},
     None,
     keys,
     jnp.asarray(first_drop()),

@@ -68,7 +68,7 @@ def make_rows(seed):
   numbers = np.random.default_rng(seed)
   image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
   label = np.arange(BATCH, dtype=np.int32) % CLASSES
-  return {'image': image, 'label': label}
+  return {'stored': image, 'label': label}
 
 
 def make_model(network='mlp', remat=False):
@@ -207,7 +207,7 @@ def test_law_1_the_log_ratio_to_itself_is_exactly_0(network, remat):
   model = make_model(network, remat)
   params = make_params(model)
   rows = make_rows(0)
-  x = model.encode({}, jnp.array(rows['image']), first_keys())
+  x = model.encode({}, jnp.array(rows['stored']), first_keys())
   batch = likelihood.Batch(x, jnp.array(rows['label']), jnp.arange(BATCH))
   log_ratio = jax.jit(model.log_ratio)
   same, info = log_ratio(params, params, {}, batch, first_keys())
@@ -231,7 +231,7 @@ def expected_gradient(label_drop):
   dropped = jnp.array(first_drop(label_drop))
 
   def expectation(params, rows, weight, weight_dropped):
-    x = jnp.array(rows['image'], jnp.float32) / 8 - 1
+    x = jnp.array(rows['stored'], jnp.float32) / 8 - 1
     label = jnp.where(dropped, CLASSES, rows['label'])
     batch = likelihood.Batch(x, label, jnp.arange(BATCH))
     log_prob = model.log_prob(params, {}, batch, keys)
