@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from ddo_jax import errors
+from ddo_jax.data import sources
 from ddo_jax.method import ddo
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
@@ -52,6 +53,7 @@ def _static(default: Any) -> Any:
 
 # The groups that stand beside their code.
 Averages = state_lib.Averages
+Data = sources.Data
 Optimizer = state_lib.Optimizer
 
 
@@ -104,24 +106,6 @@ class Phase:
   def steps(self) -> int:
     """Returns the number of optimizer steps of the phase."""
     return -(-self.images // self.batch_size)
-
-
-@dataclasses.dataclass
-class Data:
-  """Where real images come from (see `data.open_source`)."""
-
-  # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow), or the
-  # path of an .npz, or of a folder or zip of images with EDM's dataset.json.
-  source: str = _knob('digits')
-  # Side that smaller images are padded to with 0 (black), centred; 0: as is.
-  pad_to: int = _knob(0)
-  train_split: str = _knob('train')
-  test_split: str = _knob('test')
-  # Where TFDS keeps prepared data; '' is TFDS's own default.
-  data_dir: str = _knob('', science=False)
-  # Folder of the downloaded files that a builder reads (fashion_mnist: the
-  # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz).
-  raw_dir: str = _knob('', science=False)
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax.data import loader
 from ddo_jax.data import sources
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation.metrics import frechet
@@ -74,7 +75,7 @@ class Evaluator:
       count = len(images)
     if real is None or not count:
       return None
-    index = sources.order(0, np.arange(min(count, len(real))), len(real))
+    index = loader.order(0, np.arange(min(count, len(real))), len(real))
     return self.extractor.read(real, index)
 
   def scores(self, rows: features.Rows) -> dict[str, float]:

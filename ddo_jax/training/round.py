@@ -68,7 +68,7 @@ def _fake_pool(
     'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
   }
-  pool = pool_lib.Pool(
+  pool = pool_lib.FakePool(
     folder=folder / 'fakes',
     size=run.config.ddo.negatives.size,
     shard_size=run.config.executor.sample_batch,

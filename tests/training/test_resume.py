@@ -228,7 +228,7 @@ def test_the_whole_run_is_worth_comparing(whole):
 # Where one run is killed, time after time; calls count from its restart.
 KILLS = [
   ('pretraining', loop_lib._Logger, 'push', 7),
-  ('pool', pool_lib.Pool, 'write', 2),
+  ('pool', pool_lib.FakePool, 'write', 2),
   ('evaluation of the reference', Evaluator, 'scores', 1),
   ('round, before a save', loop_lib._Logger, 'push', 2),
   ('round', loop_lib._Logger, 'push', 6),
@@ -240,7 +240,7 @@ KILLS = [
 ]
 SECOND_KILLS = [
   ('between rounds', checkpoint, 'save_params', 1),
-  ('second pool', pool_lib.Pool, 'write', 3),
+  ('second pool', pool_lib.FakePool, 'write', 3),
   ('second round', loop_lib._Logger, 'push', 5),
 ]
 
