@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax.runtime import devices
 
 
 def _knob(default: Any, *, science: bool = True) -> Any:
@@ -131,14 +132,7 @@ class Evaluation:
   dinov2: str = _knob('', science=False)
 
 
-@dataclasses.dataclass
-class Executor:
-  """How a step runs on the devices; never changes what it computes."""
-
-  kind: str = _knob('pmap', science=False)  # 'pmap' | 'fsdp'
-  accumulate: int = _knob(1, science=False)  # microbatches a step
-  remat: bool = _knob(False, science=False)  # recompute activations
-  sample_batch: int = _knob(1_000, science=False)  # images a sampler call
+Executor = devices.ExecutorConfig
 
 
 @dataclasses.dataclass
@@ -167,7 +161,7 @@ class Config:
   pretrain: Phase = _knob(Phase(objective='mle'))
   ddo: Phase = _knob(Phase())
   evaluation: Evaluation = _knob(Evaluation())
-  executor: Executor = _knob(Executor())
+  executor: Executor = _knob(Executor(), science=False)
 
 
 def pick(values: tuple[float, ...], round_index: int) -> float:
@@ -181,7 +175,8 @@ def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any, bool]]:
     value = getattr(config, field.name)
     name = prefix + field.name
     if dataclasses.is_dataclass(value):
-      yield f'{name}.type', type(value).__name__, True
+      science = field.metadata.get('science', True)
+      yield f'{name}.type', type(value).__name__, science
       yield from flatten(value, name + '.')
     else:
       yield name, value, field.metadata.get('science', True)
@@ -271,7 +266,7 @@ def validate(config: Config) -> None:
   for name in ('tokenizer', 'pretrain'):
     objective = getattr(config, name).objective
     errors.require(objective == 'mle', f'{name}.objective', objective, "'mle'")
-  evaluation, executor = config.evaluation, config.executor
+  evaluation = config.evaluation
   metrics = ('fd_train', 'fd_test')
   if evaluation.protocol:
     metrics = ('fid', 'sfid', 'fd_dinov2')
@@ -288,10 +283,4 @@ def validate(config: Config) -> None:
   for field in ('samples', 'seeds', 'real_images'):
     value = getattr(evaluation, field)
     errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
-  kinds = ('pmap', 'fsdp')
-  errors.require(
-    executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'
-  )
-  for field in ('accumulate', 'sample_batch'):
-    value = getattr(executor, field)
-    errors.require(value > 0, f'executor.{field}', value, 'a positive integer')
+  config.executor.check()

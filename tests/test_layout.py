@@ -15,8 +15,9 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Imports go downward, from a floor to lower ones; the members of a floor and of
 # a folder may import each other, which Python keeps free of cycles.
 FLOORS = (
-  ('config', 'errors', 'rng'),
+  ('errors', 'rng'),
   ('runtime',),
+  ('config',),
   ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),
   ('method',),
   ('models', 'weights'),

@@ -80,7 +80,7 @@ def _mismatch(
 def _fetch_hub(source: str, cache: pathlib.Path | None) -> pathlib.Path:
   """A file of the hub, by its own library: resumed, cached, with a bar."""
   import huggingface_hub
-  from huggingface_hub import errors
+  from huggingface_hub import errors as hub_errors
 
   match = _HUB.fullmatch(source)
   if match is None:
@@ -92,15 +92,15 @@ def _fetch_hub(source: str, cache: pathlib.Path | None) -> pathlib.Path:
     path = huggingface_hub.hf_hub_download(
       repo, name, revision=revision, cache_dir=cache
     )
-  except errors.LocalEntryNotFoundError as error:
+  except hub_errors.LocalEntryNotFoundError as error:
     raise errors.UserError(
       f'no network to the Hugging Face hub for {source}: try again, {_BY_HAND}'
     ) from error
-  except errors.GatedRepoError as error:
+  except hub_errors.GatedRepoError as error:
     raise errors.UserError(
       f'{source} is gated: accept its terms on the hub and log in, {_BY_HAND}'
     ) from error
-  except (OSError, ValueError, errors.EntryNotFoundError) as error:
+  except (OSError, ValueError, hub_errors.EntryNotFoundError) as error:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     raise errors.UserError(
       f'the Hugging Face hub does not give {source} ({lines[0][:200]}): check'
