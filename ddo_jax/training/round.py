@@ -90,15 +90,21 @@ def _reference(
   folder: pathlib.Path,
   origin: pathlib.Path,
   model: likelihood.LikelihoodModel,
-) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
-  """How to read the round's reference, copied from `origin`; its metadata."""
-  load = functools.partial(
-    run_lib.load_params, model=model, executor=run.executor
+) -> tuple[likelihood.Params, Callable[[], likelihood.Params], dict[str, Any]]:
+  """The round's reference, copied from `origin`.
+
+  Returns:
+    Its params, how to read them again, and what is recorded beside them.
+  """
+  copy = folder / 'reference'
+  params, meta = checkpoint.copy_params(
+    origin, copy, run_lib.params_target(model, run.executor)
   )
-  if not (folder / 'reference').exists():
-    checkpoint.save_params(folder / 'reference', *load(origin))
-  read = lambda: load(folder / 'reference')[0]
-  return read, checkpoint.load_meta(folder / 'reference')
+
+  def read():
+    return run_lib.load_params(copy, model, run.executor, verify=False)[0]
+
+  return params, read, meta
 
 
 def _fake_pool(
@@ -217,8 +223,9 @@ def play_round(
   score = functools.partial(
     evaluator_lib.selection_scores, run.evaluator, generator, config=run.config
   )
-  start, meta = _reference(run, folder, origin, model)
-  reference = run.executor.make_state(model.reduced, start())
+  params, start, meta = _reference(run, folder, origin, model)
+  reference = run.executor.make_state(model.reduced, params)
+  del params
   if phase.objective == 'ddo' and phase.fakes == 'pool':
     fake = _fake_pool(run, folder, model, reference, meta)
   clock.append(time.perf_counter())

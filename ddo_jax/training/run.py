@@ -45,11 +45,19 @@ def load_params(
   folder: pathlib.Path,
   model: likelihood.LikelihoodModel,
   executor: devices_lib.Executor,
+  verify: bool = True,
 ) -> tuple[likelihood.Params, dict[str, Any]]:
   """Params of a folder, on the devices, and what is recorded beside them."""
+  target = params_target(model, executor)
+  return checkpoint.load_params(folder, target, verify)
+
+
+def params_target(
+  model: likelihood.LikelihoodModel, executor: devices_lib.Executor
+) -> Any:
+  """The shapes, types and placement of a model's params."""
   shapes = jax.eval_shape(model.init, rng.stream(0))
-  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
-  return checkpoint.load_params(folder, target)
+  return checkpoint.abstract(shapes, executor.state_shardings(shapes))
 
 
 def newest_params(workdir: pathlib.Path) -> pathlib.Path:
