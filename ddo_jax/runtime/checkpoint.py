@@ -33,8 +33,7 @@ def tree_hash(params: Any) -> str:
     array = np.ascontiguousarray(jax.device_get(leaf))
     name = jax.tree_util.keystr(path)
     digest.update(f'{name}{array.shape}{array.dtype}'.encode())
-    # Viewed as bytes, since bfloat16 has no buffer that hashlib could read.
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array)
   return digest.hexdigest()
 
 
