@@ -18,7 +18,7 @@ from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
-from ddo_jax.weights import references
+from ddo_jax.weights import fid_stats
 
 _FOLDER = pathlib.Path('~/.cache/ddo_jax/references')
 
@@ -55,7 +55,7 @@ class Evaluator:
     self.num_images = protocol.num_images
     self.num_blocks = len(protocol.first_seeds)
     path = config.evaluation.reference or _FOLDER / protocol.reference
-    self._reference = references.read(pathlib.Path(path).expanduser())
+    self._reference = fid_stats.read(pathlib.Path(path).expanduser())
     self._moments = {k: self._reference.of(k) for k in self.extractor.kinds}
     reference = next(iter(self._moments.values()))
     self.files = self.extractor.provenance | {

@@ -27,8 +27,8 @@ from ddo_jax.evaluation.networks import inception
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.training import run as run_lib
+from ddo_jax.weights import fid_stats
 from ddo_jax.weights import inception as inception_weights
-from ddo_jax.weights import references
 
 SHAPE, WIDTH, COUNT = (4, 4, 3), 6, 150
 TINY = dataclasses.replace(
@@ -62,7 +62,7 @@ def small(monkeypatch):
   monkeypatch.setattr(
     inception_weights, 'load', lambda path: ({'matrix': matrix}, origin)
   )
-  monkeypatch.setitem(references.WIDTHS, 'fid', WIDTH)
+  monkeypatch.setitem(fid_stats.WIDTHS, 'fid', WIDTH)
   monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
   return matrix
 

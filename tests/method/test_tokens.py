@@ -13,6 +13,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.method import likelihood
 from ddo_jax.samplers import scalewise
 from ddo_jax.training import workspace
@@ -55,7 +56,7 @@ def test_drawn_images_are_those_of_the_tokens():
 
 def test_a_config_survives_json():
   config = config_lib.Config(model=copy.deepcopy(tiny_var.CONFIG))
-  assert models.from_json(config_lib.to_json(config)) == tiny_var.CONFIG
+  assert models.from_json(settings.to_json(config)) == tiny_var.CONFIG
   assert workspace.build_model(config) == tiny_var.BUILT
 
 
