@@ -10,7 +10,7 @@ minutes, four of them for the tokenizer.
 from ddo_jax import config as config_lib
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 
 
 def get_config() -> config_lib.Config:
@@ -35,7 +35,7 @@ def get_config() -> config_lib.Config:
       heads=2,
       chunk=21,
     ),
-    sampler=scalewise.Scalewise(),
+    sampler=ancestral.Ancestral(),
     data=config_lib.Data(source='digits'),
     tokenizer=config_lib.Phase(
       objective='mle',

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.method import likelihood
-from ddo_jax.samplers import scalewise
 
 Batch = likelihood.Batch
 Frozen = likelihood.Frozen
@@ -38,6 +37,8 @@ class Autoregressive:
     decayed: params -> tree of bool, which leaves decay.
     cast: params -> tree of bool, which leaves the transformer converts to its
       `dtype` before all else.
+    stages: binds the transformer, the tokenizer and their params for sampling,
+      such as `models.var.stages`.
     num_levels: bins of the diagnostics; a token has no noise level.
   """
 
@@ -49,6 +50,7 @@ class Autoregressive:
   pixels: codec.Pixels
   decayed: Any
   cast: Any
+  stages: Any
   num_levels: int = 1
 
   @property
@@ -158,7 +160,7 @@ class Autoregressive:
     return self._apply(params, frozen, batch, 'cross_entropy')
 
   def _sampled(self, params, frozen, label, keys, sampler):
-    """Tokens [B,L] and f̂ of a `scalewise.Scalewise`."""
+    """Tokens [B,L] and f̂ of a `ancestral.Ancestral`."""
     self._check_sampler(sampler)
     if 'guide' in frozen:
       raise errors.UserError(
@@ -166,7 +168,7 @@ class Autoregressive:
       )
     chex.assert_equal_shape([label, keys])
     weights = self._weights(frozen)
-    stages = scalewise.bind(self.transformer, self.tokenizer, params, weights)
+    stages = self.stages(self.transformer, self.tokenizer, params, weights)
     return sampler(stages, label, keys)
 
   def sample(
@@ -177,7 +179,7 @@ class Autoregressive:
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """Tokens [B,L] of a `scalewise.Scalewise`.
+    """Tokens [B,L] of a `ancestral.Ancestral`.
 
     Raises:
       errors.UserError: it is no such sampler, it mixes vectors, which tokens
@@ -198,7 +200,7 @@ class Autoregressive:
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """uint8 images [B,H,W,C] of a `scalewise.Scalewise`, smooth ones too.
+    """uint8 images [B,H,W,C] of a `ancestral.Ancestral`, smooth ones too.
 
     Raises:
       errors.UserError: it is no such sampler, or there is a guide.
@@ -216,10 +218,10 @@ class Autoregressive:
     return sampler.unguided()
 
   def _check_sampler(self, sampler: Any) -> None:
-    if not isinstance(sampler, scalewise.Scalewise):
+    if getattr(sampler, 'reads', None) != 'stages':
       raise errors.UserError(
         f'config.sampler is {sampler}; this model wants a'
-        ' samplers.scalewise.Scalewise'
+        ' samplers.ancestral.Ancestral'
       )
 
   def _image(self, frozen: Frozen, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.method import likelihood
+from ddo_jax.samplers import contract
 from ddo_jax.samplers import guidance
 
 Batch = likelihood.Batch
@@ -230,7 +231,7 @@ class Diffusion:
 
   def _guide(
     self, params: Params, frozen: Frozen, label: jax.Array
-  ) -> guidance.Denoise:
+  ) -> contract.Denoise:
     """The weaker denoiser, see `sample`."""
     if 'guide' in frozen:
       module = self.denoiser if self.guide is None else self.guide

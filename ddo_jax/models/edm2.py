@@ -21,6 +21,7 @@ from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
 from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
+from ddo_jax.models import precond
 from ddo_jax.models import vae
 
 
@@ -96,7 +97,7 @@ class UNet(nn.Module):
     return edm2_layers.mp_silu(e)
 
 
-class Edm2Precond(layers.EdmPrecond):
+class Edm2Precond(precond.EdmPrecond):
   """EDM's preconditioning, and the learned log-variance of the loss.
 
   Attributes:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
 from ddo_jax.models import layers
+from ddo_jax.models import precond
 
 
 @dataclasses.dataclass
@@ -130,7 +131,7 @@ def build(
     config.hidden, config.blocks, config.num_classes
   )
   return diffusion.Diffusion(
-    denoiser=layers.EdmPrecond(network, config.sigma_data),
+    denoiser=precond.EdmPrecond(network, config.sigma_data),
     example_shape=tuple(config.image_shape),
     num_classes=config.num_classes,
     sigma_data=config.sigma_data,

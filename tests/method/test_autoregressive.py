@@ -17,7 +17,7 @@ from ddo_jax import rng
 from ddo_jax.method import likelihood
 from ddo_jax.models import var
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
@@ -74,7 +74,7 @@ def compiled(case):
     step_lib.train_step,
     model=tiny_var.with_dtype(case.dtype),
     phase=phase.static(),
-    sampler=MODEL.unguided(scalewise.Scalewise(guidance=1.5, top_k=3)),
+    sampler=MODEL.unguided(ancestral.Ancestral(guidance=1.5, top_k=3)),
     accumulate=case.accumulate,
   )
   return executor, phase, step_fn
@@ -274,7 +274,7 @@ def test_online_fakes_are_the_references_own():
     keys,
     jnp.asarray(first_drop()),
   )
-  sampler = scalewise.Scalewise()
+  sampler = ancestral.Ancestral()
 
   def fakes(phase):
     call = lambda params, frozen, rows: step_lib._batches(

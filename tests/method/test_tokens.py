@@ -13,7 +13,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 
 MODEL = tiny_var.MODEL
 
@@ -41,7 +41,7 @@ def test_drawn_images_are_those_of_the_tokens():
 
   @jax.jit
   def run(*args):
-    plain, smooth = scalewise.Scalewise(), scalewise.Scalewise(smooth=True)
+    plain, smooth = ancestral.Ancestral(), ancestral.Ancestral(smooth=True)
     of_tokens = MODEL.decode(frozen, MODEL.sample(*args, plain))
     return of_tokens, MODEL.draw(*args, plain), MODEL.draw(*args, smooth)
 
@@ -64,16 +64,16 @@ def test_mistakes():
     params, frozen, label, keys, sampler
   )
   with pytest.raises(errors.UserError, match='tokenizer_from'):
-    draw({}, scalewise.Scalewise())
+    draw({}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='smooth=False'):
-    draw(frozen, scalewise.Scalewise(smooth=True))
+    draw(frozen, ancestral.Ancestral(smooth=True))
   with pytest.raises(errors.UserError, match='guide_from'):
-    draw(frozen | {'guide': {}}, scalewise.Scalewise())
+    draw(frozen | {'guide': {}}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='tokenizer to the data'):
     MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 256)
   MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 17)
   guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
   with pytest.raises(errors.UserError, match='goes with denoisers'):
     models.build(guide, config_lib.Phase())
-  minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)
-  assert MODEL.unguided(minus) == scalewise.Scalewise(1.0, 'minus_one')
+  minus = ancestral.Ancestral(2.0, 'minus_one', 5, 0.9)
+  assert MODEL.unguided(minus) == ancestral.Ancestral(1.0, 'minus_one')

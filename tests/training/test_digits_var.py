@@ -16,7 +16,7 @@ from ddo_jax import main
 from ddo_jax import models
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import records
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
@@ -112,12 +112,12 @@ def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
 
 def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):
   config = tiny()
-  config.sampler = scalewise.Scalewise(2.0, 'minus_one', top_k=5, top_p=0.9)
+  config.sampler = ancestral.Ancestral(2.0, 'minus_one', top_k=5, top_p=0.9)
   run = run_lib.Run(config, tmp_path)
   model = models.build(config, config.ddo)
   rest = (0, model, {}, None, None, None)
   job = run.job(tmp_path / 'round_000', config.ddo, *rest)
-  assert job.sampler == scalewise.Scalewise(1.0, 'minus_one')
+  assert job.sampler == ancestral.Ancestral(1.0, 'minus_one')
   assert run.job(tmp_path / 'pretrain', config.pretrain, *rest).sampler is None
 
 
