@@ -16,6 +16,7 @@ from ddo_jax.method import ddo
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective as objective_lib
+from ddo_jax.runtime import devices
 from ddo_jax.training import state as state_lib
 
 

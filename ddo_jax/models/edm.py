@@ -302,7 +302,7 @@ class Edm(diffusion.Diffusion):
     return weight * jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
 
 
-def denoiser(config: EdmConfig) -> layers.Precond:
+def denoiser(config: EdmConfig) -> precond.Precond:
   """The network of a config under its preconditioning.
 
   Raises:

@@ -23,6 +23,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
+from ddo_jax.models import precond
 from ddo_jax.models import vae
 
 
@@ -98,7 +99,7 @@ class UNet(nn.Module):
     return edm2_layers.mp_silu(e)
 
 
-class Edm2Precond(layers.EdmPrecond):
+class Edm2Precond(precond.EdmPrecond):
   """EDM's preconditioning, and the learned log-variance of the loss.
 
   Attributes:

@@ -12,6 +12,7 @@ from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import layers
+from ddo_jax.models import precond
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ class ToyConfig(likelihood.ModelConfig):
     )
     network = networks[self.network](self.hidden, self.blocks, self.num_classes)
     return diffusion.Diffusion(
-      denoiser=layers.EdmPrecond(network, self.sigma_data),
+      denoiser=precond.EdmPrecond(network, self.sigma_data),
       example_shape=tuple(self.image_shape),
       num_classes=self.num_classes,
       weight=noise_lib.EdmWeight(self.sigma_data),

@@ -23,7 +23,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.models import var_layers
 from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import contract
 
 _FREE = (  # parts of names without weight decay, beside biases
   'pos_start',
@@ -263,6 +263,55 @@ class Var(nn.Module):
     return self.head(h), new
 
 
+def stages(
+  transformer: nn.Module,
+  tokenizer: nn.Module,
+  params: Any,
+  tokenizer_params: Any,
+) -> contract.Stages:
+  """Binds a transformer and its tokenizer for sampling, one scale a stage.
+
+  The model reads f̂, the image so far, averaged down to the next scale. The past
+  is the blocks' keys and values, which grow from scale to scale. The canvas is
+  f̂ [B,h,w,C], ready for the tokenizer's decoder.
+
+  Args:
+    transformer: a `Var`.
+    tokenizer: a `vqvae.Vqvae`, or its `vqvae.Quantizer` alone.
+    params: the transformer's params.
+    tokenizer_params: the tokenizer's params.
+  """
+  variables = {'params': params}
+  tokenizer_variables = {'params': tokenizer_params}
+  codebook = jnp.asarray(tokenizer.apply(tokenizer_variables, method='vectors'))
+  channels = codebook.shape[1]
+  size = transformer.patch_nums[-1]
+
+  def begin(rows):
+    inputs = jnp.zeros((rows, 0, channels), codebook.dtype)
+    canvas = jnp.zeros((rows, size, size, channels), codebook.dtype)
+    return inputs, None, canvas
+
+  def predict(stage, label, inputs, past):
+    return transformer.apply(
+      variables, stage, label, inputs, past, method='predict'
+    )
+
+  def advance(stage, vectors, canvas):
+    return tokenizer.apply(
+      tokenizer_variables, stage, vectors, canvas, method='advance'
+    )
+
+  return contract.Stages(
+    sizes=tuple(n * n for n in transformer.patch_nums),
+    none=transformer.num_classes,
+    codebook=codebook,
+    begin=begin,
+    predict=predict,
+    advance=advance,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class VarRules(likelihood.WeightRules):
   """AdamW's mask as published, and the types that the blocks compute in.
@@ -333,9 +382,9 @@ class NextScale:
 
   def stages(
     self, params: likelihood.Params, frozen: likelihood.Frozen
-  ) -> scalewise.Stages:
+  ) -> contract.Stages:
     """Returns the scales, as a sampler drives them."""
-    return scalewise.bind(
+    return stages(
       self.transformer, self.tokenizer, params, self.codec.weights(frozen)
     )
 

@@ -1,1 +1,1 @@
-"""Samplers: frozen settings, called with a denoiser; they know no model."""
+"""Samplers: settings that draw from a model; see `contract`."""

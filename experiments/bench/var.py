@@ -30,7 +30,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from experiments.bench import memory
@@ -96,7 +96,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
   keys = rng.per_example(rng.stream(2), ids)
 
   def drawing(guidance):
-    sampler = scalewise.Scalewise(guidance=guidance)
+    sampler = ancestral.Ancestral(guidance=guidance)
     fn = jax.jit(functools.partial(model.sample, sampler=sampler))
     return fn, (params, frozen, label, keys)
 
@@ -109,7 +109,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
 
   def stepping(**changes):
     phase = dataclasses.replace(config.ddo, batch_size=rows, **changes)
-    static = {'model': model, 'phase': phase, 'sampler': scalewise.Scalewise()}
+    static = {'model': model, 'phase': phase, 'sampler': ancestral.Ancestral()}
     fn = jax.jit(functools.partial(step_lib.train_step, **static))
     hyper = state_lib.Hyper.of(phase, 0)
     pool = raw if (phase.objective, phase.fakes) == ('ddo', 'pool') else None

@@ -20,7 +20,7 @@ from ddo_jax.method import negatives
 from ddo_jax.method import siblings
 from ddo_jax.models import var
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
@@ -88,7 +88,7 @@ def compiled(case):
   executor = devices_lib.Executor(settings, case.devices)
   step_fn = executor.compile_step(
     step_lib.train_step,
-    sampler=scalewise.Scalewise(guidance=1.5, top_k=3).unguided(),
+    sampler=ancestral.Ancestral(guidance=1.5, top_k=3).unguided(),
     accumulate=case.accumulate,
   )
   return executor, phase, step_fn
@@ -292,7 +292,7 @@ def test_online_fakes_are_the_references_own():
     keys=keys,
     dropped=jnp.asarray(first_drop()),
   )
-  sampler = scalewise.Scalewise()
+  sampler = ancestral.Ancestral()
 
   @functools.partial(jax.jit, static_argnames='online')
   def pairs(params, frozen, rows, online):

@@ -15,7 +15,7 @@ from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.method import likelihood
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import workspace
 
 MODEL = tiny_var.MODEL
@@ -45,7 +45,7 @@ def test_drawn_images_are_those_of_the_tokens():
 
   @jax.jit
   def run(*args):
-    plain, smooth = scalewise.Scalewise(), scalewise.Scalewise(smooth=True)
+    plain, smooth = ancestral.Ancestral(), ancestral.Ancestral(smooth=True)
     of_tokens = MODEL.codec.decode(frozen, MODEL.sample(*args, plain))
     return of_tokens, MODEL.draw(*args, plain), MODEL.draw(*args, smooth)
 
@@ -68,16 +68,16 @@ def test_mistakes():
     params, frozen, label, keys, sampler
   )
   with pytest.raises(errors.UserError, match='tokenizer_from'):
-    draw({}, scalewise.Scalewise())
+    draw({}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='smooth=False'):
-    draw(frozen, scalewise.Scalewise(smooth=True))
+    draw(frozen, ancestral.Ancestral(smooth=True))
   with pytest.raises(errors.UserError, match='guide_from'):
-    draw(frozen | {'guide': {}}, scalewise.Scalewise())
+    draw(frozen | {'guide': {}}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='model to the data'):
     likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 256)
   likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 17)
   guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
   with pytest.raises(errors.UserError, match='goes with denoisers'):
     workspace.build_model(guide)
-  minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)
-  assert minus.unguided() == scalewise.Scalewise(1.0, 'minus_one')
+  minus = ancestral.Ancestral(2.0, 'minus_one', 5, 0.9)
+  assert minus.unguided() == ancestral.Ancestral(1.0, 'minus_one')

@@ -16,7 +16,7 @@ from ddo_jax import main
 from ddo_jax.method import negatives
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import records
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
@@ -113,7 +113,7 @@ def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
 
 def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):
   config = tiny()
-  config.sampler = scalewise.Scalewise(2.0, 'minus_one', top_k=5, top_p=0.9)
+  config.sampler = ancestral.Ancestral(2.0, 'minus_one', top_k=5, top_p=0.9)
   run = workspace.Run(config, tmp_path)
 
   def sampler_of(name, phase):
@@ -128,7 +128,7 @@ def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):
     )
     return job.sampler
 
-  unguided = scalewise.Scalewise(1.0, 'minus_one')
+  unguided = ancestral.Ancestral(1.0, 'minus_one')
   assert sampler_of('round_000', config.ddo) == unguided
   assert sampler_of('pretrain', config.pretrain) is None
 

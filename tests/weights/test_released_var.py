@@ -15,14 +15,14 @@ from ddo_jax import settings
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.runtime import checkpoint
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import run as run_lib
 from ddo_jax.weights import released
 from ddo_jax.weights import torch_zip
 
 TOKENIZER = vqvae.VqvaeConfig((2, 2, 1), (1, 2), 6, 3, base=32, mult=(1,))
 CONFIG = var.VarConfig(TOKENIZER, num_classes=3, depth=2, width=8, heads=2)
-RECIPE = config_lib.Config(model=CONFIG, sampler=scalewise.Scalewise())
+RECIPE = config_lib.Config(model=CONFIG, sampler=ancestral.Ancestral())
 
 
 def state_of(config):
