@@ -166,7 +166,7 @@ class Run:
     likelihood.check_source(
       model=self.model,
       name=source.name,
-      image_shape=source.image_shape,
+      stored_shape=source.stored_shape,
       num_classes=source.num_classes,
       pixel_values=source.pixel_values,
     )
