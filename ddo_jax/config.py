@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax.evaluation import evaluator
 
 
 def _knob(default: Any, *, science: bool = True) -> Any:
@@ -106,29 +107,7 @@ class Phase:
     return dataclasses.replace(self, alpha=(), beta=(), learning_rate=())
 
 
-@dataclasses.dataclass
-class Evaluation:
-  """How much is sampled to choose a checkpoint, and to report one."""
-
-  # Under a named protocol (see `protocols`) Inception's or DINOv2's features
-  # are compared with a published reference; '' fits a small classifier to the
-  # training split and measures in its features.
-  protocol: str = _knob('')
-  metric: str = _knob('fd_train')  # selects checkpoints; lower is better
-  selection_samples: int = _knob(5_000)  # on one fixed seed of their own
-  # A reported number: samples of each block, and disjoint blocks of seeds
-  # (mean ± sd); 0: as the protocol has them, without one 5,000 and 3.
-  samples: int = _knob(0)
-  seeds: int = _knob(0)
-  # Under a protocol: which of its features, () for all, and how many training
-  # images are embedded for kid, precision and recall, 0 for none.
-  features: tuple[str, ...] = _knob(())
-  real_images: int = _knob(0)
-  # Files of the reference and of the networks' weights; '' looks for them in
-  # ~/.cache/ddo_jax/references and ~/.cache/ddo_jax/networks.
-  reference: str = _knob('', science=False)
-  inception: str = _knob('', science=False)
-  dinov2: str = _knob('', science=False)
+Evaluation = evaluator.Evaluation
 
 
 @dataclasses.dataclass
@@ -271,23 +250,8 @@ def validate(config: Config) -> None:
   for name in ('tokenizer', 'pretrain'):
     objective = getattr(config, name).objective
     errors.require(objective == 'mle', f'{name}.objective', objective, "'mle'")
-  evaluation, executor = config.evaluation, config.executor
-  metrics = ('fd_train', 'fd_test')
-  if evaluation.protocol:
-    metrics = ('fid', 'sfid', 'fd_dinov2')
-  errors.require(
-    evaluation.metric in metrics,
-    'evaluation.metric',
-    evaluation.metric,
-    f'one of {metrics}',
-  )
-  value = evaluation.selection_samples
-  errors.require(
-    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
-  )
-  for field in ('samples', 'seeds', 'real_images'):
-    value = getattr(evaluation, field)
-    errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
+  evaluator.check(config.evaluation)
+  executor = config.executor
   kinds = ('pmap', 'fsdp')
   errors.require(
     executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'

@@ -52,7 +52,7 @@ _MODE = flags.DEFINE_enum(
   ],
   'selfplay: pretrain, play the rounds, report; pretrain .. report: one part of'
   ' it; convert: released weights to a folder of params, and back; reference:'
-  ' statistics of the data for --config.evaluation.reference.',
+  ' statistics of the data for --config.evaluation.fid_stats.',
 )
 _PARAMS = flags.DEFINE_string(
   'params', None, 'sample, evaluate: a folder of params; default the newest.'
@@ -183,7 +183,8 @@ def run(
   if mode == 'sample':
     return sample(config, workdir, params, num_samples, output)
   if mode == 'evaluate':
-    return score.score_params(config, workdir, params, output, save_images)
+    run_ = run_lib.Run(config, workdir)
+    return score.score_params(run_, params, output, save_images)
   return page.write(workdir, control)
 
 
@@ -250,9 +251,11 @@ def _dispatch() -> Any:
   if mode == 'convert':
     return convert(_SOURCE.value, output, config, _SHA256.value)
   if mode == 'reference':
-    return score.write_reference(config, output)
+    return score.write_fid_stats(config.evaluation, config.data, output)
   if mode == 'evaluate' and _IMAGES.value:
-    return score.score_images(config, path(_IMAGES), output)
+    return score.score_images(
+      config.evaluation, config.seed, config.data, path(_IMAGES), output
+    )
   return run(
     config,
     path(_WORKDIR),
@@ -270,15 +273,11 @@ def _print(result: Any) -> None:
   if not isinstance(result, dict):
     print(result)
     return
-  for name, values in result['scores'].items():
-    sd = '' if values['sd'] is None else f' ± {values["sd"]:.4f}'
-    print(f'{name:16} {values["mean"]:.4f}{sd}')
+  print('\n'.join(score.lines(result)))
   if _AGAINST.value:
     other = records.read_json(pathlib.Path(_AGAINST.value).expanduser())
     for name, gap in score.compare(result, other).items():
       print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
-  for note in result.get('notes', []):
-    print(f'note: {note}')
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -15,9 +15,12 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Imports go downward, from a floor to lower ones; the members of a floor and of
 # a folder may import each other, which Python keeps free of cycles.
 FLOORS = (
-  ('config', 'errors', 'rng'),
+  ('errors', 'rng'),
+  ('evaluation.metrics', 'evaluation.networks'),
+  ('evaluation.protocols', 'evaluation.rows', 'evaluation.evaluator'),
+  ('config',),
   ('runtime',),
-  ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),
+  ('data', 'samplers'),
   ('method',),
   ('models', 'weights'),
   ('training.step', 'training.state', 'training.averages', 'training.loop'),

@@ -20,7 +20,7 @@ from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.report import page
@@ -153,8 +153,13 @@ def _report_scores(
   before: dict[str, Any] | None,
 ) -> dict[str, Any]:
   """Scores and sample grids of the round's start and end: eval.json."""
+  settings = run.config.evaluation
   scores = functools.partial(
-    evaluator_lib.report_scores, run.evaluator, generator, config=run.config
+    measure.report_scores,
+    run.evaluator,
+    generator,
+    settings=settings,
+    seed=run.config.seed,
   )
   before = before or scores(reference)
   after = scores(promotion.params) if promotion.step else before
@@ -162,7 +167,8 @@ def _report_scores(
     key = rng.stream(run.config.seed, 'grid')
     images, _ = generator.images(params, key, GRID, name)
     generate.save_grid(folder / f'{name}.png', images, run.real.pixel_values)
-  result = {'before': before, 'after': after}
+  count = measure.num_images(run.evaluator, settings)
+  result = {'before': before, 'after': after, 'samples': count}
   records.write_json(folder / 'eval.json', result)
   return result
 
@@ -215,7 +221,11 @@ def play_round(
   generator, fake = run.generator(model), None
   # Now, as a missing reference file should not cost the pool.
   score = functools.partial(
-    evaluator_lib.selection_scores, run.evaluator, generator, config=run.config
+    measure.selection_scores,
+    run.evaluator,
+    generator,
+    settings=run.config.evaluation,
+    seed=run.config.seed,
   )
   start, meta = _reference(run, folder, origin, model)
   reference = run.executor.make_state(model.reduced, start())

@@ -14,7 +14,7 @@ from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
-from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
@@ -111,12 +111,15 @@ class Run:
     return source
 
   @functools.cached_property
-  def evaluator(self) -> evaluator_lib.Measures:
+  def evaluator(self) -> evaluator_lib.Evaluator:
     """The metrics: a protocol's, or those of a classifier that is fitted."""
-    if self.config.evaluation.protocol:
-      return fidelity.Evaluator(self.config, self.real)
-    test = sources.open_source(self.config.data, self.config.data.test_split)
-    return evaluator_lib.Evaluator(self.real, test)
+    data = self.config.data
+    return measure.open_evaluator(
+      self.config.evaluation,
+      self.config.seed,
+      self.real,
+      functools.partial(sources.open_source, data, data.test_split),
+    )
 
   @property
   def tokenizer_folder(self) -> pathlib.Path:

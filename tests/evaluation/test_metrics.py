@@ -264,6 +264,14 @@ def _images(seed, n):
   return random.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
 
 
+def compare(samples, train, held_out):
+  held_out_distance = memorisation.nearest_distance(held_out, train)
+  return memorisation.compare(
+    memorisation.nearest_distance(samples, train),
+    memorisation.describe_held_out(held_out_distance),
+  )
+
+
 def test_nearest_distance_is_exact_on_raw_pixels():
   train, images = _images(0, 40), _images(1, 30)
   images[11] = train[23]
@@ -279,7 +287,7 @@ def test_nn_ratio_and_memorised_share_of_known_distances():
   train = np.array([[0.0], [100], [200]])
   held_out = np.array([[d + 100.0] for d in range(1, 11)])
   samples = np.array([[0.5], [101], [102], [208], [90], [70]])
-  got = memorisation.compare(samples, train, held_out)
+  got = compare(samples, train, held_out)
   # The 2 % quantile lies at 1 + 0.02·9 = 1.18: of the samples' distances
   # .5, 1, 2, 8, 10, 30 two are below it; their mean is to be held to 5.5.
   assert got.memorised == 2 / 6
@@ -289,9 +297,9 @@ def test_nn_ratio_and_memorised_share_of_known_distances():
 
 def test_copies_are_memorised_and_fresh_images_are_not():
   train, held_out = _images(2, 200), _images(3, 200)
-  copies = memorisation.compare(train[:50], train, held_out)
+  copies = compare(train[:50], train, held_out)
   assert copies == (0, 1)
-  fresh = memorisation.compare(_images(4, 200), train, held_out)
+  fresh = compare(_images(4, 200), train, held_out)
   assert fresh.nn_ratio == pytest.approx(1, abs=0.02)
   assert fresh.memorised < 0.06
 
@@ -300,10 +308,10 @@ def test_mistakes_in_memorisation_raise():
   train, held_out = _images(5, 20), _images(6, 20)
   scaled = held_out / np.float32(127.5) - 1
   with pytest.raises(errors.UserError, match=r'float32.*uint8'):
-    memorisation.compare(scaled, train, held_out)
+    compare(scaled, train, held_out)
   with pytest.raises(errors.UserError, match='one type and shape'):
-    memorisation.compare(held_out[:, :2], train, held_out)
+    compare(held_out[:, :2], train, held_out)
   with pytest.raises(errors.UserError, match='0 images and 20'):
-    memorisation.compare(held_out[:0], train, held_out)
+    compare(held_out[:0], train, held_out)
   with pytest.raises(errors.UserError, match='100% of the held-out'):
-    memorisation.compare(held_out, train, train)
+    compare(held_out, train, train)
