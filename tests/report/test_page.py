@@ -106,6 +106,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
     'round': 0,
     'before': summarize(BEFORE),
     'after': summarize(AFTER),
+    'samples': 1_234,
     'promoted': {'step': 4, 'images': 40, 'profile': 'p', 'selection': 0.2},
     'warnings': ['a <warning>'],
     'environment': {'jax': '0.0', 'devices': '1 × <cpu>'},
@@ -176,6 +177,8 @@ def test_page_holds_the_numbers(finished):
   for cell in ('1.5', '50.2', '10.0', '61.8', '100.0', '150.2', '161.8'):
     assert f'<td>{cell}</td>' in page
   assert '<td>ddo.pool_size</td><td>50000</td>' in page
+  # The config leaves both open: 0.
+  assert '3 × 1,234 samples: mean' in page
 
 
 def test_marks_say_what_every_seed_says(finished):
@@ -193,6 +196,28 @@ def test_marks_say_what_every_seed_says(finished):
     'nn_ratio': ['better'],
     'memorised': [],
   }
+
+
+def test_scores_under_a_protocol_are_printed_as_papers_do(
+  tmp_path, diagnostics
+):
+  fields = {'evaluation.metric': 'fid', 'evaluation.protocol': 'edm-cifar10'}
+  folder = make_run(tmp_path / 'run', diagnostics, **fields)
+  path = folder / 'round_000' / 'done.json'
+  result = json.loads(path.read_text())
+  for scores in (result['before'], result['after']):
+    fid = scores['fd_train']
+    scores.clear()
+    fid |= {'minimum': min(fid['values']), 'headline': 'minimum'}
+    scores['fid'] = fid
+    scores['odd'] = dict(fid, headline='mean')
+  del result['samples']  # as earlier versions left it
+  write_json(path, result)
+  page = page_of(folder)
+  assert 'fid 0.99 (mean 1.01 ± 0.02) → 0.24 (mean 0.25 ± 0.01) in 1' in page
+  assert 'Fréchet distance in Inception features; lower is better.' in page
+  assert 'A score; not judged.' in page
+  assert '3 seeds: mean' in page
 
 
 def test_names_from_files_are_escaped(tmp_path, diagnostics):
