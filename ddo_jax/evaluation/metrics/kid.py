@@ -46,7 +46,7 @@ def _self_sum(a: np.ndarray, tile: int) -> float:
 
 
 def _check(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns both sets as arrays; raises UserError if they do not go together."""
+  """Returns both sets as arrays; UserError if they do not go together."""
   real = frechet.check_features('real', real)
   fake = frechet.check_features('fake', fake)
   if real.shape[1] != fake.shape[1]:
