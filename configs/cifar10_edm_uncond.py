@@ -18,6 +18,9 @@ from 1.97 to 1.72, twelve to 1.38. Neither was run here.
 """
 
 from ddo_jax import config as config_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives
+from ddo_jax.method import noise
 from ddo_jax.models import presets
 from ddo_jax.samplers import heun
 
@@ -33,17 +36,29 @@ def get_config() -> config_lib.Config:
     sampler=heun.Heun(num_steps=18, sigma_min=0.002, sigma_max=80.0),  # EDM
     data=config_lib.Data(source='cifar10'),
     ddo=config_lib.Phase(
+      objective=ddo.DDO(
+        alpha=(4.0,),  # swept over 0.5 .. 6; 4 is where beta was ablated
+        beta=(0.05,),  # swept over 0.01 .. 0.1; 0.05 is where alpha was
+      ),
+      negatives=negatives.Pool(
+        size=50_000,  # offline
+      ),
       images=images,
       batch_size=512,  # the paper
-      alpha=(4.0,),  # swept over 0.5 .. 6; 4 is where beta was ablated
-      beta=(0.05,),  # swept over 0.01 .. 0.1; 0.05 is where alpha was
-      learning_rate=(1.5e-4,),  # the paper
-      warmup_images=images,  # linear over the whole round, no decay
-      ema_halflife=(250_000.0,),  # the paper
-      p_mean=(-1.2,),  # EDM's; [?] for DDO
-      p_std=(1.2,),  # EDM's; [?] for DDO
-      pool_size=50_000,  # offline
-      eval_images=100_352,  # [?]; quality peaks inside a round
+      optimizer=config_lib.Optimizer(
+        learning_rate=(1.5e-4,),  # the paper
+        warmup_images=images,  # linear over the whole round, no decay
+      ),
+      averages=config_lib.Averages(
+        halflife=(250_000.0,),  # the paper
+      ),
+      noise=noise.LogNormal(
+        p_mean=(-1.2,),  # EDM's; [?] for DDO
+        p_std=(1.2,),  # EDM's; [?] for DDO
+      ),
+      rhythm=config_lib.Rhythm(
+        eval_images=100_352,  # [?]; quality peaks inside a round
+      ),
     ),
     evaluation=config_lib.Evaluation(
       protocol='edm-cifar10',

@@ -8,6 +8,9 @@ minutes, four of them for the tokenizer.
 """
 
 from ddo_jax import config as config_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives
+from ddo_jax.method import objective
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.samplers import scalewise
@@ -38,36 +41,38 @@ def get_config() -> config_lib.Config:
     sampler=scalewise.Scalewise(),
     data=config_lib.Data(source='digits'),
     tokenizer=config_lib.Phase(
-      objective='mle',
+      objective=objective.MLE(),
       images=1_500 * 64,
       batch_size=64,
-      learning_rate=(2e-3,),
-      decay='linear',
-      decay_images=750 * 64,
+      optimizer=config_lib.Optimizer(
+        learning_rate=(2e-3,), decay='linear', decay_images=750 * 64
+      ),
     ),
     pretrain=config_lib.Phase(
-      objective='mle',
+      objective=objective.MLE(),
       images=3_000 * 64,
       batch_size=64,
-      learning_rate=(2e-3,),
-      decay='linear',
-      decay_images=1_500 * 64,
-      adam_b2=0.95,
-      weight_decay=0.05,
-      clip_norm=2.0,
       label_drop=0.1,
+      optimizer=config_lib.Optimizer(
+        learning_rate=(2e-3,),
+        decay='linear',
+        decay_images=1_500 * 64,
+        adam_b2=0.95,
+        weight_decay=0.05,
+        clip_norm=2.0,
+      ),
     ),
     ddo=config_lib.Phase(
+      objective=ddo.DDO(
+        alpha=(1.0,),  # larger ones for fewer steps: see experiments/
+        beta=(0.1,),
+      ),
+      negatives=negatives.Online(),
       images=60 * 128,
       batch_size=128,
-      alpha=(1.0,),  # larger ones for fewer steps: see experiments/
-      beta=(0.1,),
-      learning_rate=(3e-4,),
-      adam_b2=0.95,
-      weight_decay=0.05,
-      clip_norm=2.0,
-      fakes='online',
-      eval_images=15 * 128,
-      log_images=10 * 128,
+      optimizer=config_lib.Optimizer(
+        learning_rate=(3e-4,), adam_b2=0.95, weight_decay=0.05, clip_norm=2.0
+      ),
+      rhythm=config_lib.Rhythm(eval_images=15 * 128, log_images=10 * 128),
     ),
   )

@@ -6,10 +6,14 @@ python -m ddo_jax.main --config=configs/fashion_edm.py \
 Cost: minutes on one GPU, meant; not run on one here. The control is
 --config.ddo.objective=mle --config.ddo.images=2133333 in another --workdir.
 A small U-Net on the digits gained precision and accuracy but lost held-out
-distance where beta was too small: sweep --config.ddo.beta.
+distance where beta was too small: sweep
+--config.ddo.objective.beta.
 """
 
 from ddo_jax import config as config_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives
+from ddo_jax.method import objective
 from ddo_jax.models import edm
 from ddo_jax.samplers import heun
 
@@ -34,25 +38,27 @@ def get_config() -> config_lib.Config:
     sampler=heun.Heun(num_steps=18, sigma_min=0.002, sigma_max=80.0),
     data=config_lib.Data(source='fashion_mnist', pad_to=32),
     pretrain=config_lib.Phase(
-      objective='mle',
+      objective=objective.MLE(),
       images=12_000_000,
       batch_size=512,
-      learning_rate=(1e-3,),
-      warmup_images=500_000,
-      decay='linear',
-      decay_images=3_000_000,
-      ema_halflife=(250_000.0,),
       label_drop=0.1,
+      optimizer=config_lib.Optimizer(
+        learning_rate=(1e-3,),
+        warmup_images=500_000,
+        decay='linear',
+        decay_images=3_000_000,
+      ),
+      averages=config_lib.Averages(halflife=(250_000.0,)),
     ),
     ddo=config_lib.Phase(
+      objective=ddo.DDO(alpha=(4.0,), beta=(0.05,)),
+      negatives=negatives.Pool(size=50_000),
       images=800_000,
       batch_size=512,
-      alpha=(4.0,),
-      beta=(0.05,),
-      learning_rate=(1.5e-4,),
-      warmup_images=800_000,
-      ema_halflife=(100_000.0,),
-      pool_size=50_000,
-      eval_images=102_400,
+      optimizer=config_lib.Optimizer(
+        learning_rate=(1.5e-4,), warmup_images=800_000
+      ),
+      averages=config_lib.Averages(halflife=(100_000.0,)),
+      rhythm=config_lib.Rhythm(eval_images=102_400),
     ),
   )

@@ -27,16 +27,21 @@ What "guidance 1.0" means in the published evaluation is ambiguous (see
 
 CCA (4.03 without guidance, under top-k 900 and top-p 0.96), in another
 --workdir; its warm-up is taken to be DDO's, 2 % of the epoch [?]:
-  --config.rounds=1 --config.ddo.objective=cca --config.ddo.batch_size=256
-  --config.ddo.images=1281024 --config.ddo.decay_images=1281024
-  --config.ddo.warmup_images=25600 --config.ddo.learning_rate='(2e-5,)'
+  --config.rounds=1 --config.ddo.negatives=other_labels
+  --config.ddo.objective='CCA(alpha=(50.0,), beta=(0.02,), normalize=True)'
+  --config.ddo.batch_size=256 --config.ddo.images=1281024
   --config.ddo.label_drop=0.1 --config.executor.accumulate=4
-  --config.ddo.eval_images=128000 --config.ddo.log_images=25600
+  --config.ddo.optimizer.decay_images=1281024
+  --config.ddo.optimizer.warmup_images=25600
+  --config.ddo.optimizer.learning_rate='(2e-5,)'
+  --config.ddo.rhythm.eval_images=128000 --config.ddo.rhythm.log_images=25600
   --config.sampler.top_k=900 --config.sampler.top_p=0.96
 [?] marks what no public source states.
 """
 
 from ddo_jax import config as config_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives
 from ddo_jax.models import var_presets
 from ddo_jax.samplers import scalewise
 
@@ -57,25 +62,28 @@ def get_config() -> config_lib.Config:
     sampler=scalewise.Scalewise(),
     data=config_lib.Data(source='datasets/img256.zip'),
     ddo=config_lib.Phase(
+      objective=ddo.DDO(
+        alpha=(50.0,),  # the script; the paper: 10 .. 100
+        beta=(0.02,),
+        normalize=True,
+      ),
+      negatives=negatives.Online(),
       images=98 * 1_024,  # where the published script stops
       batch_size=1_024,
-      alpha=(50.0,),  # the script; the paper: 10 .. 100
-      beta=(0.02,),
-      normalize=True,
-      learning_rate=(4e-6,),  # 1e-6 for 256 images
-      warmup_images=200 * _MICRO,
-      warmup_start=0.005,
-      decay='lin0',
-      decay_images=(_EPOCH - 1) * _MICRO,
-      decay_end=0.1,
-      adam_b1=0.9,
-      adam_b2=0.95,
-      weight_decay=0.05,
-      clip_norm=2.0,
       label_drop=0.5,  # the script; 0.1 its default, 0 without guidance
-      fakes='online',
-      eval_images=4_096,
-      log_images=1_024,
+      optimizer=config_lib.Optimizer(
+        learning_rate=(4e-6,),  # 1e-6 for 256 images
+        warmup_images=200 * _MICRO,
+        warmup_start=0.005,
+        decay='lin0',
+        decay_images=(_EPOCH - 1) * _MICRO,
+        decay_end=0.1,
+        adam_b1=0.9,
+        adam_b2=0.95,
+        weight_decay=0.05,
+        clip_norm=2.0,
+      ),
+      rhythm=config_lib.Rhythm(eval_images=4_096, log_images=1_024),
     ),
     evaluation=config_lib.Evaluation(
       protocol='adm-img256',

@@ -12,9 +12,10 @@ there. Expected: 4.74 without guidance and 1.92 with before; 1.79 and 1.73
 after two rounds. Two billion parameters: see the memory table in BUILD.md. Not
 run here.
 
-CCA (2.54): as there, with --config.ddo.alpha='(1000.0,)',
---config.ddo.decay_end=0.01 and --config.executor.accumulate=16. Its weight
-decay rises to 0.08 and its paths are dropped at random; neither is done here.
+CCA (2.54): as there, with alpha=(1000.0,),
+--config.ddo.optimizer.decay_end=0.01 and --config.executor.accumulate=16. Its
+weight decay rises to 0.08 and its paths are dropped at random; neither is done
+here.
 """
 
 from configs import imagenet256_var_d16
@@ -32,8 +33,8 @@ def get_config() -> config_lib.Config:
   config.init_from = 'weights/imagenet256_var_d30'
   config.model = var_presets.get('var_d30')
   config.model.dtype = 'bfloat16'
-  config.ddo.warmup_images = 801 * _MICRO
-  config.ddo.decay_images = (_EPOCH - 1) * _MICRO
+  config.ddo.optimizer.warmup_images = 801 * _MICRO
+  config.ddo.optimizer.decay_images = (_EPOCH - 1) * _MICRO
   # Four images a device and microbatch on eight devices, as published.
   config.executor = config_lib.Executor(
     kind='fsdp', accumulate=32, remat=True, sample_batch=64

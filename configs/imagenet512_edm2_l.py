@@ -30,8 +30,8 @@ def get_config() -> config_lib.Config:
   config.init_from = 'weights/imagenet512_edm2_l'
   config.model = presets.get('edm2-img512-l')
   config.data.source = 'datasets/img512-sd.zip'
-  config.ddo.p_mean = (-0.4,)  # EDM2's
+  config.ddo.noise.p_mean = (-0.4,)  # EDM2's
   # 1.6 -> 2.0 -> 3.0, says the appendix; from which rounds on is [?].
-  config.ddo.p_std = (1.6,)
+  config.ddo.noise.p_std = (1.6,)
   config.evaluation.protocol = 'edm2-img512'
   return config

@@ -15,6 +15,9 @@ classes, as drawn here. Neither was run here.
 """
 
 from ddo_jax import config as config_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives
+from ddo_jax.method import noise
 from ddo_jax.models import presets
 from ddo_jax.samplers import heun
 
@@ -30,23 +33,35 @@ def get_config() -> config_lib.Config:
     sampler=heun.Heun(num_steps=32, sigma_min=0.002, sigma_max=80.0),  # EDM2
     data=config_lib.Data(source='datasets/img64.zip'),
     ddo=config_lib.Phase(
+      objective=ddo.DDO(
+        alpha=(4.0,),  # swept over 0.5 .. 6
+        beta=(0.05,),  # swept over 0.01 .. 0.1
+      ),
+      negatives=negatives.Pool(
+        size=50_000,  # [?]
+      ),
       images=images,
       batch_size=2_048,  # [?]; EDM2's
-      alpha=(4.0,),  # swept over 0.5 .. 6
-      beta=(0.05,),  # swept over 0.01 .. 0.1
-      learning_rate=(5e-5,),  # the paper
-      # the paper: warm-up, then 1/sqrt down to about 0.4 of the peak. Where the
-      # one ends and the other begins is [?]; these two give 0.4.
-      warmup_images=1_000_000,
-      decay='inverse_sqrt',
-      decay_images=1_000_000,
-      adam_b2=0.99,  # EDM2's; [?] for DDO
-      ema_width=(0.05,),  # the paper
-      p_mean=(-0.8,),  # EDM2's
-      # Widened from round 17 on, says the appendix.
-      p_std=(1.6,) * 16 + (3.0,),
-      pool_size=50_000,  # [?]
-      eval_images=409_600,  # [?]
+      optimizer=config_lib.Optimizer(
+        learning_rate=(5e-5,),  # the paper
+        # the paper: warm-up, then 1/sqrt down to about 0.4 of the peak. Where
+        # the one ends and the other begins is [?]; these two give 0.4.
+        warmup_images=1_000_000,
+        decay='inverse_sqrt',
+        decay_images=1_000_000,
+        adam_b2=0.99,  # EDM2's; [?] for DDO
+      ),
+      averages=config_lib.Averages(
+        width=(0.05,),  # the paper
+      ),
+      noise=noise.LogNormal(
+        p_mean=(-0.8,),  # EDM2's
+        # Widened from round 17 on, says the appendix.
+        p_std=(1.6,) * 16 + (3.0,),
+      ),
+      rhythm=config_lib.Rhythm(
+        eval_images=409_600,  # [?]
+      ),
     ),
     evaluation=config_lib.Evaluation(
       protocol='edm2-img64',

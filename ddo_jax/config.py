@@ -1,27 +1,111 @@
-"""The knobs of a run: typed, with unit, paper symbol and source beside each.
+"""The knobs of a run: one dataclass a group, each beside the code it sets.
 
 A recipe in `configs/` returns a `Config` that differs from these defaults;
-`--config.x.y=v` overrides any field. A model's and a sampler's own dataclass
-stand beside their code.
+`--config.x.y=v` overrides any field, and `--config.ddo.objective=mle` or
+`--config.ddo.objective='DDO(alpha=(2.0,), beta=(0.1,))'` replaces an object.
 """
 
+import ast
 from collections.abc import Iterator
 import dataclasses
 import json
-import math
 from typing import Any
 
+import jax
+
 from ddo_jax import errors
-from ddo_jax.evaluation import evaluator
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives as negatives_lib
+from ddo_jax.method import noise as noise_lib
+from ddo_jax.method import objective as objective_lib
+from ddo_jax.training import state as state_lib
+
+
+def _group(default: Any, *, science: bool = True) -> Any:
+  """A field that holds a group of knobs, each config its own copy.
+
+  A science field must not change inside one run's folder.
+  """
+  return dataclasses.field(
+    default_factory=lambda: dataclasses.replace(default),
+    metadata={'science': science},
+  )
+
+
+def _static_group(default: Any) -> Any:
+  """A group of knobs that is part of what the step compiles."""
+  return dataclasses.field(
+    default_factory=lambda: dataclasses.replace(default),
+    metadata={'static': True},
+  )
 
 
 def _knob(default: Any, *, science: bool = True) -> Any:
-  """A field. Science fields must not change inside one run's folder."""
-  metadata = {'science': science}
-  if dataclasses.is_dataclass(default):
-    value = lambda: dataclasses.replace(default)
-    return dataclasses.field(default_factory=value, metadata=metadata)
-  return dataclasses.field(default=default, metadata=metadata)
+  """A field with one value; see `_group` for `science`."""
+  return dataclasses.field(default=default, metadata={'science': science})
+
+
+def _static(default: Any) -> Any:
+  """A knob that is part of what the step compiles."""
+  return dataclasses.field(default=default, metadata={'static': True})
+
+
+# The groups that stand beside their code.
+Averages = state_lib.Averages
+Evaluation = evaluator_lib.Evaluation
+Optimizer = state_lib.Optimizer
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Rhythm:
+  """When a phase is evaluated, saved and logged.
+
+  Attributes:
+    eval_images: images between evaluations in a phase; 0: at its end.
+    save_images: images between saves; 0: at evaluations.
+    log_images: images between log lines.
+  """
+
+  eval_images: int = _knob(0)
+  save_images: int = _knob(0, science=False)
+  log_images: int = _knob(25_600, science=False)
+
+
+# A phase is a pytree: what a round may vary (the numbers of the objective and
+# of the noise law, the peak learning rate) are leaves, the rest is static.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(unsafe_hash=True)
+class Phase:
+  """One stretch of training: the pretraining, or each round.
+
+  Numbers that are tuples hold one value a round; the last one repeats.
+
+  Attributes:
+    objective: what is minimised: `ddo.DDO`, a sibling, or `objective.MLE`.
+    negatives: where the second rows come from; of no account to MLE.
+    optimizer: Adam and its schedule.
+    averages: the averages of the weights.
+    noise: the law of σ; of no account to models of tokens.
+    images: real rows seen (the paper: 1.5 M on CIFAR-10).
+    batch_size: real rows a step; as many second rows go with them.
+    label_drop: the share of rows trained without their label.
+    rhythm: when the phase is evaluated, saved and logged.
+  """
+
+  objective: objective_lib.Objective = _group(ddo.DDO())
+  negatives: negatives_lib.Negatives = _static_group(negatives_lib.Pool())
+  optimizer: Optimizer = _group(Optimizer())
+  averages: Averages = _static_group(Averages())
+  noise: noise_lib.NoiseLaw = _group(noise_lib.LogNormal())
+  images: int = _static(1_500_000)
+  batch_size: int = _static(512)
+  label_drop: float = _static(0.0)
+  rhythm: Rhythm = _static_group(Rhythm())
+
+  def steps(self) -> int:
+    """Returns the number of optimizer steps of the phase."""
+    return -(-self.images // self.batch_size)
 
 
 @dataclasses.dataclass
@@ -42,74 +126,6 @@ class Data:
   raw_dir: str = _knob('', science=False)
 
 
-# Mutable only so that `--config.ddo.x=v` can write it; hashed once it is read.
-@dataclasses.dataclass(unsafe_hash=True)
-class Phase:
-  """One stretch of training: the pretraining, or each round.
-
-  Fields that are tuples hold one value a round; the last entry repeats.
-  """
-
-  # 'ddo' (eq. 13, 16) or 'mle' (the control). Baselines whose negatives are
-  # the real images under other rows' labels: 'cca', 'dpo', 'unlearning'.
-  objective: str = _knob('ddo')
-  images: int = _knob(1_500_000)  # real rows seen (the paper: 1.5 M, CIFAR-10)
-  batch_size: int = _knob(512)  # real rows a step; as many fakes go with them
-  # α of eq. 13: weight of the fakes; λ of CCA.
-  alpha: tuple[float, ...] = _knob((4.0,))
-  beta: tuple[float, ...] = _knob((0.05,))  # β of eq. 13: scale of log-ratio
-  # Divide by max(α, 1), as published for VAR. DPO has no α and is never
-  # divided, CCA and unlearning with label_drop only.
-  normalize: bool = _knob(False)
-  learning_rate: tuple[float, ...] = _knob((1.5e-4,))  # peak
-  warmup_images: int = _knob(0)  # linear; the paper: a whole round
-  warmup_start: float = _knob(0.0)  # share of the peak at the start; VAR: 0.005
-  decay: str = _knob('none')  # 'none' | 'linear' | 'inverse_sqrt' | 'lin0'
-  # linear: length of the final descent to 0 [images];
-  # inverse_sqrt: images after which the rate falls as 1/√ (EDM2's t_ref·B);
-  # lin0: where VAR's schedule ends, perhaps far beyond `images`: flat for 1/20
-  # of what follows the warm-up, then linear to decay_end.
-  decay_images: int = _knob(0)
-  decay_end: float = _knob(0.0)  # lin0: share of the peak; VAR: 0.1, 0.01
-  adam_b1: float = _knob(0.9)
-  adam_b2: float = _knob(0.999)
-  adam_eps: float = _knob(1e-8)
-  weight_decay: float = _knob(0.0)  # AdamW's, of the model's `decay_mask`
-  clip_norm: float = _knob(0.0)  # global gradient norm; 0 = off
-  ema_halflife: tuple[float, ...] = _knob(())  # [images], one EMA profile each
-  ema_rampup: float = _knob(0.0)  # half-life ≤ this · images seen; EDM: 0.05
-  # σ_rel of power-function EMA profiles, one each (EDM2 tracks 0.05, 0.10).
-  ema_width: tuple[float, ...] = _knob(())
-  p_mean: tuple[float, ...] = _knob((-1.2,))  # ln σ ~ N(p_mean, p_std²)
-  p_std: tuple[float, ...] = _knob((1.2,))
-  label_drop: float = _knob(0.0)  # share of rows trained without their label
-  # 'pool': drawn before a round; 'online': in every step, one for each real
-  # row and of its label, as VAR's are.
-  fakes: str = _knob('pool')
-  pool_size: int = _knob(50_000)  # reference samples in the pool
-  # Online fakes go through pixels (VAR: unrounded) and the encoder again.
-  round_trip: bool = _knob(True)
-  eval_images: int = _knob(0)  # images between in-round evaluations; 0 = end
-  save_images: int = _knob(0, science=False)  # images between saves; 0 = evals
-  log_images: int = _knob(25_600, science=False)  # images between log lines
-
-  @property
-  def contrasts(self) -> bool:
-    """Whether negatives are the real images under other rows' labels."""
-    return self.objective not in ('ddo', 'mle')
-
-  def steps(self) -> int:
-    """Number of optimizer steps of the phase."""
-    return -(-self.images // self.batch_size)
-
-  def static(self) -> 'Phase':
-    """What the compiled step depends on: the traced values left out."""
-    return dataclasses.replace(self, alpha=(), beta=(), learning_rate=())
-
-
-Evaluation = evaluator.Evaluation
-
-
 @dataclasses.dataclass
 class Executor:
   """How a step runs on the devices; never changes what it computes."""
@@ -122,121 +138,240 @@ class Executor:
 
 @dataclasses.dataclass
 class Config:
-  """A run."""
+  """A run.
+
+  Attributes:
+    name: what the report calls it.
+    seed: everything random follows from it.
+    rounds: the number of rounds; raising it continues a finished run.
+    init_from: a folder of params to start from; '' pretrains first.
+    model: a model's settings, e.g. `models.toy.ToyConfig`.
+    sampler: a sampler's settings, e.g. `samplers.heun.Heun`.
+    guide_from: a folder of params of a weaker network, which guides where
+      `sampler.guidance` is not 1. Without it the model itself, its label left
+      out, is the guide.
+    guide: the guide's model settings, if they are not those of `model`.
+    vae_from: the autoencoder of latent models, sd-vae-ft-mse as .safetensors or
+      .bin. Only seeing or scoring their images needs it; training does not.
+    tokenizer_from: the folder of params of the frozen tokenizer of a model of
+      tokens. '' trains one first, by the phase `tokenizer`.
+    data: where real images come from.
+    tokenizer: how a tokenizer is trained, where one is.
+    pretrain: the pretraining.
+    ddo: each round.
+    evaluation: how checkpoints are chosen and reported.
+    executor: how a step runs on the devices.
+  """
 
   name: str = _knob('run', science=False)
   seed: int = _knob(0)
   rounds: int = _knob(1, science=False)
-  init_from: str = _knob('')  # a folder of params; '' pretrains first
-  model: Any = None  # a model's own dataclass, e.g. models.toy.ToyConfig
-  sampler: Any = None  # a sampler's own dataclass, e.g. samplers.heun.Heun
-  # A weaker network that guides where sampler.guidance is not 1: its folder of
-  # params, and its model's dataclass if it is not `model`'s. Without it the
-  # model itself guides, its label left out.
+  init_from: str = _knob('')
+  model: Any = None
+  sampler: Any = None
   guide_from: str = _knob('')
   guide: Any = None
-  # The autoencoder of latent models, sd-vae-ft-mse as .safetensors or .bin:
-  # only to see or score their images, so that training does without it.
   vae_from: str = _knob('')
-  # The frozen tokenizer of a model of tokens: its folder of params. '' trains
-  # one first, by the phase `tokenizer`.
   tokenizer_from: str = _knob('')
-  data: Data = _knob(Data())
-  tokenizer: Phase = _knob(Phase(objective='mle'))
-  pretrain: Phase = _knob(Phase(objective='mle'))
-  ddo: Phase = _knob(Phase())
-  evaluation: Evaluation = _knob(Evaluation())
-  executor: Executor = _knob(Executor())
+  data: Data = _group(Data())
+  tokenizer: Phase = _group(Phase(objective=objective_lib.MLE()))
+  pretrain: Phase = _group(Phase(objective=objective_lib.MLE()))
+  ddo: Phase = _group(Phase())
+  evaluation: Evaluation = _group(Evaluation())
+  executor: Executor = _group(Executor())
 
 
-def pick(values: tuple[float, ...], round_index: int) -> float:
-  """The value of a round: one entry each, the last repeats."""
-  return float(values[min(round_index, len(values) - 1)])
+PHASES = ('tokenizer', 'pretrain', 'ddo')
 
 
-def flatten(config: Any, prefix: str = '') -> Iterator[tuple[str, Any, bool]]:
-  """Yields (dotted name, value, is science) of every leaf of a config."""
+def at_round(group: Any, round_index: int) -> Any:
+  """Returns a pytree of knobs with each tuple replaced by a round's value.
+
+  Args:
+    group: a phase, an objective, a noise law or an optimizer of a config. Its
+      leaves are tuples with one entry a round; the last entry repeats.
+    round_index: the round, from 0.
+  """
+
+  def pick(values):
+    return float(values[min(round_index, len(values) - 1)])
+
+  return jax.tree.map(pick, group, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+  """Returns a field's default; MISSING where it has none."""
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default
+
+
+def flatten(
+  config: Any, prefix: str = ''
+) -> Iterator[tuple[str, Any, bool, Any]]:
+  """Yields (dotted name, value, is science, default) of every leaf."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     name = prefix + field.name
     if dataclasses.is_dataclass(value):
-      yield f'{name}.type', type(value).__name__, True
+      default = type(_default_of(field)).__name__
+      yield f'{name}.type', type(value).__name__, True, default
       yield from flatten(value, name + '.')
     else:
-      yield name, value, field.metadata.get('science', True)
+      science = field.metadata.get('science', True)
+      yield name, value, science, _default_of(field)
 
 
-def to_json(config: Config) -> dict[str, Any]:
-  """The config as plain JSON values under dotted names."""
-  leaves = {name: value for name, value, _ in flatten(config)}
+def to_json(config: Any) -> dict[str, Any]:
+  """Returns a config, or a group of it, as JSON values by dotted name."""
+  leaves = {name: value for name, value, _, _ in flatten(config)}
   return json.loads(json.dumps(leaves))
 
 
 def science_changes(config: Config, recorded: dict[str, Any]) -> list[str]:
-  """Lines 'name: recorded -> now' for science fields that differ."""
+  """Returns lines 'name: recorded -> now' for science fields that differ.
+
+  A field that is new since the record was made counts as recorded at its
+  default, so that an upgrade does not orphan a run.
+  """
   now = to_json(config)
   lines = []
-  for name, _, science in flatten(config):
-    if science and recorded.get(name) != now[name]:
-      lines.append(f'{name}: {recorded.get(name)!r} -> {now[name]!r}')
-  lines += [
-    f'{name}: {recorded[name]!r} -> gone'
-    for name in recorded
-    if name not in now
-  ]
+  for name, _, science, default in flatten(config):
+    if default is not dataclasses.MISSING:
+      default = json.loads(json.dumps(default, default=repr))
+    before = recorded.get(name, default)
+    if science and before != now[name]:
+      lines.append(f'{name}: {before!r} -> {now[name]!r}')
+  gone = [name for name in recorded if name not in now]
+  lines += [f'{name}: {recorded[name]!r} -> gone' for name in gone]
   return lines
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
+# Where a field of a phase stood before it was part of a group, and the others
+# that were renamed: old name -> new name.
+_GROUPS = {
+  'objective': ('alpha', 'beta', 'normalize'),
+  'optimizer': (
+    'learning_rate',
+    'warmup_images',
+    'warmup_start',
+    'decay',
+    'decay_images',
+    'decay_end',
+    'adam_b1',
+    'adam_b2',
+    'adam_eps',
+    'weight_decay',
+    'clip_norm',
+  ),
+  'noise': ('p_mean', 'p_std'),
+  'rhythm': ('eval_images', 'save_images', 'log_images'),
+}
+_RENAMED_IN_PHASE = {
+  'ema_halflife': 'averages.halflife',
+  'ema_rampup': 'averages.rampup',
+  'ema_width': 'averages.width',
+  'fakes': 'negatives',
+  'pool_size': 'negatives.size',
+  'round_trip': 'negatives.round_trip',
+} | {field: f'{group}.{field}' for group in _GROUPS for field in _GROUPS[group]}
+RENAMED = {
+  'model.levels': 'model.pixel_values',
+  'model.tokenizer.levels': 'model.tokenizer.pixel_values',
+  'guide.levels': 'guide.pixel_values',
+  'evaluation.reference': 'evaluation.fid_stats',
+} | {
+  f'{phase}.{before}': f'{phase}.{after}'
+  for phase in PHASES
+  for before, after in _RENAMED_IN_PHASE.items()
+}
+
+
+def _classes(base: type) -> dict[str, type]:
+  """Returns the classes below a base, also those outside of the package."""
+  found = {}
+  for kind in base.__subclasses__():
+    found[kind.__name__] = kind
+    found |= _classes(kind)
+  return found
+
+
+def parse_object(base: type, text: str) -> Any:
+  """Returns the object that a command line names, e.g. 'mle'.
+
+  Args:
+    base: a class such as `objective.Objective`; any class below it that the
+      recipe has imported may be named, in any case and with underscores.
+    text: a name, or a call whose arguments are literals given by keyword, such
+      as 'FDivergence(kind="hellinger", beta=(0.1,))'. Nothing is executed.
+
+  Raises:
+    errors.UserError: no such class, or no such arguments.
+  """
+  known = _classes(base)
+  by_name = {name.lower(): kind for name, kind in known.items()}
+  try:
+    node = ast.parse(text.strip(), mode='eval').body
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if call.args:
+      raise ValueError('arguments go by keyword')
+    name = call.func.id.replace('_', '').lower()
+    arguments = {
+      keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
+    }
+    return by_name[name](**arguments)
+  except (SyntaxError, ValueError, AttributeError, KeyError, TypeError) as e:
+    raise errors.UserError(
+      f'{text!r} is no {base.__name__} ({e}); wanted one of'
+      f' {", ".join(sorted(known))}, e.g. {min(known)} or {min(known)}(x=1.0)'
+    ) from e
 
 
 def _validate_phase(name: str, phase: Phase) -> None:
   """Checks one phase; raises UserError that names the field."""
-  choices = {
-    'objective': ('ddo', 'mle', 'cca', 'dpo', 'unlearning'),
-    'decay': ('none', 'linear', 'inverse_sqrt', 'lin0'),
-    'fakes': ('pool', 'online'),
-  }
-  for field, allowed in choices.items():
-    value = getattr(phase, field)
-    errors.require(
-      value in allowed, f'{name}.{field}', value, f'one of {allowed}'
-    )
-  for field in ('alpha', 'beta', 'learning_rate', 'p_std', 'ema_halflife'):
-    values = getattr(phase, field)
-    good = all(_is_number(v) and v > 0 for v in values)
-    good &= bool(values) or field == 'ema_halflife'
-    errors.require(
-      good, f'{name}.{field}', values, 'positive, one value a round'
-    )
-  good = bool(phase.p_mean) and all(map(_is_number, phase.p_mean))
-  errors.require(good, f'{name}.p_mean', phase.p_mean, 'numbers, one a round')
-  for field in ('images', 'batch_size', 'pool_size', 'log_images'):
+  phase.objective.check(f'{name}.objective')
+  phase.negatives.check(f'{name}.negatives')
+  phase.optimizer.check(f'{name}.optimizer')
+  phase.averages.check(f'{name}.averages')
+  phase.noise.check(f'{name}.noise')
+  for field in ('images', 'batch_size'):
     value = getattr(phase, field)
     errors.require(value > 0, f'{name}.{field}', value, 'a positive integer')
-  good = all(0 < width < 0.288 for width in phase.ema_width)
-  errors.require(good, f'{name}.ema_width', phase.ema_width, 'in (0, 0.288)')
-  amounts = ('warmup_images', 'decay_images', 'eval_images')
-  for field in (*amounts, 'clip_norm', 'ema_rampup', 'weight_decay'):
-    value = getattr(phase, field)
-    errors.require(value >= 0, f'{name}.{field}', value, '0 or more')
-  for field in ('label_drop', 'warmup_start', 'decay_end'):
-    value = getattr(phase, field)
-    errors.require(0 <= value < 1, f'{name}.{field}', value, 'in [0, 1)')
-  if phase.decay != 'none':
-    value = phase.decay_images
-    least = phase.warmup_images if phase.decay == 'lin0' else 0
-    wanted = f'more than {least} to decay'
-    errors.require(value > least, f'{name}.decay_images', value, wanted)
+  errors.require(
+    0 <= phase.label_drop < 1,
+    f'{name}.label_drop',
+    phase.label_drop,
+    'in [0, 1)',
+  )
+  rhythm = phase.rhythm
+  errors.require(
+    rhythm.log_images > 0,
+    f'{name}.rhythm.log_images',
+    rhythm.log_images,
+    'a positive integer',
+  )
+  errors.require(
+    rhythm.eval_images >= 0,
+    f'{name}.rhythm.eval_images',
+    rhythm.eval_images,
+    '0 or more',
+  )
+  objective = phase.objective
+  if objective.compares_labels and not phase.negatives.needs_other_label:
+    raise errors.UserError(
+      f'config.{name}.objective is {objective}, which compares labels, with'
+      f' {phase.negatives}: set --config.{name}.negatives=other_labels'
+    )
 
 
 def validate(config: Config) -> None:
   """Raises UserError, naming the field, where a value makes no sense."""
-  errors.require(config.model is not None, 'model', None, "a model's dataclass")
-  errors.require(
-    config.sampler is not None, 'sampler', None, "a sampler's dataclass"
-  )
+  for field, example in (
+    ('model', 'models.toy.ToyConfig'),
+    ('sampler', 'samplers.heun.Heun'),
+  ):
+    value = getattr(config, field)
+    errors.require(value is not None, field, value, f'set, e.g. to {example}()')
   errors.require(
     config.guide is None or bool(config.guide_from),
     'guide_from',
@@ -245,12 +380,14 @@ def validate(config: Config) -> None:
   )
   errors.require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
   errors.require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
-  for name in ('tokenizer', 'pretrain', 'ddo'):
+  for name in PHASES:
     _validate_phase(name, getattr(config, name))
   for name in ('tokenizer', 'pretrain'):
     objective = getattr(config, name).objective
-    errors.require(objective == 'mle', f'{name}.objective', objective, "'mle'")
-  evaluator.check(config.evaluation)
+    errors.require(
+      not objective.contrastive, f'{name}.objective', objective, 'MLE()'
+    )
+  evaluator_lib.check(config.evaluation)
   executor = config.executor
   kinds = ('pmap', 'fsdp')
   errors.require(

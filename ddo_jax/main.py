@@ -1,8 +1,30 @@
-"""Command line: `python -m ddo_jax.main --config=configs/digits.py`.
+"""Direct Discriminative Optimization from the command line.
 
-Flags and dispatch only; a notebook calls `run` with a config of its own.
+  python -m ddo_jax.main --config=configs/digits.py --workdir=runs/digits
+
+A recipe names every knob; --config.x.y=v overrides one. Each --mode takes the
+flags beside it and no others:
+
+  selfplay    --config --workdir
+              Pretrains, plays the rounds, writes the report (the default).
+  pretrain    --config --workdir
+              The pretraining alone.
+  sample      --config --workdir [--params --num_samples --output]
+              Draws class-balanced images of the newest params, or of --params.
+  evaluate    --config --workdir [--params --output --against --save_images]
+              --config --images --output [--against]
+              Scores params, or images that are there already.
+  report      --workdir [--control]
+              Writes report.html again; beside the curves of a control run.
+  convert     --source --output [--config --sha256]
+              Released weights to a folder of params, and back to a file.
+  fid_stats   --config --output
+              Statistics of the data, for --config.evaluation.fid_stats.
+
+A notebook calls the function of the mode's name with a config of its own.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -12,6 +34,7 @@ import pathlib
 import signal
 import sys
 from typing import Any
+from typing import NamedTuple
 
 from absl import app
 from absl import flags
@@ -22,38 +45,45 @@ import numpy as np
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.evaluation import score
 from ddo_jax.method import generate
+from ddo_jax.method import negatives
+from ddo_jax.method import noise
+from ddo_jax.method import objective
 from ddo_jax.report import page
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
-from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 from ddo_jax.weights import download
 from ddo_jax.weights import released
+
+
+class _ObjectParser(flags.ArgumentParser):
+  """Parses a field that holds an object, see `config.parse_object`."""
+
+  def __init__(self, base: type):
+    super().__init__()
+    self.base = base
+    self.syntactic_help = f'a {base.__name__}'
+
+  def parse(self, argument: Any) -> Any:
+    if isinstance(argument, self.base):
+      return argument
+    return config_lib.parse_object(self.base, argument)
+
+  def flag_type(self) -> str:
+    return self.base.__name__
+
+
+for _base in (objective.Objective, negatives.Negatives, noise.NoiseLaw):
+  config_flags.register_flag_parser_for_type(_base, _ObjectParser(_base))
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A recipe; --config.x.y=v overrides any of its fields.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_MODE = flags.DEFINE_enum(
-  'mode',
-  'selfplay',
-  [
-    'selfplay',
-    'pretrain',
-    'sample',
-    'evaluate',
-    'report',
-    'convert',
-    'reference',
-  ],
-  'selfplay: pretrain, play the rounds, report; pretrain .. report: one part of'
-  ' it; convert: released weights to a folder of params, and back; reference:'
-  ' statistics of the data for --config.evaluation.fid_stats.',
-)
 _PARAMS = flags.DEFINE_string(
   'params', None, 'sample, evaluate: a folder of params; default the newest.'
 )
@@ -66,8 +96,9 @@ _CONTROL = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'sample, evaluate: folder of the result; default workdir. convert: a folder'
-  ' of params, or a .safetensors or .pth file, to write.',
+  'sample, evaluate: folder of the result; default the workdir. convert: a'
+  ' folder of params, or a .safetensors or .pth file, to write. fid_stats: the'
+  ' folder of the statistics.',
 )
 _IMAGES = flags.DEFINE_string(
   'images', None, 'evaluate: score these, a folder or zip of PNGs or an .npz.'
@@ -93,6 +124,21 @@ _SHA256 = flags.DEFINE_string(
 _LOGGER = logging.getLogger('ddo_jax.main')  # also as __main__
 
 
+def selfplay(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
+  """Pretrains, plays all rounds and reports.
+
+  Returns:
+    The path of report.html.
+  """
+  run_lib.play(config, workdir)
+  return workdir / 'report.html'
+
+
+def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
+  """Pretrains; returns the folder of params that a first round starts from."""
+  return run_lib.pretrain(workspace.Run(config, workdir))
+
+
 def sample(
   config: config_lib.Config,
   workdir: pathlib.Path,
@@ -104,29 +150,48 @@ def sample(
 
   Args:
     config: `config.sampler.guidance` guides by the model without labels.
-    workdir: of a run.
+    workdir: the folder of a run.
     params: a folder of params; None takes the run's newest.
-    num_samples: images to draw.
-    output: folder of the result; None is the workdir.
+    num_samples: the number of images.
+    output: the folder of the result; None is the workdir.
 
   Returns:
     The path of samples.png.
   """
-  run_ = run_lib.Run(config, workdir)
-  model = models.build(config, config.ddo)
-  folder = params or run_lib.newest_params(workdir)
-  weights, meta = run_lib.load_params(folder, model, run_.executor)
-  images, labels = run_.generator(model).images(
+  run = workspace.Run(config, workdir)
+  folder = params or workspace.newest_params(workdir)
+  weights, meta = workspace.load_params(folder, run.model, run.executor)
+  images, labels = run.generator().images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
   output = output or workdir
   output.mkdir(parents=True, exist_ok=True)
-  origin = json.dumps(meta.get('provenance', {}))
+  provenance = json.dumps(meta.get('provenance', {}))
   np.savez(
-    output / 'samples.npz', image=images, label=labels, provenance=origin
+    output / 'samples.npz', image=images, label=labels, provenance=provenance
   )
-  generate.save_grid(output / 'samples.png', images, model.pixel_values)
-  return output / 'samples.png'
+  path = output / 'samples.png'
+  generate.save_grid(path, images, run.model.codec.pixel_values)
+  return path
+
+
+def evaluate(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  params: pathlib.Path | None = None,
+  output: pathlib.Path | None = None,
+  save_images: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Scores params; see `score.score_params`."""
+  run = workspace.Run(config, workdir)
+  return score.score_params(run, params, output, save_images)
+
+
+def report(
+  workdir: pathlib.Path, control: pathlib.Path | None = None
+) -> pathlib.Path:
+  """Writes report.html of a run, finished or not; returns its path."""
+  return page.write(workdir, control)
 
 
 def convert(
@@ -140,8 +205,8 @@ def convert(
   Args:
     source: see the flag.
     output: see the flag.
-    config: whose model it is, for a file that does not say.
-    sha256: what the source must hash to, as hex; None: not known.
+    config: a recipe with the model, for a file that does not say which it is.
+    sha256: what the source must hash to, as hex; None if that is not known.
 
   Returns:
     output.
@@ -149,11 +214,12 @@ def convert(
   Raises:
     errors.UserError: the source is missing, refused or of no known network.
   """
+  model = config.model if config else None
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
-    weights = released.load_folder(folder)
+    weights = released.load_folder(folder, model)
   else:
-    path, model = download.fetch(source, sha256), config and config.model
+    path = download.fetch(source, sha256)
     weights = released.read(path, source, model)
   if 'licence' in weights.provenance:
     _LOGGER.info('licence of the weights: %s', weights.provenance['licence'])
@@ -164,48 +230,155 @@ def convert(
   return output
 
 
-def run(
-  config: config_lib.Config,
-  workdir: pathlib.Path,
-  mode: str = 'selfplay',
-  params: pathlib.Path | None = None,
-  num_samples: int = 100,
-  output: pathlib.Path | None = None,
-  control: pathlib.Path | None = None,
-  save_images: pathlib.Path | None = None,
-) -> Any:
-  """Runs one mode on a run's folder; see the flags."""
-  if mode == 'selfplay':
-    round_lib.play(config, workdir)
-    return workdir / 'report.html'
-  if mode == 'pretrain':
-    return round_lib.pretrain(run_lib.Run(config, workdir))
-  if mode == 'sample':
-    return sample(config, workdir, params, num_samples, output)
-  if mode == 'evaluate':
-    run_ = run_lib.Run(config, workdir)
-    return score.score_params(run_, params, output, save_images)
-  return page.write(workdir, control)
+def fid_stats(config: config_lib.Config, output: pathlib.Path) -> pathlib.Path:
+  """Writes the statistics of a data set; returns their folder."""
+  return score.write_fid_stats(config.evaluation, config.data, output)
+
+
+def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
+  return pathlib.Path(flag.value).expanduser() if flag.value else None
+
+
+def _selfplay() -> Any:
+  return selfplay(_CONFIG.value, _path(_WORKDIR))
+
+
+def _pretrain() -> Any:
+  return pretrain(_CONFIG.value, _path(_WORKDIR))
+
+
+def _sample() -> Any:
+  return sample(
+    config=_CONFIG.value,
+    workdir=_path(_WORKDIR),
+    params=_path(_PARAMS),
+    num_samples=_NUM_SAMPLES.value,
+    output=_path(_OUTPUT),
+  )
+
+
+def _evaluate() -> Any:
+  if _IMAGES.value:
+    config = _CONFIG.value
+    return score.score_images(
+      settings=config.evaluation,
+      seed=config.seed,
+      data=config.data,
+      path=_path(_IMAGES),
+      output=_path(_OUTPUT),
+    )
+  return evaluate(
+    config=_CONFIG.value,
+    workdir=_path(_WORKDIR),
+    params=_path(_PARAMS),
+    output=_path(_OUTPUT),
+    save_images=_path(_SAVE_IMAGES),
+  )
+
+
+def _report() -> Any:
+  return report(_path(_WORKDIR), _path(_CONTROL))
+
+
+def _convert() -> Any:
+  return convert(
+    source=_SOURCE.value,
+    output=_path(_OUTPUT),
+    config=_CONFIG.value,
+    sha256=_SHA256.value,
+  )
+
+
+def _fid_stats() -> Any:
+  return fid_stats(_CONFIG.value, _path(_OUTPUT))
+
+
+class _Mode(NamedTuple):
+  """How a mode is called.
+
+  Attributes:
+    run: calls it with the flags.
+    needs: the flags that it cannot do without.
+    takes: the flags that it also reads.
+    example: a command line of it, after --mode.
+  """
+
+  run: Callable[[], Any]
+  needs: tuple[flags.FlagHolder, ...]
+  takes: tuple[flags.FlagHolder, ...]
+  example: str
+
+
+_RUN = '--config=configs/digits.py --workdir=runs/digits'
+_MODES = {
+  'selfplay': _Mode(_selfplay, (_CONFIG, _WORKDIR), (), _RUN),
+  'pretrain': _Mode(_pretrain, (_CONFIG, _WORKDIR), (), _RUN),
+  'sample': _Mode(
+    _sample, (_CONFIG, _WORKDIR), (_PARAMS, _NUM_SAMPLES, _OUTPUT), _RUN
+  ),
+  'evaluate': _Mode(
+    _evaluate,
+    (_CONFIG, _WORKDIR),
+    (_PARAMS, _OUTPUT, _AGAINST, _SAVE_IMAGES),
+    _RUN,
+  ),
+  'report': _Mode(_report, (_WORKDIR,), (_CONTROL,), '--workdir=runs/digits'),
+  'convert': _Mode(
+    _convert,
+    (_SOURCE, _OUTPUT),
+    (_CONFIG, _SHA256),
+    '--source=edm-cifar10-32x32-uncond-vp.pkl --output=weights/cifar10',
+  ),
+  'fid_stats': _Mode(
+    _fid_stats,
+    (_CONFIG, _OUTPUT),
+    (),
+    '--config=configs/cifar10_edm_uncond.py --output=fid_stats',
+  ),
+}
+_EVALUATE_IMAGES = _Mode(
+  _evaluate,
+  (_CONFIG, _IMAGES, _OUTPUT),
+  (_AGAINST,),
+  '--config=configs/cifar10_edm_uncond.py --images=samples.npz --output=scores',
+)
+_MODE = flags.DEFINE_enum(
+  'mode', 'selfplay', list(_MODES), 'What to do; --help lists their flags.'
+)
+_RENAMED_MODES = {'reference': 'fid_stats'}
+
+
+def _mode() -> _Mode:
+  if _MODE.value == 'evaluate' and _IMAGES.value:
+    return _EVALUATE_IMAGES
+  return _MODES[_MODE.value]
 
 
 def _known_fields(override: str) -> str:
-  """What could stand in place of an override that names no field."""
-  path = override.split('=')[0].removeprefix('--').split('.')[1:]
-  holder, name = config_lib.Config(), 'config'
+  """Returns what could stand in place of an override that names no field."""
+  dotted = override.split('=')[0].lstrip('-').partition('.')[2]
+  if dotted in config_lib.RENAMED:
+    return f'this is now --config.{config_lib.RENAMED[dotted]}'
   loaded = flags.FLAGS['config'].value
-  holder = loaded if dataclasses.is_dataclass(loaded) else holder
-  for part in path:
+  holder = loaded if dataclasses.is_dataclass(loaded) else config_lib.Config()
+  name = 'config'
+  for part in dotted.split('.'):
     known = [field.name for field in dataclasses.fields(holder)]
     if part not in known:
-      return f'{name} has no field {part!r}; it has: {", ".join(known)}'
-    holder, name = getattr(holder, part), f'{name}.{part}'
+      kind = type(holder).__name__
+      return f'{name} ({kind}) has no field {part!r}; it has {", ".join(known)}'
+    holder = getattr(holder, part)
+    name = f'{name}.{part}'
     if not dataclasses.is_dataclass(holder):
       return f'{name} is a value, not a group of fields'
   return f'{name} is a group of fields; set one of them'
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
-  """Absl's parser, with one line in place of a traceback."""
+  """Runs absl's parser, with one line in place of a traceback."""
+  for before, after in _RENAMED_MODES.items():
+    if f'--mode={before}' in argv:
+      sys.exit(f'FATAL --mode={before} is now --mode={after}')
   try:
     return app.parse_flags_with_usage(list(argv))
   except Exception as error:
@@ -216,73 +389,42 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _check_flags(argv: Sequence[str]) -> None:
-  """Exits where a mode lacks what it needs."""
+  """Exits where a mode lacks a flag, or is given another mode's."""
   if len(argv) > 1:
     sys.exit(f'FATAL unexpected argument {argv[1]!r}; flags start with --')
-  wanted, example = {
-    'convert': (
-      (_SOURCE, _OUTPUT),
-      '--source=edm-cifar10-32x32-uncond-vp.pkl --output=weights/cifar10',
-    ),
-    'reference': (
-      (_CONFIG, _OUTPUT),
-      '--config=configs/cifar10_edm_uncond.py --output=references',
-    ),
-    'report': ((_WORKDIR,), '--workdir=runs/digits'),
-  }.get(
-    _MODE.value,
-    (
-      (_CONFIG, _OUTPUT if _IMAGES.value else _WORKDIR),
-      '--config=configs/digits.py --workdir=runs/digits',
-    ),
-  )
-  if lost := [f'--{flag.name}' for flag in wanted if not flag.value]:
+  mode = _mode()
+  lost = [f'--{flag.name}' for flag in mode.needs if not flag.value]
+  if lost:
     sys.exit(
-      f'FATAL --mode={_MODE.value} wants {" and ".join(lost)}, e.g. {example}'
+      f'FATAL --mode={_MODE.value} wants {" and ".join(lost)}, e.g.'
+      f' {mode.example}'
     )
-
-
-def _dispatch() -> Any:
-  """Does what the flags say; returns the mode's result."""
-  path = lambda flag: (
-    pathlib.Path(flag.value).expanduser() if flag.value else None
-  )
-  config, mode, output = _CONFIG.value, _MODE.value, path(_OUTPUT)
-  if mode == 'convert':
-    return convert(_SOURCE.value, output, config, _SHA256.value)
-  if mode == 'reference':
-    return score.write_fid_stats(config.evaluation, config.data, output)
-  if mode == 'evaluate' and _IMAGES.value:
-    return score.score_images(
-      config.evaluation, config.seed, config.data, path(_IMAGES), output
-    )
-  return run(
-    config,
-    path(_WORKDIR),
-    mode,
-    path(_PARAMS),
-    _NUM_SAMPLES.value,
-    output,
-    path(_CONTROL),
-    path(_SAVE_IMAGES),
-  )
+  read = [flag.name for flag in (*mode.needs, *mode.takes)]
+  ours = {flag.name for other in _MODES.values() for flag in other.takes}
+  ours |= {flag.name for other in _MODES.values() for flag in other.needs}
+  for name in sorted(ours | {_IMAGES.name}):
+    if flags.FLAGS[name].present and name not in read:
+      known = ', '.join(f'--{flag}' for flag in read)
+      sys.exit(
+        f'FATAL --mode={_MODE.value} does not read --{name}; it reads {known}'
+      )
 
 
 def _print(result: Any) -> None:
-  """Scores as a table, what else a mode returns as it is."""
+  """Prints scores as a table, and what else a mode returns as it is."""
   if not isinstance(result, dict):
     print(result)
     return
   print('\n'.join(score.lines(result)))
   if _AGAINST.value:
-    other = records.read_json(pathlib.Path(_AGAINST.value).expanduser())
+    other = records.read_json(_path(_AGAINST))
     for name, gap in score.compare(result, other).items():
       print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
 
 
 def _main(argv: Sequence[str]) -> None:
   _check_flags(argv)
-  # Orbax's voice; ours is the logger below, jax has its own.
+  # Orbax speaks through absl, we through the logger below, jax has its own.
   absl_logging.set_verbosity(absl_logging.ERROR)
   logging.getLogger('ddo_jax').setLevel(logging.INFO)
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
@@ -291,7 +433,7 @@ def _main(argv: Sequence[str]) -> None:
   # Between training steps nothing needs saving: stages are whole or absent.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(loop_lib.EX_TEMPFAIL))
   try:
-    _print(_dispatch())
+    _print(_mode().run())
   except errors.UserError as error:
     sys.exit(f'FATAL {error}')
   except KeyboardInterrupt:

@@ -287,7 +287,7 @@ def batches(
       last that of the first, wherever that is read.
 
   Returns:
-    Iterator of 'image' [b,H,W,C] as stored, 'label' int32 [b] and 'id' uint32
+    Iterator of 'stored' [b,H,W,C] as on disk, 'label' int32 [b] and 'id' uint32
     [b]: the rows' global positions step * B + row, modulo 2**32.
 
   Raises:
@@ -302,9 +302,9 @@ def batches(
 
   def make(step: int) -> Batch:
     positions = step * batch_size + first
-    image, label = source.read(order(seed, positions, len(source)))
+    stored, label = source.read(order(seed, positions, len(source)))
     row_id = (positions % 2**32).astype(np.uint32)
-    batch = {'image': image, 'label': label, 'id': row_id}
+    batch = {'stored': stored, 'label': label, 'id': row_id}
     if other_label:
       following = step * batch_size + (first[-1:] + 1) % batch_size
       _, after = source.read(order(seed, following, len(source)))

@@ -12,7 +12,6 @@ import zipfile
 import numpy as np
 
 from ddo_jax import errors
-from ddo_jax import models
 from ddo_jax.data import files as image_files
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -24,7 +23,7 @@ from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.method import generate
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
 _LOSSY = ('.jpg', '.jpeg', '.webp')
 # Fields of the config that name weights beside the params which are scored.
@@ -32,7 +31,7 @@ _OTHER_WEIGHTS = ('guide_from', 'tokenizer_from', 'vae_from')
 
 
 def score_params(
-  run: run_lib.Run,
+  run: workspace.Run,
   params: pathlib.Path | None = None,
   output: pathlib.Path | None = None,
   save_images: pathlib.Path | None = None,
@@ -52,9 +51,8 @@ def score_params(
   config = run.config
   settings = config.evaluation
   evaluator = run.evaluator
-  model = models.build(config, config.ddo)
-  folder = params or run_lib.newest_params(run.workdir)
-  weights, meta = run_lib.load_params(folder, model, run.executor)
+  folder = params or workspace.newest_params(run.workdir)
+  weights, meta = workspace.load_params(folder, run.model, run.executor)
   output = output or run.workdir
   count = measure.num_images(evaluator, settings)
   num_blocks = measure.num_blocks(evaluator, settings)
@@ -72,7 +70,7 @@ def score_params(
   uncertainty = {}
   for rows, labels in measure.report_blocks(
     evaluator,
-    run.generator(model),
+    run.generator(),
     weights,
     settings,
     config.seed,
@@ -97,7 +95,7 @@ def score_params(
   return result
 
 
-def _digest(run: run_lib.Run, about: Mapping[str, Any]) -> str:
+def _digest(run: workspace.Run, about: Mapping[str, Any]) -> str:
   """Hashes all that an image and its features depend on."""
   config = run.config
   depends = dict(about)

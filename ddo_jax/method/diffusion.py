@@ -1,17 +1,20 @@
-"""Denoisers, whose likelihood has a bound, as the objective sees them."""
+"""Denoisers, whose likelihood has a bound."""
 
 import dataclasses
 import math
 from typing import Any
+from typing import ClassVar
 
 import chex
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
-from ddo_jax.data import codec
+from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import likelihood
+from ddo_jax.method import noise as noise_lib
 from ddo_jax.samplers import guidance
 
 Batch = likelihood.Batch
@@ -19,85 +22,58 @@ Frozen = likelihood.Frozen
 Params = likelihood.Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Diffusion:
-  """A denoiser trained on ln σ ~ N(p_mean, p_std²), as in EDM.
+def _static(**options: Any) -> Any:
+  """A field that is part of what the model is, not traced."""
+  return struct.field(pytree_node=False, **options)
 
-  log p is replaced by the ELBO's integrand at one draw of (σ, n) a row:
-  −λ(σ) ‖D(x+n; σ) − x‖², a plain sum over H, W, C (the published α, β assume
-  it), λ(σ) = (σ² + σ_d²)/(σ σ_d)² (eq. 15).
+
+@struct.dataclass
+class Diffusion:
+  """A denoiser trained at the noise levels of a law, weighted by λ(σ).
+
+  log p is replaced by the ELBO's integrand at one draw of (σ, n) a row,
+  −λ(σ) ‖D(x + n; σ) − x‖²: a plain sum over H, W, C, as the published α and β
+  assume (eq. 15).
 
   Attributes:
-    denoiser: a Linen module, (x [B,H,W,C], sigma [B], label [B]) -> D.
+    denoiser: a Linen module, (x [B,H,W,C], sigma [B], label [B]) -> D, made of
+      a network and a preconditioning (`models.precond`).
     example_shape: (H, W, C).
-    num_classes: 0 for an unconditional model.
-    sigma_data: σ_d, the data's standard deviation in model units.
-    p_mean: mean of ln σ in training.
-    p_std: standard deviation of ln σ in training.
-    encoder: between stored rows and model units.
-    remat: recompute activations in the backward pass.
-    num_levels: bins of σ in the diagnostics.
-    guide: the guide's module, of the denoiser's signature; None where it is
-      the denoiser's own.
+    num_classes: the number of classes; 0 for an unconditional model.
+    weight: λ, a function of σ and the noise law, such as `noise.EdmWeight`.
+    codec: between stored rows and model units.
+    noise: the law of σ in training; None where the model only samples.
+    rules: what may be done to the weights.
+    remat: whether activations are recomputed in the backward pass.
+    num_bins: the number of noise bins in the diagnostics.
+    guide: the guide's module, with the denoiser's signature; None where the
+      guide is built as the denoiser is.
   """
 
-  denoiser: nn.Module
-  example_shape: tuple[int, int, int]
-  num_classes: int
-  sigma_data: float
-  p_mean: float
-  p_std: float
-  encoder: codec.Encoder = codec.Pixels()
-  remat: bool = False
-  num_levels: int = 8
-  guide: nn.Module | None = None
+  drives: ClassVar[str] = 'denoise'
 
-  @property
-  def pixel_values(self) -> int:
-    """Values of a pixel of the images, 0 .. pixel_values−1."""
-    return self.encoder.pixel_values
-
-  def check_source(
-    self,
-    name: str,
-    image_shape: tuple[int, ...],
-    num_classes: int,
-    pixel_values: int,
-  ) -> None:
-    """Raises UserError where a data source does not fit the model."""
-    got = (tuple(image_shape), pixel_values, num_classes)
-    shape = self.encoder.raw_shape(self.example_shape)
-    wanted = (shape, self.pixel_values, self.num_classes)
-    if not self.num_classes:  # labels, if there are any, go unused
-      got = (*got[:2], 0)
-    if got != wanted:
-      raise errors.UserError(
-        f'{name} has (image shape, pixel values, classes) {got}, the model'
-        f' takes {wanted}: set config.model to the data'
-      )
+  denoiser: nn.Module = _static()
+  example_shape: tuple[int, int, int] = _static()
+  num_classes: int = _static()
+  weight: Any = _static()
+  codec: codec_lib.Codec = _static(default=codec_lib.Pixels())
+  noise: noise_lib.NoiseLaw | None = None
+  rules: likelihood.WeightRules = _static(default=likelihood.WeightRules())
+  remat: bool = _static(default=False)
+  num_bins: int = _static(default=8)
+  guide: nn.Module | None = _static(default=None)
 
   def init(self, key: jax.Array) -> Params:
-    """Fresh parameters."""
+    """Returns fresh parameters, projected."""
     x = jnp.zeros((1, *self.example_shape))
     label = jnp.zeros([1], jnp.int32)
-    return self.denoiser.init(key, x, jnp.ones([1]), label)['params']
-
-  def project(self, params: Params) -> Params:
-    """Identity: plain denoisers have no constraint on their weights."""
-    return params
-
-  def reduced(self, params: Params) -> Params:
-    """Identity: both networks are read in full precision."""
-    return params
-
-  def decay_mask(self, params: Params) -> Any:
-    """All leaves."""
-    return jax.tree.map(lambda _: True, params)
+    variables = self.denoiser.init(key, x, jnp.ones([1]), label)
+    return self.rules.project(variables['params'])
 
   def denoise(
     self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
   ) -> jax.Array:
-    """D(x; σ): the posterior mean of the clean image, shape of x."""
+    """Returns D(x; σ), the posterior mean of the clean image, shaped as x."""
 
     def apply(params, x, sigma, label):
       return self.denoiser.apply({'params': params}, x, sigma, label)
@@ -111,25 +87,28 @@ class Diffusion:
 
   def _noisy(
     self, batch: Batch, keys: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns σ [B], x + n [B,H,W,C] and λ(σ) [B], one draw a row."""
-    chex.assert_shape(batch.x, (None, *self.example_shape))
+  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Draws one (σ, n) a row.
 
-    # One draw a row, split after: compilation grows with the calls.
+    Returns:
+      The law's normal number z [B], σ [B], x + n [B,H,W,C] and λ(σ) [B].
+    """
+    chex.assert_shape(batch.x, (None, *self.example_shape))
+    # One draw a row, split after: compile time grows with the number of calls.
     size = 1 + math.prod(self.example_shape)
     normal = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
-    log_sigma = self.p_mean + self.p_std * normal[:, 0]
+    z = normal[:, 0]
     noise = normal[:, 1:].reshape(batch.x.shape)
-    sigma = jnp.exp(log_sigma)
-    weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-    return sigma, batch.x + sigma[:, None, None, None] * noise, weight
+    sigma = self.noise.sigma(z)
+    noisy = batch.x + sigma[:, None, None, None] * noise
+    return z, sigma, noisy, self.weight(sigma, self.noise)
 
   def log_prob(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
   ) -> jax.Array:
-    """[B] −λ(σ) ‖D(x+n; σ) − x‖² at one draw of (σ, n) a row."""
+    """Returns [B] −λ(σ) ‖D(x + n; σ) − x‖² at one draw of (σ, n) a row."""
     del frozen
-    sigma, noisy, weight = self._noisy(batch, keys)
+    _, sigma, noisy, weight = self._noisy(batch, keys)
     error = self.denoise(params, noisy, sigma, batch.label) - batch.x
     return -weight * jnp.sum(error**2, axis=(1, 2, 3))
 
@@ -141,23 +120,22 @@ class Diffusion:
     batch: Batch,
     keys: jax.Array,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Δ of eq. 15, [B], and per-row info for the diagnostics.
+    """Returns Δ of eq. 15, [B], and per-row info.
 
     The difference of squares is formed as a product before the sum,
-    (D_θ − D_ref)(D_θ + D_ref − 2x): exactly 0 at θ = θ_ref, where the
+    (D_θ − D_ref)(D_θ + D_ref − 2x). It is exactly 0 at θ = θ_ref, where the
     difference of two sums of thousands of squares leaves rounding noise.
     """
     del frozen
-    sigma, noisy, weight = self._noisy(batch, keys)
+    z, sigma, noisy, weight = self._noisy(batch, keys)
     ours = self.denoise(params, noisy, sigma, batch.label)
     theirs = self.denoise(reference, noisy, sigma, batch.label)
     theirs = jax.lax.stop_gradient(theirs)
     product = (ours - theirs) * (ours + theirs - 2 * batch.x)
-    # Equal bins of ln σ over ±2 standard deviations; the outer ones are open.
-    z = (jnp.log(sigma) - self.p_mean) / self.p_std
-    level = jnp.floor((z + 2) / 4 * self.num_levels).astype(jnp.int32)
+    # Equal bins over two standard deviations of z; the outer ones are open.
+    noise_bin = jnp.floor((z + 2) / 4 * self.num_bins).astype(jnp.int32)
     info = {
-      'level': jnp.clip(level, 0, self.num_levels - 1),
+      'noise_bin': jnp.clip(noise_bin, 0, self.num_bins - 1),
       'mle_loss': weight * jnp.sum((ours - batch.x) ** 2, axis=(1, 2, 3)),
     }
     return -weight * jnp.sum(product, axis=(1, 2, 3)), info
@@ -165,7 +143,7 @@ class Diffusion:
   def mle_loss(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
   ) -> jax.Array:
-    """[B] EDM's training loss, λ(σ) ‖D(x+n; σ) − x‖²."""
+    """Returns [B] λ(σ) ‖D(x + n; σ) − x‖², the usual training loss."""
     return -self.log_prob(params, frozen, batch, keys)
 
   def sample(
@@ -176,17 +154,21 @@ class Diffusion:
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """X [B,H,W,C]; guided where the sampler asks for it.
+    """Returns x [B,H,W,C], guided where the sampler asks for it.
 
-    The guide is `frozen['guide']`, weights of the module `guide`, with the
-    same labels (autoguidance; classifier-free where it ignores them), or else
-    the model itself without labels (classifier-free guidance).
+    The guide is `frozen['guide']`, weights of the module `guide`, under the
+    same labels: autoguidance, or classifier-free guidance where that network
+    ignores them. Without such weights the model itself without labels is the
+    guide (classifier-free guidance).
 
     Raises:
       errors.UserError: guidance is asked for and there is nothing to guide.
     """
     chex.assert_equal_shape([label, keys])
-    denoise = lambda x, sigma: self.denoise(params, x, sigma, label)
+
+    def denoise(x, sigma):
+      return self.denoise(params, x, sigma, label)
+
     if sampler.guidance != 1:
       denoise = guidance.guided(
         denoise,
@@ -205,33 +187,27 @@ class Diffusion:
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """Stored rows of `sample`."""
+    """Returns the rows of `sample` as they are stored."""
     x = self.sample(params, frozen, label, keys, sampler)
-    return self.decode(frozen, x)
+    return self.codec.decode(frozen, x)
 
-  def unguided(self, sampler: Any) -> Any:
-    """Guidance 1.
+  def guided_by(self, guide: likelihood.LikelihoodModel) -> 'Diffusion':
+    """Returns this model with another denoiser as its guide.
 
     Raises:
-      errors.UserError: the sampler does not go with a denoiser.
+      errors.UserError: the guide is no denoiser.
     """
-    if not hasattr(sampler, 'guidance_max'):
+    if guide.drives != self.drives:
       raise errors.UserError(
-        f'config.sampler is {sampler}; this model wants one that follows noise'
-        ' levels, such as samplers.heun.Heun'
+        'config.guide is of another family than config.model: a denoiser is'
+        ' guided by a denoiser'
       )
-    return dataclasses.replace(sampler, guidance=1.0)
-
-  def round_trip(
-    self, frozen: Frozen, x: jax.Array, keys: jax.Array
-  ) -> jax.Array:
-    """Through the stored form: rounded to whole pixel values."""
-    return self.encode(frozen, self.decode(frozen, x), keys)
+    return dataclasses.replace(self, guide=guide.denoiser)
 
   def _guide(
     self, params: Params, frozen: Frozen, label: jax.Array
   ) -> guidance.Denoise:
-    """The weaker denoiser, see `sample`."""
+    """Returns the weaker denoiser, see `sample`."""
     if 'guide' in frozen:
       module = self.denoiser if self.guide is None else self.guide
       model = dataclasses.replace(self, denoiser=module)
@@ -244,19 +220,3 @@ class Diffusion:
       )
     none = jnp.full_like(label, self.num_classes)
     return lambda x, sigma: self.denoise(params, x, sigma, none)
-
-  def encode(
-    self, frozen: Frozen, raw: jax.Array, keys: jax.Array
-  ) -> jax.Array:
-    """Stored rows to model units, float32."""
-    del frozen
-    return self.encoder.encode(raw, keys)
-
-  def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
-    """Model units to rows as the data stores them."""
-    del frozen
-    return self.encoder.decode(x)
-
-  def render(self, frozen: Frozen, raw: jax.Array) -> jax.Array:
-    """Stored rows to uint8 images [B,H,W,C]."""
-    return self.encoder.render(frozen, raw)

@@ -28,7 +28,7 @@ def _sample(weights, rows, *, model, sampler):
 
 @functools.partial(jax.jit, static_argnames='model')
 def _render(frozen, rows, *, model):
-  return model.render(frozen, rows['image'])
+  return model.codec.render(frozen, rows['stored'])
 
 
 class Generator:
@@ -89,7 +89,7 @@ class Generator:
     if stored.dtype == np.uint8:  # they are
       return stored
     fn = functools.partial(_render, model=self.model)
-    rows = {'image': stored}
+    rows = {'stored': stored}
     batch = min(self.batch, _RENDERED)
     parts = self.executor.map_rows(fn, self.frozen, rows, batch)
     return np.concatenate(list(parts))

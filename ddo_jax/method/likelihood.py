@@ -1,28 +1,35 @@
-"""Models with a likelihood, as the objective sees them.
+"""Models with a likelihood, as the method sees them.
 
-`LikelihoodModel` is all that the step, the samplers' callers and the rounds
-know of a model. `diffusion.Diffusion` serves every denoiser D(x; σ);
-`autoregressive.Autoregressive` every transformer over tokens.
+`LikelihoodModel` is all that the step, the rounds and the samplers' callers
+know of a model. `diffusion.Diffusion` serves every denoiser D(x; σ) and
+`autoregressive.Autoregressive` every ordered model of tokens; a model of
+another family implements the contract itself.
 """
 
+import dataclasses
 from typing import Any
 from typing import Protocol
 
 from flax import struct
 import jax
+import jax.numpy as jnp
+
+from ddo_jax import errors
+from ddo_jax.data import codec as codec_lib
 
 Params = Any  # a pytree of arrays
-Frozen = dict[str, Params]  # weights neither trained nor the reference
+Frozen = codec_lib.Frozen  # weights that are neither trained nor the reference
 
 
 @struct.dataclass
 class Batch:
-  """Rows of one kind, real or fake; the leading axis is the example.
+  """Rows of one kind, real or fake; the leading axis is the row.
 
   Attributes:
     x: [B,H,W,C] float32 in model units, or [B,L] int32 tokens.
     label: [B] int32; `num_classes` means "no label".
-    id: [B] uint32 position in the stream, step·B + row: the row's identity.
+    id: [B] uint32, the row's position in the stream, step · B + row, which is
+      its identity.
   """
 
   x: jax.Array
@@ -30,38 +37,52 @@ class Batch:
   id: jax.Array
 
 
-class LikelihoodModel(Protocol):
-  """A hashable frozen dataclass, static under jit; it holds no arrays."""
-
-  example_shape: tuple[int, ...]  # of one row in model units
-  num_classes: int  # 0: unconditional
-  num_levels: int  # bins of the diagnostics
-
-  def check_source(
-    self,
-    name: str,
-    image_shape: tuple[int, ...],
-    num_classes: int,
-    pixel_values: int,
-  ) -> None:
-    """Raises UserError where a data source does not fit the model."""
-
-  def init(self, key: jax.Array) -> Params:
-    """Fresh parameters."""
+@dataclasses.dataclass(frozen=True)
+class WeightRules:
+  """What may be done to a model's weights; by default next to nothing."""
 
   def project(self, params: Params) -> Params:
-    """Puts params back on their manifold; identity for most models."""
+    """Puts params back on the manifold that they are constrained to."""
+    return params
 
-  def reduced(self, params: Params) -> Params:
-    """The same function, bit for bit, in no more bytes: for a reference."""
+  def reduce(self, params: Params) -> Params:
+    """Casts weights that the forward pass casts anyway.
+
+    The output does not change, and a reference takes less memory.
+    """
+    return params
 
   def decay_mask(self, params: Params) -> Any:
-    """Tree of bool like params: which leaves `Phase.weight_decay` shrinks."""
+    """Returns a tree of bool like params: the leaves that weight decay
+    shrinks.
+    """
+    return jax.tree.map(lambda _: True, params)
 
-  def log_prob(
-    self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
-  ) -> jax.Array:
-    """[B] log-likelihood in evaluation mode, deterministic given keys [B]."""
+
+class LikelihoodModel(Protocol):
+  """The contract of a family.
+
+  A model is an immutable pytree dataclass. What it is made of is static; what a
+  round may vary (the noise law's numbers) is traced.
+
+  Attributes:
+    example_shape: the shape of one row in model units.
+    num_classes: the number of classes; 0 for an unconditional model.
+    num_bins: the number of noise bins in the diagnostics.
+    codec: between stored rows and model units.
+    rules: what may be done to the weights.
+    drives: the kind of sampler that fits: 'denoise' or 'stages'.
+  """
+
+  example_shape: tuple[int, ...]
+  num_classes: int
+  num_bins: int
+  codec: codec_lib.Codec
+  rules: WeightRules
+  drives: str
+
+  def init(self, key: jax.Array) -> Params:
+    """Returns fresh parameters."""
 
   def log_ratio(
     self,
@@ -71,12 +92,23 @@ class LikelihoodModel(Protocol):
     batch: Batch,
     keys: jax.Array,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """[B] log p_θ − log p_ref, exactly 0 at θ = θ_ref, and per-row info."""
+    """Returns [B] log p_θ − log p_ref, exactly 0 where θ = θ_ref.
+
+    Args:
+      params: θ.
+      reference: θ_ref.
+      frozen: weights beside these.
+      batch: B rows.
+      keys: [B], a row's own key: its result depends on nothing else.
+
+    Returns:
+      [B] in nats, and {'noise_bin': [B] int32, 'mle_loss': [B]}.
+    """
 
   def mle_loss(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
   ) -> jax.Array:
-    """[B] the family's own pretraining loss."""
+    """Returns [B], the family's own pretraining loss."""
 
   def sample(
     self,
@@ -86,7 +118,7 @@ class LikelihoodModel(Protocol):
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """One sample a row of label [B], from its own key of keys [B]."""
+    """Returns one sample in model units for each label [B] and key [B]."""
 
   def draw(
     self,
@@ -96,23 +128,81 @@ class LikelihoodModel(Protocol):
     keys: jax.Array,
     sampler: Any,
   ) -> jax.Array:
-    """The same, as the data stores its rows."""
+    """Returns the samples as rows are stored."""
 
-  def unguided(self, sampler: Any) -> Any:
-    """The sampler of p_ref itself: without guidance and filters."""
+  def guided_by(self, guide: Any) -> 'LikelihoodModel':
+    """Returns the model guided by another one's network, if it can be."""
 
-  def round_trip(
-    self, frozen: Frozen, x: jax.Array, keys: jax.Array
-  ) -> jax.Array:
-    """Samples in model units, as if they had been stored and encoded."""
 
-  def encode(
-    self, frozen: Frozen, raw: jax.Array, keys: jax.Array
-  ) -> jax.Array:
-    """Stored rows to model units."""
+class ModelConfig:
+  """The contract of a model's settings: a dataclass that builds the model.
 
-  def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
-    """Model units to rows as the data stores them."""
+  A recipe sets `config.model` to one. A class outside of the package does as
+  well as those in `models/`.
+  """
 
-  def render(self, frozen: Frozen, raw: jax.Array) -> jax.Array:
-    """Stored rows to uint8 images [B,H,W,C]; of uint8 rows, themselves."""
+  def build(self, noise: Any = None, remat: bool = False) -> LikelihoodModel:
+    """Returns the model.
+
+    Args:
+      noise: the noise law that it is trained under, a `noise.NoiseLaw` with a
+        number in place of each tuple; None where it only samples, or has none.
+      remat: whether activations are recomputed in the backward pass.
+
+    Raises:
+      errors.UserError: the settings fit no model.
+    """
+    raise NotImplementedError
+
+  def build_tokenizer(self) -> Any:
+    """Returns what trains the model's tokenizer; None if it has none."""
+    return None
+
+
+def hide_labels(
+  label: jax.Array, dropped: jax.Array, num_classes: int
+) -> jax.Array:
+  """Returns labels [B] with "no label" in the rows that lost theirs."""
+  return jnp.where(dropped, num_classes, label)
+
+
+def check_source(
+  model: LikelihoodModel,
+  name: str,
+  image_shape: tuple[int, ...],
+  num_classes: int,
+  pixel_values: int,
+) -> None:
+  """Raises UserError where a source of stored rows does not fit a model.
+
+  Args:
+    model: the model.
+    name: what the message calls the source.
+    image_shape: the shape of its stored rows.
+    num_classes: the number of its classes; an unconditional model leaves labels
+      unused.
+    pixel_values: the number of values of its pixels.
+  """
+  if not model.num_classes:
+    num_classes = 0
+  got = (tuple(image_shape), pixel_values, num_classes)
+  stored_shape = model.codec.stored_shape(model.example_shape)
+  wanted = (stored_shape, model.codec.pixel_values, model.num_classes)
+  if got != wanted:
+    raise errors.UserError(
+      f'{name} has (image shape, pixel values, classes) {got}, the model takes'
+      f' {wanted}: set config.model to the data'
+    )
+
+
+def check_sampler(model: LikelihoodModel, sampler: Any) -> None:
+  """Raises UserError where a sampler is of another family than the model."""
+  fits = {
+    'denoise': 'follows noise levels, such as samplers.heun.Heun',
+    'stages': 'draws tokens, such as samplers.ancestral.Ancestral',
+  }
+  if sampler.reads != model.drives:
+    raise errors.UserError(
+      f'config.sampler is {sampler}; this model wants one that'
+      f' {fits[model.drives]}'
+    )

@@ -8,15 +8,17 @@ import dataclasses
 import math
 
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
 from ddo_jax import rng
-from ddo_jax.data import augmentation as augment_lib
+from ddo_jax.data import augmentation
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
+from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import edm_layers
 from ddo_jax.models import layers
 from ddo_jax.models import precond
@@ -214,7 +216,7 @@ class DhariwalUNet(nn.Module):
 
 
 @dataclasses.dataclass
-class EdmConfig:
+class EdmConfig(likelihood.ModelConfig):
   """An EDM model; `presets` has the released ones.
 
   Attributes:
@@ -249,16 +251,31 @@ class EdmConfig:
   sigma_data: float = 0.5
   pixel_values: int = 256
 
+  def build(
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+  ) -> 'Edm':
+    """Returns the model under its preconditioning and EDM's weight."""
+    return Edm(
+      denoiser=denoiser(self),
+      example_shape=tuple(self.image_shape),
+      num_classes=self.num_classes,
+      weight=noise_lib.EdmWeight(self.sigma_data),
+      codec=codec.Pixels(self.pixel_values),
+      noise=noise,
+      remat=remat,
+      augment=self.augment,
+    )
 
-@dataclasses.dataclass(frozen=True)
+
+@struct.dataclass
 class Edm(diffusion.Diffusion):
   """A denoiser pretrained with dropout and EDM's augmentation.
 
   Attributes:
-    augment: probability of each augmentation in `mle_loss`.
+    augment: the probability of each augmentation in `mle_loss`.
   """
 
-  augment: float = 0.0
+  augment: float = struct.field(pytree_node=False, default=0.0)
 
   def mle_loss(
     self,
@@ -267,14 +284,14 @@ class Edm(diffusion.Diffusion):
     batch: likelihood.Batch,
     keys: jax.Array,
   ) -> jax.Array:
-    """[B] EDM's training loss λ(σ) ‖D(x+n; σ) − x‖², in training mode."""
+    """Returns [B] λ(σ) ‖D(x + n; σ) − x‖² in training mode."""
     del frozen
     rows = {'label': batch.label}
     if self.augment:
-      draws = augment_lib.draw(rng.split_rows(keys, 'augment'))
-      x, rows['augment'] = augment_lib.apply(batch.x, draws, self.augment)
+      draws = augmentation.draw(rng.split_rows(keys, 'augment'))
+      x, rows['augment'] = augmentation.apply(batch.x, draws, self.augment)
       batch = batch.replace(x=x)
-    sigma, noisy, weight = self._noisy(batch, keys)
+    _, sigma, noisy, weight = self._noisy(batch, keys)
     denoised = layers.apply_training(
       self.denoiser,
       params,
@@ -314,18 +331,3 @@ def denoiser(config: EdmConfig) -> layers.Precond:
   else:
     network = SongUNet(ncsnpp=config.network == 'ncsnpp', **options)
   return precond.wrap(config.precond, network, config.sigma_data)
-
-
-def build(config: EdmConfig, p_mean: float, p_std: float, remat: bool) -> Edm:
-  """The model of a config under a phase's noise law."""
-  return Edm(
-    denoiser=denoiser(config),
-    example_shape=tuple(config.image_shape),
-    num_classes=config.num_classes,
-    sigma_data=config.sigma_data,
-    p_mean=p_mean,
-    p_std=p_std,
-    encoder=codec.Pixels(config.pixel_values),
-    remat=remat,
-    augment=config.augment,
-  )

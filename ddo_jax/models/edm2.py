@@ -11,14 +11,16 @@ import math
 from typing import Any
 
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
 from ddo_jax import rng
-from ddo_jax.data import codec
+from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
+from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
 from ddo_jax.models import vae
@@ -124,7 +126,7 @@ class Edm2Precond(layers.EdmPrecond):
 
 
 @dataclasses.dataclass
-class Edm2Config:
+class Edm2Config(likelihood.ModelConfig):
   """An EDM2 model; `presets` has the released ones.
 
   Attributes:
@@ -153,28 +155,71 @@ class Edm2Config:
   sigma_data: float = 0.5
   latents: bool = False
 
+  def codec(self) -> codec_lib.Codec:
+    """Returns the codec of pixels, or of Stable Diffusion's latents.
+
+    Raises:
+      errors.UserError: latents of another number of channels.
+    """
+    if not self.latents:
+      return codec_lib.Pixels()
+    autoencoder = vae.AutoencoderKL()
+    if self.image_shape[-1] != autoencoder.latent_channels:
+      raise errors.UserError(
+        f'config.model.image_shape is {tuple(self.image_shape)}; wanted'
+        f' {autoencoder.latent_channels} channels for config.model.latents=True'
+      )
+    return codec_lib.Latents(autoencoder, sigma_data=self.sigma_data)
+
+  def build(
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+  ) -> 'Edm2':
+    """Returns the model under its preconditioning and EDM's weight."""
+    layers.check_levels(self.image_shape, self.channel_mult)
+    network = UNet(
+      num_classes=self.num_classes,
+      model_channels=self.model_channels,
+      channel_mult=tuple(self.channel_mult),
+      num_blocks=self.num_blocks,
+      attn_resolutions=tuple(self.attn_resolutions),
+      channels_per_head=self.channels_per_head,
+      dropout=self.dropout,
+    )
+    return Edm2(
+      denoiser=Edm2Precond(network, self.sigma_data, self.logvar_channels),
+      example_shape=tuple(self.image_shape),
+      num_classes=self.num_classes,
+      weight=noise_lib.EdmWeight(self.sigma_data),
+      codec=self.codec(),
+      noise=noise,
+      rules=SphereRules(),
+      remat=remat,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
-class Edm2(diffusion.Diffusion):
-  """EDM2: weights on the sphere, and a loss with learned uncertainty."""
-
-  def init(self, key: jax.Array) -> likelihood.Params:
-    """Fresh parameters, projected."""
-    return self.project(super().init(key))
+class SphereRules(likelihood.WeightRules):
+  """Forced weight normalisation (eq. 66 of EDM2)."""
 
   def project(self, params: likelihood.Params) -> likelihood.Params:
-    """Forced weight normalisation (eq. 66): each output's weights to RMS 1.
+    """Scales the weights of each output to an RMS of 1.
 
     Gains, frequencies and phases are free. The forward pass normalises once
-    more, so gradients are tangent to the sphere. A second projection changes
-    a weight by 1e-4 of it at most: project θ and the reference alike.
+    more, so that gradients are tangent to the sphere. A second projection
+    changes a weight by 1e-4 of it at most: project θ and the reference alike.
     """
-    return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: (
-        edm2_layers.normalize_kernel(leaf) if path[-1].key == 'kernel' else leaf
-      ),
-      params,
-    )
+
+    def normalize(path, leaf):
+      if path[-1].key == 'kernel':
+        return edm2_layers.normalize_kernel(leaf)
+      return leaf
+
+    return jax.tree_util.tree_map_with_path(normalize, params)
+
+
+@struct.dataclass
+class Edm2(diffusion.Diffusion):
+  """EDM2: weights on the sphere, and a loss with learned uncertainty."""
 
   def mle_loss(
     self,
@@ -183,9 +228,9 @@ class Edm2(diffusion.Diffusion):
     batch: likelihood.Batch,
     keys: jax.Array,
   ) -> jax.Array:
-    """[B] Σ_HWC (λ(σ) e^{−u} (D(x+n; σ) − x)² + u), u(σ) learned."""
+    """Returns [B] Σ_HWC (λ(σ) e^{−u} (D(x + n; σ) − x)² + u), u(σ) learned."""
     del frozen
-    sigma, noisy, weight = self._noisy(batch, keys)
+    _, sigma, noisy, weight = self._noisy(batch, keys)
     denoised = layers.apply_training(
       self.denoiser,
       params,
@@ -199,38 +244,3 @@ class Edm2(diffusion.Diffusion):
     squares = jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
     size = math.prod(self.example_shape)
     return weight * jnp.exp(-logvar) * squares + size * logvar
-
-
-def _encoder(config: Edm2Config) -> codec.Encoder:
-  """Pixels, or latents of Stable Diffusion's autoencoder."""
-  if not config.latents:
-    return codec.Pixels()
-  autoencoder = vae.AutoencoderKL()
-  if config.image_shape[-1] != autoencoder.latent_channels:
-    raise errors.UserError(
-      f'config.model.image_shape is {tuple(config.image_shape)}; wanted'
-      f' {autoencoder.latent_channels} channels for config.model.latents=True'
-    )
-  return codec.Latents(autoencoder, sigma_data=config.sigma_data)
-
-
-def build(config: Edm2Config, p_mean: float, p_std: float, remat: bool) -> Edm2:
-  """The model of a config under a phase's noise law."""
-  layers.check_levels(config.image_shape, config.channel_mult)
-  fields = ('num_classes', 'model_channels', 'num_blocks', 'channels_per_head')
-  options = {name: getattr(config, name) for name in (*fields, 'dropout')}
-  network = UNet(
-    channel_mult=tuple(config.channel_mult),
-    attn_resolutions=tuple(config.attn_resolutions),
-    **options,
-  )
-  return Edm2(
-    denoiser=Edm2Precond(network, config.sigma_data, config.logvar_channels),
-    example_shape=tuple(config.image_shape),
-    num_classes=config.num_classes,
-    sigma_data=config.sigma_data,
-    p_mean=p_mean,
-    p_std=p_std,
-    encoder=_encoder(config),
-    remat=remat,
-  )

@@ -6,13 +6,16 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddo_jax import errors
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
+from ddo_jax.method import likelihood
+from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import layers
 
 
 @dataclasses.dataclass
-class ToyConfig:
+class ToyConfig(likelihood.ModelConfig):
   """A denoiser that trains in seconds.
 
   Attributes:
@@ -32,6 +35,39 @@ class ToyConfig:
   num_classes: int = 10
   sigma_data: float = 0.752
   pixel_values: int = 17
+
+  def build(
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+  ) -> diffusion.Diffusion:
+    """Returns the model under EDM's preconditioning and weight.
+
+    Raises:
+      errors.UserError: the network is unknown, or does not fit the image.
+    """
+    networks = {'mlp': ResidualMLP, 'unet': SmallUNet}
+    errors.require(
+      self.network in networks,
+      'model.network',
+      self.network,
+      f'one of {sorted(networks)}',
+    )
+    height, width, _ = self.image_shape
+    errors.require(
+      self.network == 'mlp' or (height % 2 == 0 and width % 2 == 0),
+      'model.image_shape',
+      self.image_shape,
+      'of even height and width for the U-Net (pad with config.data.pad_to)',
+    )
+    network = networks[self.network](self.hidden, self.blocks, self.num_classes)
+    return diffusion.Diffusion(
+      denoiser=layers.EdmPrecond(network, self.sigma_data),
+      example_shape=tuple(self.image_shape),
+      num_classes=self.num_classes,
+      weight=noise_lib.EdmWeight(self.sigma_data),
+      codec=codec.Pixels(self.pixel_values),
+      noise=noise,
+      remat=remat,
+    )
 
 
 class Condition(nn.Module):
@@ -120,22 +156,3 @@ class SmallUNet(nn.Module):
         jnp.concatenate([h, skips.pop()], axis=-1), condition
       )
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros)(h)
-
-
-def build(
-  config: ToyConfig, p_mean: float, p_std: float, remat: bool
-) -> diffusion.Diffusion:
-  """The model under EDM preconditioning and a phase's noise law."""
-  network = {'mlp': ResidualMLP, 'unet': SmallUNet}[config.network](
-    config.hidden, config.blocks, config.num_classes
-  )
-  return diffusion.Diffusion(
-    denoiser=layers.EdmPrecond(network, config.sigma_data),
-    example_shape=tuple(config.image_shape),
-    num_classes=config.num_classes,
-    sigma_data=config.sigma_data,
-    p_mean=p_mean,
-    p_std=p_std,
-    encoder=codec.Pixels(config.pixel_values),
-    remat=remat,
-  )

@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import errors
-from ddo_jax.data import codec
+from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import autoregressive
+from ddo_jax.method import likelihood
 from ddo_jax.models import var_layers
 from ddo_jax.models import vqvae
+from ddo_jax.models import vqvae_learner
+from ddo_jax.samplers import scalewise
 
 _FREE = (  # parts of names without weight decay, beside biases
   'pos_start',
@@ -260,8 +263,85 @@ class Var(nn.Module):
     return self.head(h), new
 
 
+@dataclasses.dataclass(frozen=True)
+class VarRules(likelihood.WeightRules):
+  """AdamW's mask as published, and the types that the blocks compute in.
+
+  Attributes:
+    dtype: the type of the blocks' matrix products; None for the params'.
+  """
+
+  dtype: Any = None
+
+  def reduce(self, params: likelihood.Params) -> likelihood.Params:
+    """Casts the matrices that every use casts anyway."""
+    if self.dtype is None:
+      return params
+
+    def convert(leaf, is_cast):
+      return leaf.astype(self.dtype) if is_cast else leaf
+
+    return jax.tree.map(convert, params, cast(params))
+
+  def decay_mask(self, params: likelihood.Params) -> Any:
+    """See `decay_mask`."""
+    return decay_mask(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextScale:
+  """The transformer bound to its tokenizer, an `autoregressive.TokenNetwork`.
+
+  Attributes:
+    transformer: predicts the tokens.
+    tokenizer: turns coarser scales into what the transformer reads of them; its
+      weights are `frozen['tokenizer']`.
+    codec: the codec, which knows where those weights are.
+    channels: the width of a token's vector.
+  """
+
+  transformer: Var
+  tokenizer: vqvae.Vqvae
+  codec: codec_lib.Tokens
+  channels: int
+
+  @property
+  def length(self) -> int:
+    """The number of tokens in an image."""
+    return sum(n * n for n in self.transformer.patch_nums)
+
+  def init(self, key: jax.Array) -> likelihood.Params:
+    """Returns fresh parameters of the transformer."""
+    inputs = jnp.zeros((1, self.length - 1, self.channels))
+    label = jnp.zeros([1], jnp.int32)
+    return self.transformer.init(key, label, inputs)['params']
+
+  def token_log_prob(
+    self,
+    params: likelihood.Params,
+    frozen: likelihood.Frozen,
+    label: jax.Array,
+    tokens: jax.Array,
+  ) -> jax.Array:
+    """Returns log p(token | coarser scales, label), [B,L] in nats."""
+    inputs = self.tokenizer.apply(
+      {'params': self.codec.weights(frozen)}, tokens, method='teacher_input'
+    )
+    return self.transformer.apply(
+      {'params': params}, label, inputs, tokens, method='token_log_prob'
+    )
+
+  def stages(
+    self, params: likelihood.Params, frozen: likelihood.Frozen
+  ) -> scalewise.Stages:
+    """Returns the scales, as a sampler drives them."""
+    return scalewise.bind(
+      self.transformer, self.tokenizer, params, self.codec.weights(frozen)
+    )
+
+
 @dataclasses.dataclass
-class VarConfig:
+class VarConfig(likelihood.ModelConfig):
   """A VAR and its tokenizer; `var_presets` has the released ones.
 
   Attributes:
@@ -292,6 +372,30 @@ class VarConfig:
   dtype: str = 'float32'
   chunk: int = 68
 
+  def build(
+    self, noise: Any = None, remat: bool = False
+  ) -> autoregressive.Autoregressive:
+    """Returns the transformer and its tokenizer; there is no noise."""
+    del noise
+    network = transformer(self, remat)
+    tokenizer = vqvae.build(self.tokenizer)
+    pixels = codec_lib.Pixels(
+      self.tokenizer.pixel_values, self.tokenizer.nearest
+    )
+    codec = codec_lib.Tokens(
+      tokenizer, tuple(self.tokenizer.image_shape), pixels
+    )
+    return autoregressive.Autoregressive(
+      network=NextScale(network, tokenizer, codec, self.tokenizer.channels),
+      codec=codec,
+      num_classes=self.num_classes,
+      rules=VarRules(network.dtype),
+    )
+
+  def build_tokenizer(self) -> vqvae_learner.Learner:
+    """Returns what trains the tokenizer."""
+    return vqvae_learner.build(self.tokenizer)
+
 
 def transformer(config: VarConfig, remat: bool = False) -> Var:
   """The transformer of a config.
@@ -321,19 +425,4 @@ def transformer(config: VarConfig, remat: bool = False) -> Var:
     vocab=config.tokenizer.vocab,
     remat=remat,
     **options | {'dtype': dtypes[config.dtype]},
-  )
-
-
-def build(config: VarConfig, remat: bool) -> autoregressive.Autoregressive:
-  """The transformer and its tokenizer."""
-  tokenizer = config.tokenizer
-  return autoregressive.Autoregressive(
-    transformer=transformer(config, remat),
-    tokenizer=vqvae.build(tokenizer),
-    image_shape=tuple(tokenizer.image_shape),
-    token_channels=tokenizer.channels,
-    num_classes=config.num_classes,
-    pixels=codec.Pixels(tokenizer.pixel_values, tokenizer.nearest),
-    decayed=decay_mask,
-    cast=cast,
   )

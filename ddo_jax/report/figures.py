@@ -274,12 +274,19 @@ def histograms(rounds: Stages) -> Any:
   return figure
 
 
+def _by_noise_level(record: dict[str, Any], kind: str) -> list[float] | None:
+  """Returns a record's mean log-ratios by noise level; None without them."""
+  name = f'log_ratio_{kind}_by_noise_level'
+  # Earlier versions had a shorter name.
+  return record.get(name, record.get(f'log_ratio_{kind}_by_level'))
+
+
 @_as_png
-def by_level(rounds: Stages) -> Any:
+def by_noise_level(rounds: Stages) -> Any:
   """Draws the mean log-ratio by noise level, from each round's last record."""
   last = {}
   for stage, stage_records in rounds.items():
-    held = [r for r in stage_records if 'log_ratio_real_by_level' in r]
+    held = [r for r in stage_records if _by_noise_level(r, 'real')]
     if held:
       last[stage] = held[-1]
   if not last:
@@ -287,7 +294,7 @@ def by_level(rounds: Stages) -> Any:
   figure, axes = _panels(len(last), min(3, max(2, len(last))), 1.9, sharey=True)
   for axis, (stage, record) in zip(axes, last.items(), strict=False):
     for kind, color in (('real', REAL), ('fake', FAKE)):
-      values = np.array(record[f'log_ratio_{kind}_by_level'], float)
+      values = np.array(_by_noise_level(record, kind), float)
       bins = np.arange(1, len(values) + 1)
       axis.plot(bins, values, '-o', color=color, ms=3.5, label=kind)
     axis.axhline(0, color='#555555', lw=0.7, ls=':')

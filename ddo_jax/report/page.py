@@ -184,7 +184,7 @@ def _header(run: _Run) -> str:
   now = datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
   about = (
     f'data {config["data.source"]} · model {config["model.type"]} · objective'
-    f' {config["ddo.objective"]} · page written {now}'
+    f' {_objective(config)} · page written {now}'
   )
   if run.rounds:
     made = run.rounds[-1]['environment']
@@ -243,9 +243,31 @@ def _scores(run: _Run) -> str:
   )
 
 
-def _of_round(values: list[float], index: int) -> float:
-  """Returns a round's value: one entry each, the last repeats."""
-  return values[min(index, len(values) - 1)]
+def _objective(config: dict[str, Any]) -> str:
+  """Returns the name of the rounds' objective."""
+  # Earlier versions recorded a word, such as 'ddo', in the place of an object.
+  return config.get('ddo.objective.type') or config['ddo.objective']
+
+
+def _numbers(config: dict[str, Any], index: int) -> dict[str, float]:
+  """Returns the numbers that a round was played with.
+
+  They are those of the objective, and the peak learning rate. A config records
+  one entry a round, of which the last repeats.
+  """
+  names = [name for name in config if name.startswith('ddo.objective.')]
+  names.append('ddo.optimizer.learning_rate')
+  # Earlier versions recorded all numbers of a phase side by side.
+  if config.get('ddo.objective') == 'ddo':
+    names += ['ddo.alpha', 'ddo.beta']
+  names.append('ddo.learning_rate')
+  numbers = {}
+  for name in names:
+    values = config.get(name)
+    if isinstance(values, list):
+      last = len(values) - 1
+      numbers[name.split('.')[-1]] = values[min(index, last)]
+  return numbers
 
 
 def _round_note(run: _Run, result: dict[str, Any]) -> str:
@@ -257,11 +279,7 @@ def _round_note(run: _Run, result: dict[str, Any]) -> str:
       f'step {chosen["step"]} promoted ({chosen["images"]:,} images,'
       f' {chosen["profile"]})'
     )
-  names = ['learning_rate']
-  if run.config['ddo.objective'] == 'ddo':
-    names = ['alpha', 'beta', 'learning_rate']
-  for name in names:
-    value = _of_round(run.config[f'ddo.{name}'], result['round'])
+  for name, value in _numbers(run.config, result['round']).items():
     note += f', {name} {value:g}'
   return note
 
@@ -291,7 +309,7 @@ def _curves(run: _Run, control: _Run | None) -> str:
   )
   if control:
     name = html.escape(control.config['name'])
-    objective = html.escape(control.config['ddo.objective'])
+    objective = html.escape(_objective(control.config))
     note += (
       f' Dashed: the control {name}, objective {objective};'
       f' {_headline(control)}.'
@@ -371,7 +389,7 @@ def _sections(run: _Run, control: _Run | None) -> dict[str, str]:
       'Thin: one batch a record. Thick: their running mean.',
     ),
     'Log-ratio by noise level': _figure(
-      figures.by_level(run.stages),
+      figures.by_noise_level(run.stages),
       'One batch, the last record of each round. Equal bins of ln σ over its'
       ' mean ± 2 standard deviations; the outer ones are open.',
     ),
@@ -390,7 +408,7 @@ def write(
 
   Args:
     workdir: the folder of a run.
-    control: the folder of a run with the objective 'mle', whose curve is drawn
+    control: the folder of a run whose objective is MLE, whose curve is drawn
       beside.
 
   Returns:

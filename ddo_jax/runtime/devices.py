@@ -108,7 +108,7 @@ class Executor:
       call = jax.pmap(
         bound,
         axis_name=AXIS,
-        in_axes=(None, None, None, 0, 0, None, None),
+        in_axes=(None, None, None, 0, 0, None, None, None),
         out_axes=None,
         donate_argnums=0,
       )

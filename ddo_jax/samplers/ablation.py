@@ -71,6 +71,12 @@ class Ablation:
   guidance_min: float = 0.0
   guidance_max: float = 1e9
 
+  reads = 'denoise'
+
+  def unguided(self) -> 'Ablation':
+    """Without guidance."""
+    return dataclasses.replace(self, guidance=1.0)
+
   def check(self) -> None:
     """Raises UserError, naming the field, where a value makes no sense."""
     choices = {

@@ -95,6 +95,12 @@ class DPMSolverV3:
   guidance_min: float = 0.0
   guidance_max: float = 1e9
 
+  reads = 'denoise'
+
+  def unguided(self) -> 'DPMSolverV3':
+    """Without guidance."""
+    return dataclasses.replace(self, guidance=1.0)
+
   def grid(self) -> tuple[np.ndarray, np.ndarray]:
     """λ of the fine grid, [M+1] float64, and the nodes' indices in it, [N+1].
 

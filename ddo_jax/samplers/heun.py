@@ -46,6 +46,12 @@ class Heun:
   guidance_min: float = 0.0
   guidance_max: float = 1e9
 
+  reads = 'denoise'
+
+  def unguided(self) -> 'Heun':
+    """Without guidance."""
+    return dataclasses.replace(self, guidance=1.0)
+
   def sigmas(self) -> np.ndarray:
     """[N+1] float64 noise levels, sigma_max … sigma_min, 0 (eq. 5)."""
     levels = noise_lib.levels(

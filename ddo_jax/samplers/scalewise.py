@@ -131,6 +131,8 @@ class Scalewise:
   top_p: float = 0.0
   smooth: bool = False
 
+  reads = 'stages'
+
   def strength(self, ratio: float) -> float:
     """Guidance t at r = `ratio`.
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import pathlib
@@ -14,7 +13,9 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import tqdm
 
 from ddo_jax import config as config_lib
@@ -38,31 +39,29 @@ class Job:
   """All that one phase needs.
 
   Attributes:
-    name: of the stage and its folder: 'pretrain', 'round_000', …
+    name: the name of the stage and of its folder: 'pretrain', 'round_000', …
     folder: the stage's folder.
     seed: the run's seed.
-    phase: its knobs.
-    round_index: which of the per-round values hold.
-    model: the family.
-    start: gives the params where θ starts, on the devices; they are let go
+    phase: the phase's knobs at this round, see `config.at_round`.
+    model: the family, with its noise law at this round.
+    start: returns the params where θ starts, on the devices. They are let go
       once the state is made of them.
-    reference: the same function as `start`'s, the frozen θ_ref of the step.
+    reference: the frozen θ_ref of the step: the same function as `start`'s.
     frozen: weights that are neither trained nor the reference.
-    real: the data.
-    fake: samples of the reference; None unless the phase wants a pool.
-    sampler: draws fakes inside the step; None unless the phase wants them.
+    real: the real images.
+    fake: the fake pool; None unless the negatives need one.
+    sampler: draws fakes inside the step; None unless the negatives need that.
     executor: the devices.
-    accumulate: microbatches a step.
+    accumulate: the number of microbatches a step.
     log: metrics.jsonl.
-    evaluate: params -> scores for choosing a checkpoint; None keeps the last.
-    metric: the score that chooses, lower is better.
+    evaluate: params -> scores that choose a checkpoint; None keeps the last.
+    metric: the score that chooses; lower is better.
   """
 
   name: str
   folder: pathlib.Path
   seed: int
   phase: config_lib.Phase
-  round_index: int
   model: likelihood.LikelihoodModel
   start: Callable[[], likelihood.Params]
   reference: likelihood.Params
@@ -76,6 +75,12 @@ class Job:
   evaluate: Callable[[likelihood.Params], dict[str, float]] | None
   metric: str
 
+  def transform(self) -> optax.GradientTransformation:
+    """Returns the phase's optimizer for this model."""
+    return self.phase.optimizer.transform(
+      self.model.rules, self.phase.batch_size, self.phase.images
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Promotion:
@@ -83,8 +88,8 @@ class Promotion:
 
   Attributes:
     params: its weights.
-    step: optimizer steps of this phase behind it; 0 is the reference itself.
-    profile: which average of the weights ('params' is θ).
+    step: the optimizer steps of this phase behind it; 0 is the reference.
+    profile: which average of the weights it is ('params' is θ itself).
     selection: its selection score; None where nothing was evaluated.
   """
 
@@ -110,29 +115,28 @@ def _termination() -> Iterator[threading.Event]:
 
 def batches(job: Job, start: int) -> Iterator[Any]:
   """Yields (real, fake) on the devices, from step `start` on."""
-  phase, steps = job.phase, job.phase.steps()
+  phase = job.phase
 
   def rows(source, name):
-    return sources.batches(
+    stream = sources.batches(
       source,
       rng.order_seed(job.seed, job.name, name),
       phase.batch_size,
       start,
-      steps,
+      phase.steps(),
       jax.process_index(),
       jax.process_count(),
-      other_label=phase.contrasts,
+      other_label=phase.negatives.needs_other_label,
     )
+    return contextlib.closing(stream)
 
   place = job.executor.place_batch
   if job.fake is None:
-    with contextlib.closing(rows(job.real, 'real')) as reals:
-      yield from ((place(real), None) for real in reals)
+    with rows(job.real, 'real') as reals:
+      for real in reals:
+        yield place(real), None
     return
-  with (
-    contextlib.closing(rows(job.real, 'real')) as reals,
-    contextlib.closing(rows(job.fake, 'fake')) as fakes,
-  ):
+  with rows(job.real, 'real') as reals, rows(job.fake, 'fake') as fakes:
     for real, fake in zip(reals, fakes, strict=True):
       del fake['id']  # a fake takes the identity of its real partner
       yield place(real), place(fake)
@@ -148,10 +152,11 @@ class _Logger:
 
   def restart_clock(self) -> None:
     """Leaves what came before out of images/s."""
-    self._time, self._images = time.perf_counter(), 0
+    self._time = time.perf_counter()
+    self._images = 0
 
   def push(self, step: int, metrics: step_lib.Metrics, log: bool) -> None:
-    """Takes the metrics of a step just begun; writes the one to log before."""
+    """Takes the metrics of a step just begun; writes those due before it."""
     if self._pending and self._pending[2]:
       self.flush()
     self._images += self._job.phase.batch_size
@@ -196,11 +201,12 @@ class _Logger:
           ' rate or set clip_norm'
         )
     if step == 0 and 'chance_loss' in metrics:
-      loss, chance = metrics['loss'], metrics['chance_loss']
+      loss = metrics['loss']
+      chance = metrics['chance_loss']
       logit = metrics['max_abs_logit']
       # |d loss / d logit| ≤ the weights, and chance = log 2 · their mean.
-      away = abs(loss - chance) / max(chance, 1)
-      if away > 2 * _TOLERANCE or logit > _TOLERANCE:
+      distance = abs(loss - chance) / max(chance, 1)
+      if distance > 2 * _TOLERANCE or logit > _TOLERANCE:
         raise errors.UserError(
           f'{where}: loss {loss:.6f}, expected {chance:.6f} where θ = θ_ref,'
           f' largest |βΔ| {logit:.2g}; the two passes differ: try'
@@ -242,8 +248,9 @@ def _promote(
     candidates = checkpoints.restore(last, target).candidates()
     profile, params = next(iter(candidates.items()))
     return Promotion(params, last, profile, None)
-  best = min(evaluations, key=lambda r: r['selection'])
-  step, profile = best['step'], best['profile']
+  best = min(evaluations, key=lambda record: record['selection'])
+  step = best['step']
+  profile = best['profile']
   if step == 0:
     return Promotion(job.start(), 0, 'params', best['selection'])
   state = checkpoints.restore(step, target)
@@ -251,49 +258,68 @@ def _promote(
   return Promotion(params, step, profile, best['selection'])
 
 
+def _abstract_state(job: Job) -> Any:
+  """Returns the shapes and placement of a state, for a restore."""
+
+  def fresh(key):
+    params = job.model.init(key)
+    return state_lib.create(params, job.transform(), job.phase.averages)
+
+  shapes = jax.eval_shape(fresh, rng.stream(0))
+  return checkpoint.abstract(shapes, job.executor.state_shardings(shapes))
+
+
+def _fresh_state(job: Job) -> state_lib.TrainState:
+  """Returns the state of step 0, on the devices."""
+
+  def create(params):
+    return state_lib.create(params, job.transform(), job.phase.averages)
+
+  return job.executor.make_state(create, job.start())
+
+
 def run(job: Job) -> Promotion:
   """Trains a phase to its end, resuming where an earlier call stopped.
 
   Raises:
     SystemExit: with status EX_TEMPFAIL after SIGTERM; the state is saved.
-    errors.UserError: see `_Logger.flush`; or the data is at fault.
+    errors.UserError: a loss or gradient is not finite, step 0 of a round is not
+      at chance, or the data is at fault.
   """
-  phase, executor, steps = job.phase, job.executor, job.phase.steps()
-  executor.check_batch(phase.batch_size, job.accumulate)
+  phase = job.phase
+  rhythm = phase.rhythm
+  executor = job.executor
+  batch_size = phase.batch_size
+  steps = phase.steps()
+  executor.check_batch(batch_size, job.accumulate)
   step_fn = executor.compile_step(
-    step_lib.train_step,
-    model=job.model,
-    phase=phase.static(),
-    sampler=job.sampler,
-    accumulate=job.accumulate,
+    step_lib.train_step, sampler=job.sampler, accumulate=job.accumulate
   )
-  create = functools.partial(state_lib.create, phase=phase)
-  fresh = lambda key: create(job.model.init(key))
-  shapes = jax.eval_shape(fresh, rng.stream(0))
-  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
-  hyper, key = executor.replicate(
-    (
-      state_lib.Hyper.of(phase, job.round_index),
-      rng.stream(job.seed, 'train', job.name),
-    )
-  )
+  # What is traced goes to the devices once: the numbers of the round.
+  numbers = jax.tree.map(jnp.float32, (job.model, phase))
+  key = rng.stream(job.seed, 'train', job.name)
+  model, traced_phase, key = executor.replicate((*numbers, key))
+  target = _abstract_state(job)
   with (
     checkpoint.Checkpoints(job.folder / 'checkpoints') as checkpoints,
     _termination() as terminated,
   ):
     start = checkpoints.latest_step() or 0
-    if not start:
-      state = executor.make_state(create, job.start())
-    else:
+    if start:
       state = checkpoints.restore(start, target)
       _LOGGER.info('%s resumes at step %d of %d', job.name, start, steps)
+    else:
+      state = _fresh_state(job)
     job.log.rewind(job.name, start)
-    evals = [r for r in job.log.read(job.name) if r['kind'] == 'eval']
-    evaluated = {r['step']: r['selection'] for r in evals}
+    evaluated = {
+      record['step']: record['selection']
+      for record in job.log.read(job.name)
+      if record['kind'] == 'eval'
+    }
     logger = _Logger(job)
     bar = tqdm.tqdm(
-      total=steps * phase.batch_size,
-      initial=start * phase.batch_size,
+      total=steps * batch_size,
+      initial=start * batch_size,
       desc=job.name,
       unit='img',
       unit_scale=True,
@@ -302,17 +328,24 @@ def run(job: Job) -> Promotion:
     rows = batches(job, start)
     with bar, contextlib.closing(rows):
       for step in range(start, steps + 1):
-        last, metric, rank = step == steps, None, None
-        due = last or _due(step, phase.eval_images, phase.batch_size)
+        last = step == steps
+
+        # Evaluate, before the save that its score may rank.
+        metric = None
+        rank = None
+        due = last or _due(step, rhythm.eval_images, batch_size)
         if job.evaluate and due and step not in evaluated:
           logger.flush()
           metric = _evaluate(job, state, step)['selection']
           if metric < min(evaluated.values(), default=math.inf):
-            rank = metric  # of equals the first one is kept
+            rank = metric  # of equal scores the first one is kept
           evaluated[step] = metric
           bar.set_postfix({job.metric: f'{metric:.4g}'})
-        save = last or _due(step, phase.save_images, phase.batch_size)
-        if (save or metric is not None or terminated.is_set()) and step > start:
+
+        # Save.
+        save = last or _due(step, rhythm.save_images, batch_size)
+        save = save or metric is not None or terminated.is_set()
+        if save and step > start:
           logger.flush()
           checkpoints.save(state, step, rank)
           logger.restart_clock()
@@ -322,13 +355,22 @@ def run(job: Job) -> Promotion:
           raise SystemExit(EX_TEMPFAIL)
         if last:
           break
+
+        # Train.
         with executor.no_implicit_transfers():
           real, fake = next(rows)
           state, metrics = step_fn(
-            state, job.reference, job.frozen, real, fake, hyper, key
+            state,
+            job.reference,
+            job.frozen,
+            real,
+            fake,
+            model,
+            traced_phase,
+            key,
           )
-        log = _due(step, phase.log_images, phase.batch_size)
+        log = _due(step, rhythm.log_images, batch_size)
         logger.push(step, metrics, log)
-        bar.update(phase.batch_size)
+        bar.update(batch_size)
     checkpoints.wait()
     return _promote(job, checkpoints, target, steps)

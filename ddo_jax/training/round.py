@@ -1,7 +1,7 @@
-"""Rounds: reference -> fakes -> train -> promote -> evaluate.
+"""One round: reference -> fake pool -> train -> promote -> evaluate.
 
-Each stage leaves its result on disk and returns at once if it is there, so
-resuming, and adding a round, are running the same command again.
+Each part leaves its result on disk and returns at once if it is there, so that
+resuming a round is playing it again.
 """
 
 from collections.abc import Callable
@@ -15,110 +15,64 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import errors
-from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
-from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
 _LOGGER = logging.getLogger(__name__)
 GRID = 80  # images of a sample grid
 
 
-def _learn(
-  run: run_lib.Run,
-  name: str,
-  phase: config_lib.Phase,
-  model: likelihood.LikelihoodModel,
-  frozen: likelihood.Frozen,
-) -> pathlib.Path:
-  """Trains by MLE from scratch; returns the folder of params."""
-  folder = run.workdir / name
-  params_folder, done = folder / 'params', folder / 'done.json'
-  if done.exists():
-    return params_folder
-  start = time.perf_counter()
-  key = rng.stream(run.config.seed, 'init')
-  init = functools.partial(run.executor.make_state, model.init, key)
-  job = run.job(folder, phase, 0, model, frozen, init, init(), fake=None)
-  promotion = loop_lib.run(job)
-  meta = {'stage': name, 'config': config_lib.to_json(run.config)}
-  checkpoint.save_params(params_folder, promotion.params, meta)
-  records.write_json(done, {'seconds': time.perf_counter() - start})
-  return params_folder
-
-
-def pretrain(run: run_lib.Run) -> pathlib.Path:
-  """Trains by MLE from scratch, unless `init_from` names weights.
-
-  A model of tokens has its tokenizer trained before, unless `tokenizer_from`
-  names one.
+def _reference(
+  run: workspace.Run, folder: pathlib.Path, origin: pathlib.Path
+) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
+  """Copies the round's reference from `origin`.
 
   Returns:
-    The folder of params that the first round starts from.
-
-  Raises:
-    errors.UserError: weights are named, and not the tokenizer they go with.
+    A function that reads it, and its metadata.
   """
-  config = run.config
-  run_lib.claim_workdir(config, run.workdir)
-  learner = models.tokenizer(config.model)
-  if learner and not config.tokenizer_from:
-    if config.init_from:
-      raise errors.UserError(
-        f'config.init_from={config.init_from} holds a model of tokens: name'
-        ' the folder of its tokenizer too, with --config.tokenizer_from'
-      )
-    _learn(run, 'tokenizer', config.tokenizer, learner, {})
-  if config.init_from:
-    return pathlib.Path(config.init_from).expanduser()
-  model = models.build(config, config.pretrain)
-  return _learn(run, 'pretrain', config.pretrain, model, run.frozen)
-
-
-def _reference(
-  run: run_lib.Run,
-  folder: pathlib.Path,
-  origin: pathlib.Path,
-  model: likelihood.LikelihoodModel,
-) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
-  """How to read the round's reference, copied from `origin`; its metadata."""
+  copy = folder / 'reference'
   load = functools.partial(
-    run_lib.load_params, model=model, executor=run.executor
+    workspace.load_params, model=run.model, executor=run.executor
   )
-  if not (folder / 'reference').exists():
-    checkpoint.save_params(folder / 'reference', *load(origin))
-  read = lambda: load(folder / 'reference')[0]
-  return read, checkpoint.load_meta(folder / 'reference')
+  if not copy.exists():
+    params, meta = load(origin)
+    checkpoint.save_params(copy, params, meta)
+
+  def read():
+    params, _ = load(copy)
+    return params
+
+  return read, checkpoint.load_meta(copy)
 
 
 def _fake_pool(
-  run: run_lib.Run,
+  run: workspace.Run,
   folder: pathlib.Path,
-  model: likelihood.LikelihoodModel,
   reference: likelihood.Params,
   meta: dict[str, Any],
 ) -> sources.Source:
-  """The round's offline pool, drawn as far as it is missing."""
-  generator = run.generator(model, guided=False)
+  """Returns the round's fake pool, drawing what is missing of it."""
+  generator = run.generator(guided=False)
   identity = {
     'reference': meta['sha256'],
     'provenance': meta.get('provenance', {}),
     'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
   }
-  batch = run.config.executor.sample_batch
   pool = pool_lib.Pool(
-    folder / 'fakes', run.config.ddo.pool_size, batch, identity
+    folder=folder / 'fakes',
+    size=run.config.ddo.negatives.size,
+    shard_size=run.config.executor.sample_batch,
+    identity=identity,
   )
   key = rng.stream(run.config.seed, 'fakes', folder.name)
   generator.fill(pool, reference, key)
@@ -126,7 +80,7 @@ def _fake_pool(
 
 
 def _promote(
-  run: run_lib.Run,
+  run: workspace.Run,
   folder: pathlib.Path,
   promotion: loop_lib.Promotion,
   provenance: dict[str, str],
@@ -138,21 +92,25 @@ def _promote(
     'profile': promotion.profile,
     'selection': promotion.selection,
   }
-  meta = {'stage': folder.name, 'promoted': chosen, 'provenance': provenance}
-  meta['config'] = config_lib.to_json(run.config)
+  meta = {
+    'stage': folder.name,
+    'promoted': chosen,
+    'provenance': provenance,
+    'config': config_lib.to_json(run.config),
+  }
   checkpoint.save_params(folder / 'promoted', promotion.params, meta)
   return chosen
 
 
 def _report_scores(
-  run: run_lib.Run,
+  run: workspace.Run,
   folder: pathlib.Path,
-  generator: generate.Generator,
   reference: likelihood.Params,
   promotion: loop_lib.Promotion,
   before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-  """Scores and sample grids of the round's start and end: eval.json."""
+  """Scores the round's start and end and draws their grids: eval.json."""
+  generator = run.generator()
   settings = run.config.evaluation
   scores = functools.partial(
     measure.report_scores,
@@ -166,21 +124,31 @@ def _report_scores(
   for name, params in (('before', reference), ('after', promotion.params)):
     key = rng.stream(run.config.seed, 'grid')
     images, _ = generator.images(params, key, GRID, name)
-    generate.save_grid(folder / f'{name}.png', images, run.real.pixel_values)
+    path = folder / f'{name}.png'
+    generate.save_grid(path, images, run.real.pixel_values)
   count = measure.num_images(run.evaluator, settings)
   result = {'before': before, 'after': after, 'samples': count}
   records.write_json(folder / 'eval.json', result)
   return result
 
 
-def warnings(job_records: list[dict[str, Any]]) -> list[str]:
-  """What the train records of a round say of its discriminator's health."""
-  late = [r for r in job_records if r['kind'] == 'train' and 'accuracy' in r]
-  late = late[len(late) // 2 :]
+def warnings(stage_records: list[dict[str, Any]]) -> list[str]:
+  """Returns what a round's log says of its discriminator's health.
+
+  Args:
+    stage_records: the round's records of metrics.jsonl; the second half of its
+      training counts.
+  """
+  train = [
+    record
+    for record in stage_records
+    if record['kind'] == 'train' and 'accuracy' in record
+  ]
+  late = train[len(train) // 2 :]
   if not late:
     return []
-  mean = lambda name: float(np.mean([r[name] for r in late]))
-  accuracy, saturated = mean('accuracy'), mean('saturated')
+  accuracy = float(np.mean([record['accuracy'] for record in late]))
+  saturated = float(np.mean([record['saturated'] for record in late]))
   if saturated > 0.5:
     return [
       f'the discriminator saturates (|βΔ| > 4 on {saturated:.0%} of the rows):'
@@ -195,7 +163,7 @@ def warnings(job_records: list[dict[str, Any]]) -> list[str]:
 
 
 def play_round(
-  run: run_lib.Run,
+  run: workspace.Run,
   index: int,
   origin: pathlib.Path,
   before: dict[str, Any] | None,
@@ -204,84 +172,67 @@ def play_round(
 
   Args:
     run: the run.
-    index: of the round, from 0.
-    origin: folder of params that become the reference.
-    before: report scores of those params; None to measure them.
+    index: the number of the round, from 0.
+    origin: the folder of the params that become the reference.
+    before: the report scores of those params; None to measure them.
 
   Returns:
     {'round', 'before', 'after', 'promoted', 'provenance', 'warnings',
-    'seconds', 'environment'}.
+    'seconds', 'environment', 'samples'}.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
   if done.exists():
     return records.read_json(done)
-  clock, phase = [time.perf_counter()], run.config.ddo
-  model = models.build(run.config, phase, index)
-  generator, fake = run.generator(model), None
-  # Now, as a missing reference file should not cost the pool.
+  phase = config_lib.at_round(run.config.ddo, index)
+  model = workspace.build_model(run.config, phase.noise)
+  clock = [time.perf_counter()]
+
+  # The evaluator comes first: a missing file of statistics should not cost the
+  # pool.
   score = functools.partial(
     measure.selection_scores,
     run.evaluator,
-    generator,
+    run.generator(),
     settings=run.config.evaluation,
     seed=run.config.seed,
   )
-  start, meta = _reference(run, folder, origin, model)
-  reference = run.executor.make_state(model.reduced, start())
-  if phase.objective == 'ddo' and phase.fakes == 'pool':
-    fake = _fake_pool(run, folder, model, reference, meta)
+  start, meta = _reference(run, folder, origin)
+  reference = run.executor.make_state(model.rules.reduce, start())
+  fake = None
+  if phase.objective.contrastive and phase.negatives.needs_pool:
+    fake = _fake_pool(run, folder, reference, meta)
   clock.append(time.perf_counter())
-  args = (model, run.frozen, start, reference, fake, score)
-  job = run.job(folder, phase, index, *args)
+
+  job = run.job(
+    folder=folder,
+    phase=phase,
+    model=model,
+    frozen=run.frozen,
+    start=start,
+    reference=reference,
+    fake=fake,
+    score=score,
+  )
   promotion = loop_lib.run(job)
   provenance = meta.get('provenance', {})
   chosen = _promote(run, folder, promotion, provenance)
   clock.append(time.perf_counter())
-  result = {'round': index, 'promoted': chosen, 'provenance': provenance}
-  result['environment'] = devices_lib.environment()
-  result |= _report_scores(run, folder, generator, reference, promotion, before)
+
+  scores = _report_scores(run, folder, reference, promotion, before)
   clock.append(time.perf_counter())
-  stages, spent = ('fakes', 'train', 'evaluate'), np.diff(clock).tolist()
-  result['seconds'] = dict(zip(stages, spent, strict=True))
-  result['warnings'] = warnings(run.log.read(folder.name))
+
+  parts = ('fakes', 'train', 'evaluate')
+  result = {
+    'round': index,
+    'promoted': chosen,
+    'provenance': provenance,
+    'environment': devices_lib.environment(),
+    **scores,
+    'seconds': dict(zip(parts, np.diff(clock).tolist(), strict=True)),
+    'warnings': warnings(run.log.read(folder.name)),
+  }
   for warning in result['warnings']:
     _LOGGER.warning('%s: %s', folder.name, warning)
   records.write_json(done, result)
   return result
-
-
-def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
-  """Pretrains and plays all rounds; writes summary.json and report.html.
-
-  Returns:
-    The summary: {'name', 'rounds': [see `play_round`], 'seconds'}.
-  """
-  run = run_lib.Run(config, workdir)
-  origin, before, rounds = pretrain(run), None, []
-  for index in range(config.rounds):
-    result = play_round(run, index, origin, before)
-    rounds.append(result)
-    origin = workdir / f'round_{index:03d}' / 'promoted'
-    before = result['after']
-    metric = config.evaluation.metric
-    _LOGGER.info(
-      'round %d: %s %.4g -> %.4g (step %d promoted)',
-      index,
-      metric,
-      result['before'][metric]['mean'],
-      before[metric]['mean'],
-      result['promoted']['step'],
-    )
-  seconds = {
-    f'round_{r["round"]:03d}': sum(r['seconds'].values()) for r in rounds
-  }
-  for name in ('tokenizer', 'pretrain'):
-    done = workdir / name / 'done.json'
-    if done.exists():
-      seconds[name] = records.read_json(done)['seconds']
-  seconds['total'] = sum(seconds.values())
-  summary = {'name': config.name, 'rounds': rounds, 'seconds': seconds}
-  records.write_json(workdir / 'summary.json', summary)
-  page.write(workdir)
-  return summary

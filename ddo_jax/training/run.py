@@ -1,191 +1,137 @@
-"""What the stages of one run share: its folder, data, devices and weights."""
+"""A whole run: pretraining, rounds, summary and report.
 
-from collections.abc import Callable
-import dataclasses
+Each stage leaves its result on disk and returns at once if it is there, so that
+resuming a run, and adding a round to it, are running the same command again.
+"""
+
 import functools
+import logging
 import pathlib
+import time
 from typing import Any
-
-import jax
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax import models
 from ddo_jax import rng
-from ddo_jax.data import sources
-from ddo_jax.evaluation import evaluator as evaluator_lib
-from ddo_jax.evaluation import measure
-from ddo_jax.method import generate
 from ddo_jax.method import likelihood
+from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
-from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
-from ddo_jax.weights import vae_names
+from ddo_jax.training import round as round_lib
+from ddo_jax.training import workspace
+
+_LOGGER = logging.getLogger(__name__)
 
 
-def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Writes config.json, or checks that it agrees with this config.
-
-  Raises:
-    errors.UserError: a science field differs from the recorded one.
-  """
-  path = workdir / 'config.json'
-  if path.exists():
-    changes = config_lib.science_changes(config, records.read_json(path))
-    if changes:
-      raise errors.UserError(
-        f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
-        ' these changes, or choose another --workdir'
-      )
-  records.write_json(path, config_lib.to_json(config))
-
-
-def load_params(
-  folder: pathlib.Path,
+def _learn(
+  run: workspace.Run,
+  name: str,
+  phase: config_lib.Phase,
   model: likelihood.LikelihoodModel,
-  executor: devices_lib.Executor,
-) -> tuple[likelihood.Params, dict[str, Any]]:
-  """Params of a folder, on the devices, and what is recorded beside them."""
-  shapes = jax.eval_shape(model.init, rng.stream(0))
-  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
-  return checkpoint.load_params(folder, target)
+  frozen: likelihood.Frozen,
+) -> pathlib.Path:
+  """Trains a model by MLE from scratch; returns the folder of its params."""
+  folder = run.workdir / name
+  params_folder = folder / 'params'
+  done = folder / 'done.json'
+  if done.exists():
+    return params_folder
+  begin = time.perf_counter()
+  key = rng.stream(run.config.seed, 'init')
+  init = functools.partial(run.executor.make_state, model.init, key)
+  job = run.job(
+    folder=folder,
+    phase=phase,
+    model=model,
+    frozen=frozen,
+    start=init,
+    reference=init(),
+    fake=None,
+  )
+  promotion = loop_lib.run(job)
+  meta = {'stage': name, 'config': config_lib.to_json(run.config)}
+  checkpoint.save_params(params_folder, promotion.params, meta)
+  records.write_json(done, {'seconds': time.perf_counter() - begin})
+  return params_folder
 
 
-def newest_params(workdir: pathlib.Path) -> pathlib.Path:
-  """The folder of params that the last finished stage of a run left.
+def pretrain(run: workspace.Run) -> pathlib.Path:
+  """Trains by MLE from scratch, unless `init_from` names weights.
+
+  The tokenizer of a model of tokens is trained before, unless `tokenizer_from`
+  names one.
+
+  Returns:
+    The folder of the params that the first round starts from.
 
   Raises:
-    errors.UserError: no stage has finished.
+    errors.UserError: weights are named, and not the tokenizer they go with.
   """
-  folders = sorted(workdir.glob('round_*/promoted'))
-  folders = [workdir / 'pretrain' / 'params', *folders]
-  folders = [f for f in folders if (f.parent / 'done.json').exists()]
-  if not folders:
-    raise errors.UserError(
-      f'no finished stage in {workdir}; run --mode=selfplay first, or name'
-      ' --params'
+  config = run.config
+  run.check_batches()
+  workspace.claim_workdir(config, run.workdir)
+  learner = config.model.build_tokenizer()
+  if learner and not config.tokenizer_from:
+    if config.init_from:
+      raise errors.UserError(
+        f'config.init_from={config.init_from} holds a model of tokens: name'
+        ' the folder of its tokenizer too, with --config.tokenizer_from'
+      )
+    phase = config_lib.at_round(config.tokenizer, 0)
+    _learn(run, 'tokenizer', phase, learner, frozen={})
+  if config.init_from:
+    return pathlib.Path(config.init_from).expanduser()
+  phase = config_lib.at_round(config.pretrain, 0)
+  model = workspace.build_model(config, phase.noise)
+  return _learn(run, 'pretrain', phase, model, run.frozen)
+
+
+def _seconds(
+  workdir: pathlib.Path, rounds: list[dict[str, Any]]
+) -> dict[str, float]:
+  """Returns the seconds that each stage took, and their total."""
+  seconds = {}
+  for result in rounds:
+    name = f'round_{result["round"]:03d}'
+    seconds[name] = sum(result['seconds'].values())
+  for name in ('tokenizer', 'pretrain'):
+    done = workdir / name / 'done.json'
+    if done.exists():
+      seconds[name] = records.read_json(done)['seconds']
+  seconds['total'] = sum(seconds.values())
+  return seconds
+
+
+def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Pretrains and plays all rounds; writes summary.json and report.html.
+
+  Returns:
+    The summary: {'name', 'rounds': [see `round.play_round`], 'seconds'}.
+  """
+  run = workspace.Run(config, workdir)
+  metric = config.evaluation.metric
+  origin = pretrain(run)
+  before = None
+  rounds = []
+  for index in range(config.rounds):
+    result = round_lib.play_round(run, index, origin, before)
+    rounds.append(result)
+    origin = workdir / f'round_{index:03d}' / 'promoted'
+    before = result['after']
+    _LOGGER.info(
+      'round %d: %s %.4g -> %.4g (step %d promoted)',
+      index,
+      metric,
+      result['before'][metric]['mean'],
+      before[metric]['mean'],
+      result['promoted']['step'],
     )
-  return folders[-1]
-
-
-def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
-  """Raises UserError where a model without classes is to go by labels."""
-  if not num_classes and (phase.contrasts or phase.label_drop):
-    raise errors.UserError(
-      f'config.{name} has objective {phase.objective!r} and label_drop'
-      f' {phase.label_drop}, which go by labels, and the model has no classes:'
-      ' take objective ddo or mle, and label_drop 0'
-    )
-
-
-class Run:
-  """What the stages of one run share; the costly parts when first needed."""
-
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
-    """Checks the config, the devices and the folder."""
-    config_lib.validate(config)
-    self.config = config
-    self.workdir = workdir
-    self.executor = devices_lib.Executor(config.executor)
-    model = models.build(config, config.ddo)
-    model.unguided(config.sampler)  # or it is another family's
-    for name in ('pretrain', 'ddo'):
-      phase = getattr(config, name)
-      self.executor.check_batch(phase.batch_size, config.executor.accumulate)
-      _check_labels(name, phase, model.num_classes)
-
-  @functools.cached_property
-  def log(self) -> records.MetricsLog:
-    """metrics.jsonl."""
-    return records.MetricsLog(self.workdir)
-
-  @functools.cached_property
-  def real(self) -> sources.Source:
-    """The training split, checked against the model."""
-    source = sources.open_source(self.config.data, self.config.data.train_split)
-    model = models.build(self.config, self.config.pretrain)
-    model.check_source(
-      source.name, source.image_shape, source.num_classes, source.pixel_values
-    )
-    return source
-
-  @functools.cached_property
-  def evaluator(self) -> evaluator_lib.Evaluator:
-    """The metrics: a protocol's, or those of a classifier that is fitted."""
-    data = self.config.data
-    return measure.open_evaluator(
-      self.config.evaluation,
-      self.config.seed,
-      self.real,
-      functools.partial(sources.open_source, data, data.test_split),
-    )
-
-  @property
-  def tokenizer_folder(self) -> pathlib.Path:
-    """Where the params of the model's tokenizer are, if it has one."""
-    if self.config.tokenizer_from:
-      return pathlib.Path(self.config.tokenizer_from).expanduser()
-    return self.workdir / 'tokenizer' / 'params'
-
-  @functools.cached_property
-  def frozen(self) -> likelihood.Frozen:
-    """Weights that are neither trained nor the reference."""
-    config, frozen = self.config, {}
-    if config.guide_from:
-      guide = config.guide or config.model
-      folder = pathlib.Path(config.guide_from).expanduser()
-      config = dataclasses.replace(config, model=guide, guide=None)
-      model = models.build(config, config.ddo)
-      frozen['guide'] = load_params(folder, model, self.executor)[0]
-    if learner := models.tokenizer(self.config.model):
-      folder = self.tokenizer_folder
-      frozen['tokenizer'] = load_params(folder, learner, self.executor)[0]
-    if config.vae_from:
-      weights = vae_names.read(pathlib.Path(config.vae_from).expanduser())
-      frozen['vae'] = self.executor.replicate(weights)
-    return frozen
-
-  def generator(
-    self, model: likelihood.LikelihoodModel, guided: bool = True
-  ) -> generate.Generator:
-    """Draws images with the config's sampler; p_ref is meant unguided."""
-    batch, sampler = self.config.executor.sample_batch, self.config.sampler
-    if not guided:
-      sampler = model.unguided(sampler)
-    return generate.Generator(model, self.frozen, sampler, self.executor, batch)
-
-  def job(
-    self,
-    folder: pathlib.Path,
-    phase: config_lib.Phase,
-    round_index: int,
-    model: likelihood.LikelihoodModel,
-    frozen: likelihood.Frozen,
-    start: Callable[[], likelihood.Params],
-    reference: likelihood.Params,
-    fake: sources.Source | None,
-    score: Callable[[likelihood.Params], evaluator_lib.Scores] | None = None,
-  ) -> loop_lib.Job:
-    """The training job of a stage; see `train.Job`."""
-    return loop_lib.Job(
-      name=folder.name,
-      folder=folder,
-      seed=self.config.seed,
-      phase=phase,
-      round_index=round_index,
-      model=model,
-      start=start,
-      reference=reference,
-      frozen=frozen,
-      real=self.real,
-      fake=fake,
-      sampler=(
-        model.unguided(self.config.sampler) if phase.fakes == 'online' else None
-      ),
-      executor=self.executor,
-      accumulate=self.config.executor.accumulate,
-      log=self.log,
-      evaluate=score,
-      metric=self.config.evaluation.metric,
-    )
+  summary = {
+    'name': config.name,
+    'rounds': rounds,
+    'seconds': _seconds(workdir, rounds),
+  }
+  records.write_json(workdir / 'summary.json', summary)
+  page.write(workdir)
+  return summary

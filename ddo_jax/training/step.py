@@ -1,173 +1,231 @@
-"""The one pure step, for every objective, model and executor."""
+"""The one pure step, for every objective, model and executor.
+
+Read `train_step` first; it is the method in one page. The functions above it
+are its parts, in the order in which it calls them.
+"""
 
 from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
+from ddo_jax.method import objective as objective_lib
 from ddo_jax.training import state as state_lib
 
-# 'image' [B,...] as stored, 'label' [B], 'id' [B]; 'other_label' [B] for the
-# objectives that contrast labels.
-Raw = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def interleave(real: Any, fake: Any) -> Any:
-  """Pairs of rows in one batch of 2B: real 0, fake 0, real 1, fake 1, …
+class Rows(NamedTuple):
+  """The rows of a step, or of one of its microbatches.
+
+  Attributes:
+    real: the real rows as stored: 'stored' [B,...], 'label' [B], 'id' [B], and
+      'other_label' [B] where the negatives ask for it.
+    fake: rows of the fake pool as stored, the i-th for the i-th real row; None
+      unless the negatives ask for them.
+    keys: [B], the pairs' keys.
+    dropped: [B] bool, the pairs that lose their labels.
+  """
+
+  real: negatives.Stored
+  fake: negatives.Stored | None
+  keys: jax.Array
+  dropped: jax.Array
+
+
+class Pairs(NamedTuple):
+  """Rows ready for a loss.
+
+  Attributes:
+    real: the real rows in model units.
+    other: the second rows; None where the objective has none.
+    keys: [B], the pairs' keys.
+    dropped: [B] bool.
+  """
+
+  real: likelihood.Batch
+  other: likelihood.Batch | None
+  keys: jax.Array
+  dropped: jax.Array
+
+
+def drop_labels(keys: jax.Array, label_drop: float) -> jax.Array:
+  """Returns which rows [B] lose their labels, each by its own key [B]."""
+  if not label_drop:
+    return jnp.zeros(keys.shape, bool)
+  drop_keys = rng.split_rows(keys, 'label_drop')
+  return jax.vmap(jax.random.uniform)(drop_keys) < label_drop
+
+
+def make_pairs(
+  rows: Rows,
+  reference: likelihood.Params,
+  frozen: likelihood.Frozen,
+  model: likelihood.LikelihoodModel,
+  phase: Any,
+  sampler: Any,
+) -> Pairs:
+  """Encodes the real rows and gets the second rows from the negatives."""
+  label = likelihood.hide_labels(
+    rows.real['label'], rows.dropped, model.num_classes
+  )
+  encode_keys = rng.split_rows(rows.keys, 'encode')
+  x = model.codec.encode(frozen, rows.real['stored'], encode_keys)
+  real = likelihood.Batch(x=x, label=label, id=rows.real['id'])
+  if not phase.objective.contrastive:
+    return Pairs(real, None, rows.keys, rows.dropped)
+  pairing = negatives.Pairing(
+    real=real,
+    stored=rows.real,
+    fake=rows.fake,
+    dropped=rows.dropped,
+    keys=rows.keys,
+    reference=reference,
+    frozen=frozen,
+  )
+  other = phase.negatives.rows(pairing, model, sampler)
+  return Pairs(real, other, rows.keys, rows.dropped)
+
+
+def interleave(real: Any, other: Any) -> Any:
+  """Returns one batch of 2B rows: real 0, other 0, real 1, other 1, …
 
   Concatenating instead would move every row to another device.
   """
-  return jax.tree.map(
-    lambda r, f: jnp.stack([r, f], axis=1).reshape(-1, *r.shape[1:]),
-    real,
-    fake,
-  )
+
+  def pair(r, o):
+    return jnp.stack([r, o], axis=1).reshape(-1, *r.shape[1:])
+
+  return jax.tree.map(pair, real, other)
 
 
-def _drawn(model, frozen, reference, label, keys, sampler, phase):
-  """Samples of the reference [B,...], in model units."""
-  sample_keys = rng.split_rows(keys, 'fakes')
-  x = model.sample(reference, frozen, label, sample_keys, sampler)
-  if phase.round_trip:
-    x = model.round_trip(frozen, x, rng.split_rows(keys, 'encode'))
-  return x
+def split_pairs(rows: Any) -> tuple[Any, Any]:
+  """Undoes `interleave`."""
+  real = jax.tree.map(lambda row: row[::2], rows)
+  other = jax.tree.map(lambda row: row[1::2], rows)
+  return real, other
 
 
-def _batches(model, frozen, reference, rows, sampler, phase):
-  """The rows of a step or a part of it, ready for the loss.
-
-  Returns:
-    (batch, keys, dropped) of real rows; for all objectives but 'mle', of these
-    interleaved with their negatives.
-  """
-  real, fake, keys, dropped = rows
-  encode = lambda raw: model.encode(
-    frozen, raw['image'], rng.split_rows(keys, 'encode')
-  )
-  hide = lambda label: jnp.where(dropped, model.num_classes, label)
-  first = likelihood.Batch(encode(real), hide(real['label']), real['id'])
-  if phase.objective == 'mle':
-    return first, keys, dropped
-  if phase.contrasts:
-    second = first.replace(label=hide(real['other_label']))
-  elif phase.fakes == 'pool':
-    second = first.replace(x=encode(fake), label=hide(fake['label']))
-  else:
-    label = real['label']
-    x = _drawn(model, frozen, reference, label, keys, sampler, phase)
-    second = first.replace(x=x)
-  return interleave((first, keys, dropped), (second, keys, dropped))
-
-
-def _terms(phase, real, other, batch, dropped, hyper):
-  """([B], [B]) of the objective, from log-ratios of rows and of negatives.
-
-  And what their means are divided by, as published.
-  """
-  divisor = ddo.normalizer(hyper.alpha, phase.normalize)
-  if phase.objective == 'ddo':
-    weights = ddo.row_weights(dropped, hyper.alpha)
-    return ddo.per_example_loss(real, other, *weights, hyper.beta), divisor
-  if phase.objective == 'dpo':
-    loss = ddo.preference_loss(real, other, hyper.beta)
-    return (loss, jnp.zeros_like(loss)), 1
-  if phase.label_drop:
-    labels = batch.label[::2], batch.label[1::2]
-    weights = ddo.contrast_weights(dropped, *labels, hyper.alpha)
-  else:
-    weights = jnp.full_like(real, hyper.alpha), jnp.full_like(real, -1)
-    divisor = 1
-  if phase.objective == 'unlearning':
-    return ddo.unlearning_loss(real, other, *weights), divisor
-  return ddo.contrastive_loss(real, other, *weights, hyper.beta), divisor
-
-
-def _discriminative_loss(params, reference, frozen, pair, hyper, model, phase):
-  """Loss of eq. 13 / 16 or a sibling's, and per-row results [B]."""
-  batch, keys, dropped = pair
+def contrastive_loss(
+  params: likelihood.Params,
+  reference: likelihood.Params,
+  frozen: likelihood.Frozen,
+  pairs: Pairs,
+  model: likelihood.LikelihoodModel,
+  phase: Any,
+) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+  """Returns an objective's loss on pairs, its metrics and per-row results."""
+  batch = interleave(pairs.real, pairs.other)
+  keys = interleave(pairs.keys, pairs.keys)
   log_ratio, info = model.log_ratio(params, reference, frozen, batch, keys)
-  real, fake = log_ratio[::2], log_ratio[1::2]
-  rest = (batch, dropped[::2], hyper)
-  terms, divisor = _terms(phase, real, fake, *rest)
-  chance, _ = _terms(phase, *[jnp.zeros_like(real)] * 2, *rest)
-  loss_real, loss_fake = (jnp.mean(term) / divisor for term in terms)
-  rows = {
-    'log_ratio_real': real,
-    'log_ratio_fake': fake,
-    'level': info['level'][::2],
-    'mle_loss': info['mle_loss'][::2],
-  }
+  log_ratio_real, log_ratio_other = split_pairs(log_ratio)
+  info_real, _ = split_pairs(info)
+  rows = objective_lib.Rows(
+    dropped=pairs.dropped,
+    label=pairs.real.label,
+    other_label=pairs.other.label,
+    label_drop=phase.label_drop,
+  )
+  real, other = phase.objective.loss(log_ratio_real, log_ratio_other, rows)
+  chance_real, chance_other = phase.objective.chance(rows)
+  loss_real = jnp.mean(real)
+  loss_other = jnp.mean(other)
   metrics = {
-    'loss': loss_real + loss_fake,
+    'loss': loss_real + loss_other,
     'loss_real': loss_real,
-    'loss_fake': loss_fake,
-    'chance_loss': sum(jnp.mean(term) for term in chance) / divisor,
+    'loss_fake': loss_other,
+    'chance_loss': jnp.mean(chance_real) + jnp.mean(chance_other),
   }
-  return metrics['loss'], (metrics, rows)
+  results = {
+    'log_ratio_real': log_ratio_real,
+    'log_ratio_fake': log_ratio_other,
+    'noise_bin': info_real['noise_bin'],
+    'mle_loss': info_real['mle_loss'],
+  }
+  return metrics['loss'], (metrics, results)
 
 
-def _mle_loss(params, reference, frozen, pair, hyper, model, phase):
-  """The family's own pretraining loss on real rows."""
-  del reference, hyper, phase
-  batch, keys, _ = pair
-  loss = jnp.mean(model.mle_loss(params, frozen, batch, keys))
+def mle_loss(
+  params: likelihood.Params,
+  reference: likelihood.Params,
+  frozen: likelihood.Frozen,
+  pairs: Pairs,
+  model: likelihood.LikelihoodModel,
+  phase: Any,
+) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+  """Returns the family's own pretraining loss on the real rows."""
+  del reference, phase
+  losses = model.mle_loss(params, frozen, pairs.real, pairs.keys)
+  loss = jnp.mean(losses)
   return loss, ({'loss': loss, 'mle_loss': loss}, {})
 
 
-def _away(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-  """The difference, of weights as they are read, see `reduced`."""
-  if ours.dtype != theirs.dtype:  # else XLA might make a copy of `ours`
-    kept = jnp.finfo(theirs.dtype)
-    ours = jax.lax.reduce_precision(ours, kept.nexp, kept.nmant)
-  return ours - theirs
+def accumulated(
+  gradient_of: Callable[[Rows], Any], rows: Rows, parts: int
+) -> tuple[Metrics, Metrics, likelihood.Params]:
+  """Calls `gradient_of` on `parts` microbatches, one after the other.
 
+  It is a scan, compiled once for any number of parts, which holds one sum of
+  gradients. (XLA on CPU runs convolutions in a loop many times slower.)
 
-def _accumulated(grad_fn: Callable[..., Any], rows: Any, parts: int) -> Any:
-  """Mean over `parts` microbatches of what grad_fn gives, rows gathered.
+  Args:
+    gradient_of: rows -> (metrics, per-row results [B], gradient).
+    rows: of all microbatches.
+    parts: their number.
 
-  A scan: compiled once for any number of parts, one sum of gradients held.
-  (XLA on CPU runs convolutions in a loop many times slower.)
+  Returns:
+    The mean of metrics and gradients, and the results of all rows.
   """
   if parts == 1:
-    return grad_fn(rows)
+    return gradient_of(rows)
 
   def split(leaf):
     # Every part takes each parts-th row, and so stays spread over the devices.
     return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
 
   def add(total, part):
-    (_, (metrics, row)), grads = grad_fn(part)
-    return jax.tree.map(jnp.add, total, (metrics, grads)), row
+    metrics, results, grads = gradient_of(part)
+    return jax.tree.map(jnp.add, total, (metrics, grads)), results
 
-  rows = jax.tree.map(split, rows)
-  (_, (metrics, _)), grads = jax.eval_shape(
-    grad_fn, jax.tree.map(lambda leaf: leaf[0], rows)
-  )
+  split_rows = jax.tree.map(split, rows)
+  first = jax.tree.map(lambda leaf: leaf[0], split_rows)
+  metrics, _, grads = jax.eval_shape(gradient_of, first)
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (metrics, grads))
-  total, rows = jax.lax.scan(add, zero, rows)
+  total, results = jax.lax.scan(add, zero, split_rows)
   metrics, grads = jax.tree.map(lambda leaf: leaf / parts, total)
-  rows = jax.tree.map(lambda leaf: leaf.reshape(-1), rows)
-  return (metrics['loss'], (metrics, rows)), grads
+  results = jax.tree.map(lambda leaf: leaf.reshape(-1), results)
+  return metrics, results, grads
+
+
+def _difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+  """Returns θ − θ_ref of a leaf, whose reference may be in a smaller type.
+
+  Then θ is first rounded as the forward pass rounds it. (For equal types XLA
+  might make a copy of θ, so they are left alone.)
+  """
+  if ours.dtype != theirs.dtype:
+    kept = jnp.finfo(theirs.dtype)
+    ours = jax.lax.reduce_precision(ours, kept.nexp, kept.nmant)
+  return ours - theirs
 
 
 def train_step(
   state: state_lib.TrainState,
   reference: likelihood.Params,
   frozen: likelihood.Frozen,
-  real: Raw,
-  fake: Raw | None,
-  hyper: state_lib.Hyper,
+  real: negatives.Stored,
+  fake: negatives.Stored | None,
+  model: likelihood.LikelihoodModel,
+  phase: Any,
   key: jax.Array,
   *,
-  model: likelihood.LikelihoodModel,
-  phase: config_lib.Phase,
   sampler: Any = None,
   accumulate: int = 1,
   axis_name: str | None = None,
@@ -176,53 +234,65 @@ def train_step(
 
   Args:
     state: θ, its averages and the optimizer's state; safe to donate.
-    reference: θ_ref; never changes.
+    reference: θ_ref, which never changes.
     frozen: weights that are neither.
-    real: raw rows of the data.
-    fake: raw samples of the reference, the i-th paired with the i-th real
-      row: they share noise and label drop. None unless `phase` wants a pool.
-    hyper: α, β and the peak learning rate.
-    key: of (seed, round); this step's rows fold in the step and their ids.
-    model: static.
-    phase: static; its traced fields (α, β, learning rate) are not read.
-    sampler: static; draws online fakes, else not used.
-    accumulate: microbatches; must divide the rows of each device.
+    real: the real rows as stored, see `Rows`.
+    fake: rows of the fake pool as stored, see `Rows`. A pair shares its noise
+      and its label drop.
+    model: the family; the numbers of its noise law are traced.
+    phase: a `config.Phase` at its round (`config.at_round`); the numbers of its
+      objective and its peak learning rate are traced.
+    key: the key of (seed, stage); a row's key folds in the step and its id.
+    sampler: draws fakes inside the step, where the negatives ask for it.
+    accumulate: the number of microbatches; it divides the rows of each device.
     axis_name: of the devices under pmap; None where jit shards the arrays.
 
   Returns:
     The next state, and metrics over the global batch.
   """
   keys = rng.per_example(jax.random.fold_in(key, state.step), real['id'])
-  dropped = jnp.zeros(keys.shape, bool)
-  if phase.label_drop:
-    drop_keys = rng.split_rows(keys, 'label_drop')
-    dropped = jax.vmap(jax.random.uniform)(drop_keys) < phase.label_drop
-  loss_fn = _mle_loss if phase.objective == 'mle' else _discriminative_loss
+  dropped = drop_labels(keys, phase.label_drop)
+  loss = contrastive_loss if phase.objective.contrastive else mle_loss
 
-  def grad_fn(rows):
-    pair = _batches(model, frozen, reference, rows, sampler, phase)
-    return jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, reference, frozen, pair, hyper, model, phase
+  def gradient_of(rows: Rows):
+    pairs = make_pairs(rows, reference, frozen, model, phase, sampler)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (_, (metrics, results)), grads = value_and_grad(
+      state.params, reference, frozen, pairs, model, phase
     )
+    return metrics, results, grads
 
-  rows = (real, fake, keys, dropped)
-  (_, (metrics, rows)), grads = _accumulated(grad_fn, rows, accumulate)
+  rows = Rows(real, fake, keys, dropped)
+  metrics, results, grads = accumulated(gradient_of, rows, accumulate)
   if axis_name:
     metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
-    gather = lambda row: jax.lax.all_gather(row, axis_name, tiled=True)
-    rows = jax.tree.map(gather, rows)
-  # As a float: 2³¹ images are fewer than EDM2 was pretrained on.
-  seen = state.step.astype(jnp.result_type(float)) * phase.batch_size
-  factor = state_lib.learning_rate_factor(phase, seen)
-  learning_rate = hyper.learning_rate * factor
-  metrics['learning_rate'] = learning_rate
+    results = jax.lax.all_gather(results, axis_name, tiled=True)
+
+  transform = phase.optimizer.transform(
+    model.rules, phase.batch_size, phase.images
+  )
+  next_state = state_lib.apply_gradients(
+    state=state,
+    grads=grads,
+    transform=transform,
+    averages=phase.averages,
+    rules=model.rules,
+    batch_size=phase.batch_size,
+  )
+
+  distance = jax.tree.map(_difference, state.params, reference)
+  metrics['learning_rate'] = phase.optimizer.rate(
+    state.step, phase.batch_size, phase.images
+  )
   metrics['grad_norm'] = optax.tree.norm(grads)
-  away = jax.tree.map(_away, state.params, reference)
-  metrics['reference_distance'] = optax.tree.norm(away)
-  if rows:
-    metrics['mle_loss'] = jnp.mean(rows.pop('mle_loss'))
+  metrics['reference_distance'] = optax.tree.norm(distance)
+  if results:
+    metrics['mle_loss'] = jnp.mean(results['mle_loss'])
     metrics |= ddo.diagnostics(
-      **rows, num_levels=model.num_levels, beta=hyper.beta
+      log_ratio_real=results['log_ratio_real'],
+      log_ratio_fake=results['log_ratio_fake'],
+      noise_bin=results['noise_bin'],
+      num_bins=model.num_bins,
+      logit=phase.objective.logit,
     )
-  state = state_lib.apply_gradients(state, grads, learning_rate, model, phase)
-  return state, metrics
+  return next_state, metrics

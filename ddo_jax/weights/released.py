@@ -74,7 +74,7 @@ def _model(config: Any) -> likelihood.LikelihoodModel | vqvae_learner.Learner:
   """What knows `init` and `project` of the params."""
   if isinstance(config, vqvae.VqvaeConfig):
     return vqvae_learner.build(config)
-  return models.build(config_lib.Config(model=config), config_lib.Phase())
+  return config.build()
 
 
 def _recorded(config: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _project(
     settled = jnp.allclose(leaf, projected, rtol=1e-3, atol=0)
     return jnp.where(settled, leaf, projected)
 
-  return jax.tree.map(settle, params, model.project(params))
+  return jax.tree.map(settle, params, model.rules.project(params))
 
 
 def save_folder(folder: pathlib.Path, weights: Weights) -> None:
@@ -176,14 +176,14 @@ def save_folder(folder: pathlib.Path, weights: Weights) -> None:
   checkpoint.save_params(folder, params, meta)
 
 
-def load_folder(folder: pathlib.Path) -> Weights:
+def load_folder(folder: pathlib.Path, recipe: Any = None) -> Weights:
   """Reads a folder of params, of this module's making or of a run's.
 
   Raises:
     errors.UserError: no params there, or damaged.
   """
   meta = checkpoint.load_meta(folder)
-  config = models.from_json(meta['config'])
+  config = models.from_json(meta['config'], recipe)
   # A run's folder of its tokenizer has the config of the whole model.
   if meta.get('stage') == 'tokenizer':
     config = config.tokenizer

@@ -73,11 +73,11 @@ def test_the_run_checks_them_before_anything_is_drawn(tmp_path):
   config.evaluation.protocol = 'edm-cifar10'
   config.evaluation.metric = 'sfid'
   with pytest.raises(errors.UserError, match=r"evaluation.metric is 'sfid'"):
-    main.run(config, tmp_path / 'run')
+    main.selfplay(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
   config.evaluation.protocol = 'edm'
   with pytest.raises(errors.UserError, match=r'evaluation\.protocol is'):
-    main.run(config, tmp_path / 'run')
+    main.selfplay(config, tmp_path / 'run')
 
 
 def test_only_files_are_free_to_change_inside_a_run():

@@ -15,7 +15,6 @@ from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
-from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import fidelity
@@ -27,11 +26,13 @@ from ddo_jax.evaluation.networks import inception
 from ddo_jax.method import generate
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 from ddo_jax.weights import inception as inception_weights
 from ddo_jax.weights import references
 
-SHAPE, WIDTH, COUNT = (4, 4, 3), 6, 150
+SHAPE = (4, 4, 3)
+WIDTH = 6
+COUNT = 150
 TINY = dataclasses.replace(
   protocols.get('adm-img256'),
   name='tiny',
@@ -98,9 +99,12 @@ def settings(tmp_path):
     seeds=2,  # the protocol has three
     fid_stats=str(tmp_path / 'fid.npz'),
   )
-  config.model.image_shape, config.model.num_classes = SHAPE, 3
-  config.model.hidden, config.model.pixel_values = 8, 256
-  config.sampler.num_steps, config.executor.sample_batch = 2, 40
+  config.model.image_shape = SHAPE
+  config.model.num_classes = 3
+  config.model.hidden = 8
+  config.model.pixel_values = 256
+  config.sampler.num_steps = 2
+  config.executor.sample_batch = 40
   score.write_fid_stats(config.evaluation, config.data, tmp_path)
   return config
 
@@ -148,7 +152,8 @@ def test_files_score_as_arrays(settings, tmp_path, kind):
 
 
 def test_features_go_on_where_they_were_cut_off(settings, small, tmp_path):
-  extractor, asked = features.Extractor(settings.evaluation), []
+  extractor = features.Extractor(settings.evaluation)
+  asked = []
 
   def chunks(ids, stop=None):
     asked.append(ids)
@@ -175,9 +180,7 @@ class Drawn:
 
   def __init__(self, batch):
     self.batch = batch
-    self.model = models.build(
-      config_lib.Config(model=digits.get_config().model), config_lib.Phase()
-    )
+    self.model = digits.get_config().model.build()
 
   def stream(self, params, key, ids, labels):
     for start in range(0, len(ids), self.batch):
@@ -192,7 +195,7 @@ class Drawn:
 
 def test_drawn_images_do_not_depend_on_the_batch(settings):
   settings.evaluation.real_images = 100
-  run = run_lib.Run(settings, None)
+  run = workspace.Run(settings, None)
   evaluator = run.evaluator
 
   def scores(batch, block):
@@ -217,21 +220,22 @@ def test_drawn_images_do_not_depend_on_the_batch(settings):
 
 @pytest.fixture
 def run_folder(settings, tmp_path):
-  model = models.build(settings, settings.ddo)
+  model = settings.model.build()
   params = jax.jit(model.init)(rng.stream(0))
   checkpoint.save_params(tmp_path / 'params', params, {'config': {}})
   return tmp_path
 
 
 def test_params_are_scored_and_their_images_written(settings, run_folder):
-  evaluate_run = lambda **options: main.run(
-    settings,
-    run_folder / 'run',
-    'evaluate',
-    run_folder / 'params',
-    output=run_folder / 'out',
-    **options,
-  )
+  def evaluate_run(save_images=None):
+    return main.evaluate(
+      settings,
+      run_folder / 'run',
+      params=run_folder / 'params',
+      output=run_folder / 'out',
+      save_images=save_images,
+    )
+
   result = evaluate_run()
   values = result['scores']['fid']['values']
   assert len(values) == 2
@@ -257,13 +261,13 @@ def test_features_of_another_seed_are_not_gone_on_with(
   settings, run_folder, monkeypatch
 ):
   def scores(output):
-    return main.run(
+    result = main.evaluate(
       settings,
       run_folder / 'run',
-      'evaluate',
-      run_folder / 'params',
+      params=run_folder / 'params',
       output=run_folder / output,
-    )['scores']
+    )
+    return result['scores']
 
   def cut_off(evaluator, rows, labels):
     raise KeyboardInterrupt
@@ -278,11 +282,12 @@ def test_features_of_another_seed_are_not_gone_on_with(
 
 
 def test_a_round_is_selected_and_reported_by_the_protocol(settings, run_folder):
-  run = run_lib.Run(settings, run_folder / 'run')
-  model = models.build(settings, settings.ddo)
-  params, _ = run_lib.load_params(run_folder / 'params', model, run.executor)
+  run = workspace.Run(settings, run_folder / 'run')
+  params, _ = workspace.load_params(
+    run_folder / 'params', run.model, run.executor
+  )
   evaluation = settings.evaluation
-  arguments = (run.evaluator, run.generator(model), params, evaluation, 0)
+  arguments = (run.evaluator, run.generator(), params, evaluation, 0)
   assert measure.selection_scores(*arguments)['fid'] > 0
   report = measure.report_scores(*arguments)
   assert report['fid']['sd'] > 0
@@ -360,7 +365,10 @@ def test_devices_agree(settings):
   """One and eight: statistics to the bit on CPU."""
   assert devices_lib.Executor(settings.executor).num_devices == 8
   extractor = features.Extractor(settings.evaluation)
-  chunks = lambda ids: [images_of(300)[ids]]
+
+  def chunks(ids):
+    return [images_of(300)[ids]]
+
   eight = extractor.rows(chunks, 300)['fid']
   one = extractor.rows(chunks, 300, devices=jax.local_devices()[:1])['fid']
   np.testing.assert_array_equal(one, eight)

@@ -1,0 +1,239 @@
+"""What the stages of one run share: its folder, data, devices and weights."""
+
+from collections.abc import Callable
+import functools
+import pathlib
+from typing import Any
+
+import jax
+
+from ddo_jax import config as config_lib
+from ddo_jax import errors
+from ddo_jax import rng
+from ddo_jax.data import sources
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import measure
+from ddo_jax.method import generate
+from ddo_jax.method import likelihood
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import records
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.weights import vae_names
+
+
+def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Writes config.json, or checks that it agrees with this config.
+
+  Raises:
+    errors.UserError: a science field differs from the recorded one.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    recorded = records.read_json(path)
+    old = [name for name in config_lib.RENAMED if name in recorded]
+    if old:
+      raise errors.UserError(
+        f'{workdir} holds a run of an earlier version, where'
+        f' {config_lib.RENAMED[old[0]]} was {old[0]}: finish it with that'
+        ' version, or start another --workdir from its params with'
+        ' --config.init_from'
+      )
+    changes = config_lib.science_changes(config, recorded)
+    if changes:
+      raise errors.UserError(
+        f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
+        ' these changes, or choose another --workdir'
+      )
+  records.write_json(path, config_lib.to_json(config))
+
+
+def build_model(
+  config: config_lib.Config, noise: Any = None
+) -> likelihood.LikelihoodModel:
+  """Returns a config's model, with the guide's network if there is one.
+
+  Args:
+    config: the run's.
+    noise: the noise law at a round; None for a model that only samples.
+  """
+  remat = config.executor.remat
+  model = config.model.build(noise=noise, remat=remat)
+  if config.guide is None:
+    return model
+  return model.guided_by(config.guide.build(noise=noise, remat=remat))
+
+
+def load_params(
+  folder: pathlib.Path,
+  model: likelihood.LikelihoodModel,
+  executor: devices_lib.Executor,
+) -> tuple[likelihood.Params, dict[str, Any]]:
+  """Returns the params of a folder, on the devices, and their metadata."""
+  shapes = jax.eval_shape(model.init, rng.stream(0))
+  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
+  return checkpoint.load_params(folder, target)
+
+
+def newest_params(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of params that the last finished stage left.
+
+  Raises:
+    errors.UserError: no stage has finished.
+  """
+  folders = sorted(workdir.glob('round_*/promoted'))
+  folders = [workdir / 'pretrain' / 'params', *folders]
+  finished = [f for f in folders if (f.parent / 'done.json').exists()]
+  if not finished:
+    raise errors.UserError(
+      f'no finished stage in {workdir}; run --mode=selfplay first, or name'
+      ' --params'
+    )
+  return finished[-1]
+
+
+def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
+  """Raises UserError where a model without classes is to go by labels."""
+  by_labels = phase.objective.contrastive and phase.negatives.needs_other_label
+  if not num_classes and (by_labels or phase.label_drop):
+    raise errors.UserError(
+      f'config.{name} has negatives {phase.negatives} and label_drop'
+      f' {phase.label_drop}, which go by labels, and the model has no classes:'
+      ' take other negatives, and label_drop 0'
+    )
+
+
+class Run:
+  """What the stages of one run share; costly parts are made when needed."""
+
+  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
+    """Checks the config against itself; nothing is read or written.
+
+    Raises:
+      errors.UserError: a field makes no sense.
+    """
+    config_lib.validate(config)
+    self.config = config
+    self.workdir = workdir
+    self.executor = devices_lib.Executor(config.executor)
+    self.model = build_model(config)
+    likelihood.check_sampler(self.model, config.sampler)
+    for name in ('pretrain', 'ddo'):
+      _check_labels(name, getattr(config, name), self.model.num_classes)
+
+  def check_batches(self) -> None:
+    """Raises UserError where a phase's rows do not divide over the devices.
+
+    Only a mode that trains asks: six devices may sample what they cannot train.
+    """
+    accumulate = self.config.executor.accumulate
+    phases = [self.config.ddo]
+    if not self.config.init_from:
+      phases.append(self.config.pretrain)
+    for phase in phases:
+      self.executor.check_batch(phase.batch_size, accumulate)
+
+  @functools.cached_property
+  def log(self) -> records.MetricsLog:
+    """metrics.jsonl."""
+    return records.MetricsLog(self.workdir)
+
+  @functools.cached_property
+  def real(self) -> sources.Source:
+    """The training split, checked against the model."""
+    source = sources.open_source(self.config.data, self.config.data.train_split)
+    likelihood.check_source(
+      model=self.model,
+      name=source.name,
+      image_shape=source.image_shape,
+      num_classes=source.num_classes,
+      pixel_values=source.pixel_values,
+    )
+    return source
+
+  @functools.cached_property
+  def evaluator(self) -> evaluator_lib.Evaluator:
+    """The metrics: a protocol's, or those of a classifier that is fitted."""
+    data = self.config.data
+    return measure.open_evaluator(
+      settings=self.config.evaluation,
+      seed=self.config.seed,
+      train=self.real,
+      open_test=functools.partial(sources.open_source, data, data.test_split),
+    )
+
+  @property
+  def tokenizer_folder(self) -> pathlib.Path:
+    """Where the params of the model's tokenizer are, if it has one."""
+    if self.config.tokenizer_from:
+      return pathlib.Path(self.config.tokenizer_from).expanduser()
+    return self.workdir / 'tokenizer' / 'params'
+
+  @functools.cached_property
+  def frozen(self) -> likelihood.Frozen:
+    """Weights that are neither trained nor the reference."""
+    config = self.config
+    frozen = {}
+    if config.guide_from:
+      guide = config.guide or config.model
+      folder = pathlib.Path(config.guide_from).expanduser()
+      frozen['guide'], _ = load_params(folder, guide.build(), self.executor)
+    learner = config.model.build_tokenizer()
+    if learner:
+      frozen['tokenizer'], _ = load_params(
+        self.tokenizer_folder, learner, self.executor
+      )
+    if config.vae_from:
+      weights = vae_names.read(pathlib.Path(config.vae_from).expanduser())
+      frozen['vae'] = self.executor.replicate(weights)
+    return frozen
+
+  def generator(self, guided: bool = True) -> generate.Generator:
+    """Returns what draws images with the config's sampler.
+
+    Args:
+      guided: whether the sampler's guidance and filters are kept; a sample of
+        p_ref itself has none.
+    """
+    sampler = self.config.sampler
+    if not guided:
+      sampler = sampler.unguided()
+    return generate.Generator(
+      model=self.model,
+      frozen=self.frozen,
+      sampler=sampler,
+      executor=self.executor,
+      batch=self.config.executor.sample_batch,
+    )
+
+  def job(
+    self,
+    folder: pathlib.Path,
+    phase: config_lib.Phase,
+    model: likelihood.LikelihoodModel,
+    frozen: likelihood.Frozen,
+    start: Callable[[], likelihood.Params],
+    reference: likelihood.Params,
+    fake: sources.Source | None,
+    score: Callable[[likelihood.Params], evaluator_lib.Scores] | None = None,
+  ) -> loop_lib.Job:
+    """Returns the training job of a stage; see `loop.Job`."""
+    draws = phase.objective.contrastive and phase.negatives.needs_sampler
+    return loop_lib.Job(
+      name=folder.name,
+      folder=folder,
+      seed=self.config.seed,
+      phase=phase,
+      model=model,
+      start=start,
+      reference=reference,
+      frozen=frozen,
+      real=self.real,
+      fake=fake,
+      sampler=self.config.sampler.unguided() if draws else None,
+      executor=self.executor,
+      accumulate=self.config.executor.accumulate,
+      log=self.log,
+      evaluate=score,
+      metric=self.config.evaluation.metric,
+    )
