@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import zipfile
 
 import jax
@@ -16,6 +17,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import rng
+from ddo_jax.data import sources
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import fidelity
 from ddo_jax.evaluation import measure
@@ -341,6 +343,43 @@ def test_mistakes(settings, tmp_path, monkeypatch):
   settings.evaluation.protocol = 'tiny'
   settings.evaluation.fid_stats = str(tmp_path / 'lost.npz')
   assert 'lost.npz' in refusal(tmp_path / 'few.npz')
+
+
+def test_training_images_of_another_shape_are_refused_at_once(settings):
+  """The pool would be drawn before a sample is measured."""
+
+  def open_evaluator(images):
+    labels = np.zeros(len(images), np.int32)
+    train = sources.ArraySource('train', images, labels)
+    return measure.open_evaluator(
+      settings.evaluation, seed=0, train=train, open_test=None
+    )
+
+  with pytest.raises(errors.UserError, match=r'images are uint8 \[5, 4, 3\]'):
+    open_evaluator(np.zeros((9, 5, 4, 3), np.uint8))
+  open_evaluator(images_of())
+  # What latents decode to is known only when it is seen.
+  open_evaluator(np.zeros((9, 2, 2, 8), np.float32))
+
+
+def test_published_files_are_found_where_they_were(settings, monkeypatch):
+  path = pathlib.Path(settings.evaluation.fid_stats)
+  settings.evaluation.fid_stats = ''
+  monkeypatch.setenv('HOME', str(path.parent))
+  cache = path.parent / '.cache' / 'ddo_jax'
+
+  def open_evaluator():
+    return measure.open_evaluator(
+      settings.evaluation, seed=0, train=None, open_test=None
+    )
+
+  with pytest.raises(errors.UserError, match=r'fid_stats/tiny\.npz'):
+    open_evaluator()
+  for folder in ('references', 'fid_stats'):  # as earlier versions had it first
+    (cache / folder).mkdir(parents=True)
+    path.rename(cache / folder / 'tiny.npz')
+    path = cache / folder / 'tiny.npz'
+    open_evaluator()
 
 
 def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
