@@ -12,6 +12,7 @@ import jax
 
 from ddo_jax import errors
 from ddo_jax.data import sources
+from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.method import ddo
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
@@ -53,6 +54,7 @@ def _static(default: Any) -> Any:
 Averages = state_lib.Averages
 Data = sources.Data
 Executor = devices.ExecutorConfig
+Evaluation = evaluator_lib.Evaluation
 Optimizer = state_lib.Optimizer
 
 
@@ -105,31 +107,6 @@ class Phase:
   def steps(self) -> int:
     """Returns the number of optimizer steps of the phase."""
     return -(-self.images // self.batch_size)
-
-
-@dataclasses.dataclass
-class Evaluation:
-  """How much is sampled to choose a checkpoint, and to report one."""
-
-  # Under a named protocol (see `protocols`) Inception's or DINOv2's features
-  # are compared with a published reference; '' fits a small classifier to the
-  # training split and measures in its features.
-  protocol: str = _knob('')
-  metric: str = _knob('fd_train')  # selects checkpoints; lower is better
-  selection_samples: int = _knob(5_000)  # on one fixed seed of their own
-  # A reported number: samples of each block, and disjoint blocks of seeds
-  # (mean ± sd); 0: as the protocol has them, without one 5,000 and 3.
-  samples: int = _knob(0)
-  seeds: int = _knob(0)
-  # Under a protocol: which of its features, () for all, and how many training
-  # images are embedded for kid, precision and recall, 0 for none.
-  features: tuple[str, ...] = _knob(())
-  real_images: int = _knob(0)
-  # Files of the reference and of the networks' weights; '' looks for them in
-  # ~/.cache/ddo_jax/references and ~/.cache/ddo_jax/networks.
-  reference: str = _knob('', science=False)
-  inception: str = _knob('', science=False)
-  dinov2: str = _knob('', science=False)
 
 
 @dataclasses.dataclass
@@ -298,21 +275,5 @@ def validate(config: Config) -> None:
     errors.require(
       not objective.contrastive, f'{name}.objective', objective, 'MLE()'
     )
-  evaluation = config.evaluation
-  metrics = ('fd_train', 'fd_test')
-  if evaluation.protocol:
-    metrics = ('fid', 'sfid', 'fd_dinov2')
-  errors.require(
-    evaluation.metric in metrics,
-    'evaluation.metric',
-    evaluation.metric,
-    f'one of {metrics}',
-  )
-  value = evaluation.selection_samples
-  errors.require(
-    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
-  )
-  for field in ('samples', 'seeds', 'real_images'):
-    value = getattr(evaluation, field)
-    errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
+  evaluator_lib.check(config.evaluation)
   config.executor.check()

@@ -184,7 +184,8 @@ def evaluate(
   save_images: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Scores params; see `score.score_params`."""
-  return score.score_params(config, workdir, params, output, save_images)
+  run = workspace.Run(config, workdir)
+  return score.score_params(run, params, output, save_images)
 
 
 def report(
@@ -232,7 +233,7 @@ def convert(
 
 def fid_stats(config: config_lib.Config, output: pathlib.Path) -> pathlib.Path:
   """Writes the statistics of a data set; returns their folder."""
-  return score.write_reference(config, output)
+  return score.write_fid_stats(config.evaluation, config.data, output)
 
 
 def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
@@ -259,7 +260,14 @@ def _sample() -> Any:
 
 def _evaluate() -> Any:
   if _IMAGES.value:
-    return score.score_images(_CONFIG.value, _path(_IMAGES), _path(_OUTPUT))
+    config = _CONFIG.value
+    return score.score_images(
+      settings=config.evaluation,
+      seed=config.seed,
+      data=config.data,
+      path=_path(_IMAGES),
+      output=_path(_OUTPUT),
+    )
   return evaluate(
     config=_CONFIG.value,
     workdir=_path(_WORKDIR),
@@ -408,15 +416,11 @@ def _print(result: Any) -> None:
   if not isinstance(result, dict):
     print(result)
     return
-  for name, values in result['scores'].items():
-    sd = '' if values['sd'] is None else f' ± {values["sd"]:.4f}'
-    print(f'{name:16} {values["mean"]:.4f}{sd}')
+  print('\n'.join(score.lines(result)))
   if _AGAINST.value:
     other = records.read_json(_path(_AGAINST))
     for name, gap in score.compare(result, other).items():
       print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
-  for note in result.get('notes', []):
-    print(f'note: {note}')
 
 
 def _main(argv: Sequence[str]) -> None:

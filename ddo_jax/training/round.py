@@ -19,7 +19,7 @@ from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
@@ -110,8 +110,13 @@ def _report_scores(
 ) -> dict[str, Any]:
   """Scores the round's start and end and draws their grids: eval.json."""
   generator = run.generator()
+  settings = run.config.evaluation
   scores = functools.partial(
-    evaluator_lib.report_scores, run.evaluator, generator, config=run.config
+    measure.report_scores,
+    run.evaluator,
+    generator,
+    settings=settings,
+    seed=run.config.seed,
   )
   before = before or scores(reference)
   after = scores(promotion.params) if promotion.step else before
@@ -120,7 +125,8 @@ def _report_scores(
     images, _ = generator.images(params, key, GRID, name)
     path = folder / f'{name}.png'
     generate.save_grid(path, images, run.real.pixel_values)
-  result = {'before': before, 'after': after}
+  count = measure.num_images(run.evaluator, settings)
+  result = {'before': before, 'after': after, 'samples': count}
   records.write_json(folder / 'eval.json', result)
   return result
 
@@ -171,7 +177,7 @@ def play_round(
 
   Returns:
     {'round', 'before', 'after', 'promoted', 'provenance', 'warnings',
-    'seconds', 'environment'}.
+    'seconds', 'environment', 'samples'}.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
@@ -184,10 +190,11 @@ def play_round(
   # The evaluator comes first: a missing file of statistics should not cost the
   # pool.
   score = functools.partial(
-    evaluator_lib.selection_scores,
+    measure.selection_scores,
     run.evaluator,
     run.generator(),
-    config=run.config,
+    settings=run.config.evaluation,
+    seed=run.config.seed,
   )
   params, start, meta = _reference(run, folder, origin)
   reference = run.executor.make_state(model.rules.reduce, params)

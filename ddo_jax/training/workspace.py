@@ -13,7 +13,7 @@ from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
-from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
@@ -173,12 +173,15 @@ class Run:
     return source
 
   @functools.cached_property
-  def evaluator(self) -> evaluator_lib.Measures:
+  def evaluator(self) -> evaluator_lib.Evaluator:
     """The metrics: a protocol's, or those of a classifier that is fitted."""
-    if self.config.evaluation.protocol:
-      return fidelity.Evaluator(self.config, self.real)
-    test = sources.open_source(self.config.data, self.config.data.test_split)
-    return evaluator_lib.Evaluator(self.real, test)
+    data = self.config.data
+    return measure.open_evaluator(
+      settings=self.config.evaluation,
+      seed=self.config.seed,
+      train=self.real,
+      open_test=functools.partial(sources.open_source, data, data.test_split),
+    )
 
   @property
   def tokenizer_folder(self) -> pathlib.Path:
