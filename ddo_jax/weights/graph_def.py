@@ -98,7 +98,10 @@ def _shape(raw: memoryview) -> tuple[int, ...]:
 
 def _tensor(raw: memoryview) -> np.ndarray | None:
   """Returns the array of a TensorProto; None unless it is float32."""
-  dtype, shape, content, values = 0, (), b'', []
+  dtype = 0
+  shape = ()
+  content = b''
+  values = []
   for number, value in _fields(raw):
     if number == 1:
       dtype = value
@@ -134,8 +137,8 @@ def _constant(raw: memoryview) -> tuple[str, np.ndarray | None]:
     elif number == 5:
       entry = dict(_fields(_message(value)))
       key = _text(entry.get(1, memoryview(b'')))
-      attribute = _message(entry.get(2, memoryview(b'')))
       if key == 'value':
+        attribute = _message(entry.get(2, memoryview(b'')))
         for inner, tensor in _fields(attribute):
           if inner == 8:
             array = _tensor(_message(tensor))
