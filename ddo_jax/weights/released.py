@@ -52,7 +52,7 @@ class Weights:
   provenance: dict[str, str]
 
 
-# The four functions below are all that this module knows of the models.
+# Only the five functions below depend on which kind of model it is.
 
 
 def _build(config: Any) -> likelihood.LikelihoodModel | vqvae_learner.Learner:
@@ -67,6 +67,16 @@ def _recorded(config: Any) -> dict[str, Any]:
   recorded = settings.to_json(config)
   named = {f'model.{name}': value for name, value in recorded.items()}
   return {'model.type': type(config).__name__} | named
+
+
+def _unwrap(config: Any, state: Any) -> tuple[Any, Any]:
+  """Returns the config of the network inside a file, and its state dict."""
+  if not isinstance(config, var.VarConfig):
+    return config, state
+  state = var_names.unwrap(state)
+  if var_names.is_tokenizer(state):
+    config = config.tokenizer
+  return config, state
 
 
 def _to_flax(config: Any, state: dict[str, np.ndarray]) -> likelihood.Params:
@@ -131,10 +141,7 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
       ' recipe with that model'
     )
   with files.refusing(path, "the state dict of the config's network"):
-    if isinstance(config, var.VarConfig):
-      state = var_names.unwrap(state)
-      if var_names.is_tokenizer(state):
-        config = config.tokenizer
+    config, state = _unwrap(config, state)
     if not all(isinstance(value, np.ndarray) for value in state.values()):
       raise ValueError('it holds more than arrays')
     params = _to_flax(config, state)
