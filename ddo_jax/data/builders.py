@@ -246,7 +246,9 @@ def _builder(spec: Spec, splits: Splits, data_dir: str) -> Any:
   from PIL import Image
   import tensorflow_datasets as tfds
 
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  class Builder(  # type: ignore[call-arg]  # TFDS does not declare the keyword.
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+  ):
     """Stays unregistered, because TFDS may know a builder of this name."""
 
     name = spec.name
