@@ -246,9 +246,11 @@ def _builder(spec: Spec, splits: Splits, data_dir: str) -> Any:
   from PIL import Image
   import tensorflow_datasets as tfds
 
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Stays unregistered, because TFDS may know a builder of this name."""
-
+  # The class stays unregistered, because TFDS may know a builder of this name.
+  # To TFDS's types the keyword is unknown.
+  class Builder(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+  ):
     name = spec.name
     VERSION = tfds.core.Version(spec.version)
 

@@ -4,6 +4,10 @@ The rows of step s are positions s·B .. s·B + B − 1 of an endless stream, an
 `order` says which image stands at a position. A batch is therefore a pure
 function of (seed, step): nothing is saved to resume, and any number of
 processes reads the same stream.
+
+Grain's `MapDataset` obeys the same law, but reads these sets more slowly and
+does not promise that its shuffle outlives an update; `experiments.bench.loader`
+compares the two.
 """
 
 import collections

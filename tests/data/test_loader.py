@@ -91,11 +91,12 @@ def test_processes_share_out_the_rows(in_memory):
 
 
 def test_ids_wrap_and_the_order_does_not(in_memory):
-  step = 2**30 + 1
-  (batch,) = batches(in_memory, 4, step, step + 1)
-  assert batch['id'].tolist() == [4, 5, 6, 7]
-  index = loader.order(1, step * 4 + np.arange(4), 10)
-  np.testing.assert_array_equal(batch['stored'], in_memory.stored[index])
+  last = 2**30 - 1
+  before, after = batches(in_memory, 4, last, last + 2)
+  assert before['id'].tolist() == [2**32 - n for n in (4, 3, 2, 1)]
+  assert after['id'].tolist() == [0, 1, 2, 3]
+  index = loader.order(1, 2**32 + np.arange(4), 10)
+  np.testing.assert_array_equal(after['stored'], in_memory.stored[index])
 
 
 @pytest.mark.parametrize('processes', [1, 2])
