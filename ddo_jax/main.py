@@ -46,6 +46,7 @@ import numpy as np
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.evaluation import score
 from ddo_jax.method import generate
 from ddo_jax.method import negatives
@@ -71,7 +72,7 @@ class _ObjectParser(flags.ArgumentParser):
   def parse(self, argument: Any) -> Any:
     if isinstance(argument, self.base):
       return argument
-    return config_lib.parse_object(self.base, argument)
+    return settings.parse_object(self.base, argument)
 
   def flag_type(self) -> str:
     return self.base.__name__

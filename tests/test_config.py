@@ -6,6 +6,7 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.models import toy
 from ddo_jax.samplers import heun
 
@@ -108,10 +109,10 @@ def test_the_compiled_step_does_not_depend_on_traced_values():
   ],
 )
 def test_science_must_not_change(name, value):
-  recorded = config_lib.to_json(make())
+  recorded = settings.to_json(make())
   config = changed(name, value)
-  (line,) = config_lib.science_changes(config, recorded)
-  now = config_lib.to_json(config)[name]
+  (line,) = settings.science_changes(config, recorded)
+  now = settings.to_json(config)[name]
   assert line == f'{name}: {recorded[name]!r} -> {now!r}'
 
 
@@ -130,8 +131,8 @@ def test_science_must_not_change(name, value):
   ],
 )
 def test_the_rest_may_change(name, value):
-  recorded = config_lib.to_json(make())
-  assert config_lib.science_changes(changed(name, value), recorded) == []
+  recorded = settings.to_json(make())
+  assert settings.science_changes(changed(name, value), recorded) == []
 
 
 def test_another_kind_of_model_is_a_change():
@@ -139,7 +140,7 @@ def test_another_kind_of_model_is_a_change():
   class Other:
     hidden: int = 64
 
-  recorded = config_lib.to_json(make())
-  lines = config_lib.science_changes(changed('model', Other()), recorded)
+  recorded = settings.to_json(make())
+  lines = settings.science_changes(changed('model', Other()), recorded)
   assert "model.type: 'ToyConfig' -> 'Other'" in lines
   assert "model.network: 'mlp' -> gone" in lines

@@ -13,6 +13,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.training import state as state_lib
 
@@ -36,7 +37,7 @@ def test_recipe(name):
     executor.check_batch(phase.batch_size, config.executor.accumulate)
     model = models.build(config, phase)
     assert jax.tree.leaves(jax.eval_shape(model.init, rng.stream(0)))
-  recorded = json.loads(json.dumps(config_lib.to_json(config)))
+  recorded = json.loads(json.dumps(settings.to_json(config)))
   assert models.from_json(recorded) == config.model
   assert f'--config=configs/{name}.py' in module.__doc__
   assert f'--workdir=runs/{name}' in module.__doc__

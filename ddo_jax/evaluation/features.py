@@ -27,8 +27,8 @@ from ddo_jax.evaluation.networks import inception
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.weights import dinov2 as dinov2_weights
+from ddo_jax.weights import fid_stats
 from ddo_jax.weights import inception as inception_weights
-from ddo_jax.weights import references
 
 Rows = dict[str, np.ndarray]  # kind of features -> [N, D] float32
 Chunks = Callable[[np.ndarray], Iterable[np.ndarray]]  # ids -> images, in order
@@ -70,7 +70,7 @@ class Extractor:
         self._widths[LOGITS] = inception.CLASSES
     if 'fd_dinov2' in self.kinds:
       loaded['dinov2'] = dinov2_weights.load(path(evaluation.dinov2))
-    self._widths |= {kind: references.WIDTHS[kind] for kind in self.kinds}
+    self._widths |= {kind: fid_stats.WIDTHS[kind] for kind in self.kinds}
     self._params = {name: params for name, (params, _) in loaded.items()}
     self.provenance = {name: origin for name, (_, origin) in loaded.items()}
     self._apply = jax.jit(self._networks)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax.data import loader
 from ddo_jax.data import sources
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation.metrics import frechet
@@ -17,7 +18,7 @@ from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
-from ddo_jax.weights import references
+from ddo_jax.weights import fid_stats
 
 _FOLDER = pathlib.Path('~/.cache/ddo_jax/references')
 
@@ -54,7 +55,7 @@ class Evaluator:
     self.num_images = protocol.num_images
     self.num_blocks = len(protocol.first_seeds)
     path = config.evaluation.reference or _FOLDER / protocol.reference
-    self._reference = references.read(pathlib.Path(path).expanduser())
+    self._reference = fid_stats.read(pathlib.Path(path).expanduser())
     self._moments = {k: self._reference.of(k) for k in self.extractor.kinds}
     reference = next(iter(self._moments.values()))
     self.files = self.extractor.provenance | {
@@ -74,7 +75,7 @@ class Evaluator:
       count = len(images)
     if real is None or not count:
       return None
-    index = sources.order(0, np.arange(min(count, len(real))), len(real))
+    index = loader.order(0, np.arange(min(count, len(real))), len(real))
     return self.extractor.read(real, index)
 
   def scores(self, rows: features.Rows) -> dict[str, float]:

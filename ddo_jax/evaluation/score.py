@@ -15,6 +15,7 @@ from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.data import files as image_files
+from ddo_jax.data import image_writer
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
@@ -85,7 +86,7 @@ def _under_protocol(
   identity |= _about(evaluator) | {'seed': config.seed}
   digest = hashlib.sha256(json.dumps(identity).encode())
   kept = output / f'features_{digest.hexdigest()[:16]}'
-  writer = save_images and generate.ImageWriter(save_images)
+  writer = save_images and image_writer.ImageWriter(save_images)
   for block in range(num_blocks):
     key = rng.stream(config.seed, 'report', block)
     folder = None if writer else kept / f'block_{block}'

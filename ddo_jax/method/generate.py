@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -108,7 +107,7 @@ class Generator:
     return self.render(np.concatenate(list(parts))), labels
 
   def fill(
-    self, pool: pool_lib.Pool, params: likelihood.Params, key: jax.Array
+    self, pool: pool_lib.FakePool, params: likelihood.Params, key: jax.Array
   ) -> None:
     """Draws the missing shards of a pool; safe to cut off anywhere."""
     for shard in tqdm.tqdm(
@@ -150,47 +149,3 @@ def save_grid(
   zoom = max(1, 32 // images.shape[1])
   sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
   Image.fromarray(sheet.squeeze()).save(path)
-
-
-class ImageWriter:
-  """Writes images as other programs read them.
-
-  A path that ends in .npz: OpenAI's `arr_0`, `arr_1` (labels), shuffled, for
-  its Inception Score reads them in order. Else a folder of PNGs in EDM's
-  layout, with its dataset.json.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    """Nothing is written yet."""
-    self.path = path
-    self._labels, self._images = {}, {}
-
-  def add(
-    self, ids: np.ndarray, images: np.ndarray, labels: np.ndarray
-  ) -> None:
-    """Takes images uint8 [B,H,W,C] of ids [B] and labels [B]."""
-    for number, image, label in zip(ids.tolist(), images, labels, strict=True):
-      self._labels[number] = int(label)
-      if self.path.suffix == '.npz':
-        self._images[number] = image
-        continue
-      file = self.path / _file_name(number)
-      file.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(image.squeeze()).save(file)
-
-  def close(self) -> None:
-    """Writes what needs all images."""
-    numbers = sorted(self._labels)
-    if self.path.suffix == '.npz':
-      numbers = np.random.RandomState(0).permutation(numbers).tolist()
-      images = np.stack([self._images[number] for number in numbers])
-      labels = np.array([self._labels[number] for number in numbers])
-      np.savez(self.path, arr_0=images, arr_1=labels)
-      return
-    entries = [[_file_name(n), self._labels[n]] for n in numbers]
-    content = json.dumps({'labels': entries})
-    (self.path / 'dataset.json').write_text(content)
-
-
-def _file_name(number: int) -> str:
-  return f'{number // 1000:05d}/img{number:08d}.png'

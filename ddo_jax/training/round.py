@@ -16,6 +16,7 @@ import numpy as np
 
 from ddo_jax import config as config_lib
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -33,25 +34,23 @@ GRID = 80  # images of a sample grid
 
 def _reference(
   run: workspace.Run, folder: pathlib.Path, origin: pathlib.Path
-) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
-  """Copies the round's reference from `origin`.
+) -> tuple[likelihood.Params, Callable[[], likelihood.Params], dict[str, Any]]:
+  """Copies the round's reference from `origin`, unless it is copied.
 
   Returns:
-    A function that reads it, and its metadata.
+    Its params, a function that reads them again, and their metadata.
   """
   copy = folder / 'reference'
-  load = functools.partial(
-    workspace.load_params, model=run.model, executor=run.executor
-  )
-  if not copy.exists():
-    params, meta = load(origin)
-    checkpoint.save_params(copy, params, meta)
+  target = workspace.params_target(run.model, run.executor)
+  params, meta = checkpoint.copy_params(origin, copy, target)
 
   def read():
-    params, _ = load(copy)
-    return params
+    again, _ = workspace.load_params(
+      copy, run.model, run.executor, verify=False
+    )
+    return again
 
-  return read, checkpoint.load_meta(copy)
+  return params, read, meta
 
 
 def _fake_pool(
@@ -68,7 +67,7 @@ def _fake_pool(
     'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
   }
-  pool = pool_lib.Pool(
+  pool = pool_lib.FakePool(
     folder=folder / 'fakes',
     size=run.config.ddo.negatives.size,
     shard_size=run.config.executor.sample_batch,
@@ -96,7 +95,7 @@ def _promote(
     'stage': folder.name,
     'promoted': chosen,
     'provenance': provenance,
-    'config': config_lib.to_json(run.config),
+    'config': settings.to_json(run.config),
   }
   checkpoint.save_params(folder / 'promoted', promotion.params, meta)
   return chosen
@@ -190,8 +189,9 @@ def play_round(
     run.generator(),
     config=run.config,
   )
-  start, meta = _reference(run, folder, origin)
-  reference = run.executor.make_state(model.rules.reduce, start())
+  params, start, meta = _reference(run, folder, origin)
+  reference = run.executor.make_state(model.rules.reduce, params)
+  del params
   fake = None
   if phase.objective.contrastive and phase.negatives.needs_pool:
     fake = _fake_pool(run, folder, reference, meta)

@@ -75,7 +75,7 @@ def step_speed(
   """Times the step of a phase on random pixels, its state donated."""
   rows, draw = phase.batch_size, np.random.default_rng(0)
   pixels = lambda: {
-    'image': draw.integers(0, 256, (rows, *model.example_shape), np.uint8),
+    'stored': draw.integers(0, 256, (rows, *model.example_shape), np.uint8),
     'label': np.zeros(rows, np.int32),
   }
   ids = {'id': np.arange(rows, dtype=np.uint32)}

@@ -102,7 +102,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
 
   shape = (rows, *model.image_shape)
   image = np.random.RandomState(0).randint(0, model.pixel_values, shape)
-  raw = {'image': jnp.asarray(image, jnp.uint8), 'label': label, 'id': ids}
+  raw = {'stored': jnp.asarray(image, jnp.uint8), 'label': label, 'id': ids}
 
   state = state_lib.create(params, config.ddo)
   reference = model.reduced(params)

@@ -74,7 +74,7 @@ def _arguments(
   )
   zeros = lambda dtype, *shape: np.zeros((phase.batch_size, *shape), dtype)
   image, label = zeros(np.uint8, *model.image_shape), zeros(np.int32)
-  fake = executor.place_batch({'image': image, 'label': label})
+  fake = executor.place_batch({'stored': image, 'label': label})
   real = fake | {'id': executor.place_batch(zeros(np.uint32))}
   return [
     *(checkpoint.abstract(t, executor.state_shardings(t)) for t in trees),

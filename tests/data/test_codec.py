@@ -232,11 +232,11 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   sampler = heun.Heun(4, 0.02, 20.0)
   frozen = executor.replicate({'vae': autoencoder})
   generator = generate.Generator(model, frozen, sampler, executor, 4)
-  pool = pool_lib.Pool(tmp_path, 10, 4, {})
+  pool = pool_lib.FakePool(tmp_path, 10, 4, {})
   key = rng.stream(0, 'fakes')
   generator.fill(pool, {}, key)
   source = pool.source(num_classes=3, pixel_values=256)
-  model.check_source(source.name, source.image_shape, 3, source.pixel_values)
+  model.check_source(source.name, source.stored_shape, 3, source.pixel_values)
   stored, labels = source.read(np.arange(10))
   assert stored.shape == (10, 4, 4, 8) and stored.dtype == np.float32
   x = model.sample(
@@ -263,8 +263,8 @@ def test_a_step_on_latents_starts_at_chance():
   static = {'model': model, 'phase': phase.static()}
   step = jax.jit(functools.partial(step_lib.train_step, **static))
   label = np.arange(8, dtype=np.int32) % 3
-  real = {'image': raw_latents(8), 'label': label}
-  fake = {'image': LATENTS.decode(raw_latents(8)[..., :4]), 'label': label}
+  real = {'stored': raw_latents(8), 'label': label}
+  fake = {'stored': LATENTS.decode(raw_latents(8)[..., :4]), 'label': label}
   real['id'] = np.arange(8, dtype=np.uint32)
   hyper = state_lib.Hyper(*map(jnp.float32, (2.0, 0.05, 1e-3)))
   state, metrics = step(

@@ -10,7 +10,7 @@ IDENTITY = {'reference': 'abc', 'sampler': {'num_steps': 3}, 'stream': [0, 'a']}
 
 
 def open_pool(folder, size=10, shard_size=4, **identity):
-  return pool_lib.Pool(folder, size, shard_size, IDENTITY | identity)
+  return pool_lib.FakePool(folder, size, shard_size, IDENTITY | identity)
 
 
 def draw(ids):

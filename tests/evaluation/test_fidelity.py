@@ -17,18 +17,18 @@ from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax.data import image_writer
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import fidelity
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import score
 from ddo_jax.evaluation.networks import inception
-from ddo_jax.method import generate
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.training import run as run_lib
+from ddo_jax.weights import fid_stats
 from ddo_jax.weights import inception as inception_weights
-from ddo_jax.weights import references
 
 SHAPE, WIDTH, COUNT = (4, 4, 3), 6, 150
 TINY = dataclasses.replace(
@@ -62,7 +62,7 @@ def small(monkeypatch):
   monkeypatch.setattr(
     inception_weights, 'load', lambda path: ({'matrix': matrix}, origin)
   )
-  monkeypatch.setitem(references.WIDTHS, 'fid', WIDTH)
+  monkeypatch.setitem(fid_stats.WIDTHS, 'fid', WIDTH)
   monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
   return matrix
 
@@ -124,7 +124,7 @@ def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_files_score_as_arrays(settings, tmp_path, kind):
-  writer = generate.ImageWriter(tmp_path / 'set')
+  writer = image_writer.ImageWriter(tmp_path / 'set')
   writer.add(np.arange(COUNT), images_of(), np.arange(COUNT) % 3)
   writer.close()
   path = tmp_path / 'set'

@@ -148,8 +148,8 @@ def measure(name, folder):
   draw = np.random.default_rng(1)
   pixels = lambda: draw.integers(0, 256, (batch, *shape), np.uint8)
   label, ids = np.arange(batch, dtype=np.int32), np.arange(batch)
-  real = {'image': pixels(), 'label': label, 'id': ids.astype(np.uint32)}
-  fake = executor.place_batch({'image': pixels(), 'label': label})
+  real = {'stored': pixels(), 'label': label, 'id': ids.astype(np.uint32)}
+  fake = executor.place_batch({'stored': pixels(), 'label': label})
   real = executor.place_batch(real)
   keys = jax.random.split(rng.stream(0), batch)
 
@@ -158,7 +158,7 @@ def measure(name, folder):
     batch = likelihood.Batch(x, label, ids)
     return model.log_prob(params, frozen, batch, keys)
 
-  found = jax.jit(log_prob)(reference, frozen, real['image'])
+  found = jax.jit(log_prob)(reference, frozen, real['stored'])
   lap('log-likelihood, compiled', found)
   assert np.isfinite(found).all()
   step = executor.compile_step(

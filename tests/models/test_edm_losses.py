@@ -231,7 +231,7 @@ def test_models_fit_the_step(config, objective):
     models.build(config_lib.Config(model=config), phase)
   )
   raw = {
-    'image': np.zeros((2, 8, 8, 3), np.uint8),
+    'stored': np.zeros((2, 8, 8, 3), np.uint8),
     'label': np.zeros(2, np.int32),
     'id': np.arange(2, dtype=np.uint32),
   }

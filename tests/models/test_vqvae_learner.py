@@ -49,7 +49,7 @@ def _by_hand(params, image):
 def test_losses_and_their_gradient():
   """Error of the rounded features' image, and distance over the scales."""
   params = tiny_var.weights()[1]['tokenizer']
-  image = LEARNER.encode({}, jnp.asarray(tiny_var.make_rows(0)['image']), None)
+  image = LEARNER.encode({}, jnp.asarray(tiny_var.make_rows(0)['stored']), None)
 
   @jax.jit
   def run(params, image):

@@ -13,6 +13,7 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.method import ddo
 from ddo_jax.method import generate
 from ddo_jax.models import toy
@@ -92,7 +93,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
   """A finished run of one round, and config fields that differ."""
   config = config_lib.Config(model=toy.ToyConfig(), sampler=heun.Heun())
   config.ddo.objective = objective
-  config = config_lib.to_json(config) | changes
+  config = settings.to_json(config) | changes
   extra = diagnostics | {'chance_loss': 1.386} if objective == 'ddo' else {}
   log = [train_record('pretrain', step, {}) for step in range(9)]
   for step in range(9):

@@ -11,6 +11,7 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
+from ddo_jax import settings
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.runtime import checkpoint
@@ -97,7 +98,7 @@ def test_a_run_reads_the_folder(tmp_path):
 def test_a_runs_own_tokenizer_is_written(tmp_path):
   """Its folder is of the whole run's config."""
   params, _ = state_of(TOKENIZER)
-  meta = {'stage': 'tokenizer', 'config': config_lib.to_json(RECIPE)}
+  meta = {'stage': 'tokenizer', 'config': settings.to_json(RECIPE)}
   checkpoint.save_params(tmp_path / 'params', params, meta)
   weights = released.load_folder(tmp_path / 'params')
   assert weights.config == TOKENIZER
