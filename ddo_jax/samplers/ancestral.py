@@ -82,7 +82,7 @@ def smooth_weights(
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Ancestral:
+class Ancestral(contract.Sampler):
   """Draws the tokens of each stage given all stages before it.
 
   With guidance the model sees every row twice, with its label and without, and

@@ -9,6 +9,7 @@ import pytest
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.method import diffusion
+from ddo_jax.method import noise
 from ddo_jax.samplers import ablation
 from ddo_jax.samplers import dpm_solver_v3
 from ddo_jax.samplers import guidance
@@ -96,9 +97,7 @@ def guided_model(num_classes=2, guide=None):
     denoiser=Constant(num_classes + 1),
     example_shape=SHAPE,
     num_classes=num_classes,
-    sigma_data=0.5,
-    p_mean=-0.5,
-    p_std=1.0,
+    weight=noise.EdmWeight(0.5),
     guide=guide,
   )
 
