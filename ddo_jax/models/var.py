@@ -257,18 +257,6 @@ class Var(nn.Module):
     _, parts = scan(self, None, (split_runs(h), split_runs(ids)))
     return jnp.moveaxis(parts, 0, 1).reshape(rows, -1)[:, :length]
 
-  def log_prob(
-    self, label: jax.Array, inputs: jax.Array, ids: jax.Array
-  ) -> jax.Array:
-    """Returns log p(image | label), [B] in nats: sums of `token_log_prob`."""
-    return jnp.sum(self.token_log_prob(label, inputs, ids), axis=1)
-
-  def cross_entropy(
-    self, label: jax.Array, inputs: jax.Array, ids: jax.Array
-  ) -> jax.Array:
-    """Returns VAR's pretraining loss, [B] in nats per token."""
-    return -jnp.mean(self.token_log_prob(label, inputs, ids), axis=1)
-
   def predict(
     self,
     scale: int,

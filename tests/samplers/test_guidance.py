@@ -1,5 +1,7 @@
 """Guidance by a second network: its interval, its weights, its labels."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from ddo_jax import rng
 from ddo_jax.method import diffusion
 from ddo_jax.method import noise
 from ddo_jax.samplers import ablation
+from ddo_jax.samplers import contract
 from ddo_jax.samplers import dpm_solver_v3
 from ddo_jax.samplers import guidance
 from ddo_jax.samplers import heun
@@ -65,6 +68,15 @@ def test_the_guide_is_not_evaluated_elsewhere(sampler):
   jax.effects_barrier()
   assert guided == [s for s in asked if 0.01 < s <= 20]
   assert 0 < len(guided) < len(asked)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: type(s).__name__)
+def test_the_contract(sampler):
+  guided = dataclasses.replace(sampler, guidance=3.0, guidance_min=0.1)
+  assert isinstance(guided, contract.Sampler)
+  assert guided.reads == 'denoise'
+  assert guided.unguided() == dataclasses.replace(guided, guidance=1.0)
+  assert hash(guided.unguided()) != hash(guided)
 
 
 def test_an_empty_interval_is_a_mistake():
