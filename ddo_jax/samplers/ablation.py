@@ -20,7 +20,7 @@ from ddo_jax.samplers import schedules
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Ablation:
+class Ablation(contract.Sampler):
   """Steps from noise level to noise level, sigma_max to 0, in the time of σ(t).
 
   The defaults are EDM's own sampler, as in `heun.Heun`.
@@ -74,7 +74,7 @@ class Ablation:
   guidance_max: float = 1e9
 
   def check(self) -> None:
-    """Raises UserError, naming the field, where a value makes no sense."""
+    """Raises UserError, naming the field, if a value makes no sense."""
     choices = {
       'solver': ('euler', 'heun'),
       'discretization': ('vp', 've', 'iddpm', 'edm'),
@@ -92,7 +92,8 @@ class Ablation:
         f'config.sampler.alpha is {self.alpha}; it must be in (0, 1]: 1 for'
         " Heun's method"
       )
-    noise_lib.check(self.num_steps, *self.sigma_range())
+    low, high = self.sigma_range()
+    noise_lib.check(self.num_steps, sigma_min=low, sigma_max=high)
 
   def sigma_range(self) -> tuple[float, float]:
     """Returns the smallest noise level above 0, and the largest."""
@@ -140,7 +141,8 @@ class Ablation:
     """Returns the schedule σ(t)."""
     match self.schedule:
       case 'vp':
-        return schedules.fitted_vp(*self.sigma_range(), self.epsilon_s)
+        low, high = self.sigma_range()
+        return schedules.fitted_vp(low, high, self.epsilon_s)
       case 've':
         return schedules.VE()
       case _:

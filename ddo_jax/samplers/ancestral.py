@@ -82,7 +82,7 @@ def smooth_weights(
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Ancestral:
+class Ancestral(contract.Sampler):
   """Draws the tokens of each stage given all stages before it.
 
   With guidance the model sees every row twice, with its label and without, and
@@ -171,10 +171,9 @@ class Ancestral:
 
     carry = (inputs, past, canvas)
     if stages.scanned:
-      carry, tokens = jax.lax.scan(
-        step, carry, jax.tree.map(jnp.asarray, schedule)
-      )
-      tokens = jnp.moveaxis(tokens, 0, 1).reshape(rows, -1)
+      columns = jax.tree.map(jnp.asarray, schedule)
+      carry, parts = jax.lax.scan(step, carry, columns)
+      tokens = jnp.moveaxis(parts, 0, 1).reshape(rows, -1)
     else:
       parts = []
       for stage in range(len(stages.sizes)):
@@ -182,7 +181,8 @@ class Ancestral:
         carry, part = step(carry, now)
         parts.append(part)
       tokens = jnp.concatenate(parts, axis=1)
-    return tokens, carry[2]
+    _, _, canvas = carry
+    return tokens, canvas
 
   def _neutral(self) -> float:
     """Returns the value of `guidance` that means no guidance."""

@@ -1,14 +1,13 @@
 """The contract of samplers, on one page.
 
-A sampler is a mutable dataclass of settings with `unsafe_hash=True`. It is
+A `Sampler` is a mutable dataclass of settings with `unsafe_hash=True`. It is
 mutable so that `--config.sampler.x=v` can write a field, and hashed once it is
 built, as a static argument of compiled functions. It knows no model. It drives
 one of two small interfaces, which its class attribute `reads` names:
 
-  'denoise'  a denoiser D(x; σ), a `Denoise`; the samplers are
-             `DenoiseSampler`s such as `heun.Heun`.
-  'stages'   a model that is sampled stage after stage, a `Stages`; the samplers
-             are `StagesSampler`s such as `ancestral.Ancestral`.
+  'denoise'  a denoiser D(x; σ), a `Denoise`, as `heun.Heun` does;
+  'stages'   a model that is sampled stage after stage, a `Stages`, as
+             `ancestral.Ancestral` does.
 
 A model says which of the two it offers, and refuses samplers of the other kind
 (`method.likelihood.check_sampler`).
@@ -109,8 +108,19 @@ class Stages(NamedTuple):
   scanned: bool = False
 
 
-class Sampler(Protocol):
-  """What all samplers have in common.
+class Sampler:
+  """The base class of all samplers.
+
+  A sampler is called in one of two ways. One that reads 'denoise' is called as
+  `sampler(denoise, shape, keys)`, with a `Denoise`, the shape of one sample and
+  the rows' keys [B], and returns the samples [B, *shape] in the denoiser's
+  units. It has three fields for the model, which builds the guided denoiser
+  (`guidance.guided`): `guidance`, where 1 is none, `guidance_min` and
+  `guidance_max`.
+
+  One that reads 'stages' is called as `sampler(stages, label, keys)`, with a
+  `Stages`, the classes [B] int and the rows' keys [B], and returns the tokens
+  [B,L] int32 of all stages and the last canvas.
 
   Attributes:
     reads: 'denoise' or 'stages', the interface that the sampler drives.
@@ -120,52 +130,4 @@ class Sampler(Protocol):
 
   def unguided(self) -> 'Sampler':
     """Returns the sampler of p_ref itself: no guidance and no filter."""
-
-
-class DenoiseSampler(Sampler, Protocol):
-  """A sampler that reads 'denoise'.
-
-  The model builds the guided denoiser, see `guidance.guided`, from the three
-  fields below.
-
-  Attributes:
-    guidance: the weight of guidance; 1 is none.
-    guidance_min: noise levels up to this one are not guided.
-    guidance_max: the largest noise level that is guided.
-  """
-
-  guidance: float
-  guidance_min: float
-  guidance_max: float
-
-  def __call__(
-    self, denoise: Denoise, shape: tuple[int, ...], keys: jax.Array
-  ) -> jax.Array:
-    """Draws one sample for each key.
-
-    Args:
-      denoise: the denoiser.
-      shape: the shape of one sample.
-      keys: the rows' keys, [B].
-
-    Returns:
-      The samples [B, *shape], in the denoiser's units.
-    """
-
-
-class StagesSampler(Sampler, Protocol):
-  """A sampler that reads 'stages'."""
-
-  def __call__(
-    self, stages: Stages, label: jax.Array, keys: jax.Array
-  ) -> tuple[jax.Array, Any]:
-    """Draws one sample for each key.
-
-    Args:
-      stages: the model.
-      label: the classes, [B] int.
-      keys: the rows' keys, [B].
-
-    Returns:
-      The tokens [B,L] int32 of all stages, and the last canvas.
-    """
+    raise NotImplementedError

@@ -83,7 +83,7 @@ def coefficients(lambdas: np.ndarray, nodes: np.ndarray) -> Coefficients:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class DPMSolverV3:
+class DPMSolverV3(contract.Sampler):
   """A deterministic multistep predictor and corrector of order 2.
 
   It ends at sigma_min; no step to 0 follows. The DDO authors offer it for

@@ -12,7 +12,7 @@ from ddo_jax.samplers import noise as noise_lib
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Heun:
+class Heun(contract.Sampler):
   """Integrates dx/dσ = (x − D(x; σ))/σ from sigma_max to 0.
 
   EDM and EDM2 share this sampler. Their programs differ in the type of the

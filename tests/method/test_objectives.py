@@ -138,8 +138,8 @@ def _step():
 
   def log_probs(params, pair):
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair)
-    rows = model.apply({'params': params}, *both, method='log_prob')
-    return jnp.split(rows, 2)
+    tokens = model.apply({'params': params}, *both, method='token_log_prob')
+    return jnp.split(tokens.sum(1), 2)
 
   def objective(params, reference, pair, loss):
     ours, theirs = log_probs(params, pair), log_probs(reference, pair)

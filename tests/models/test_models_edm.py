@@ -291,7 +291,7 @@ def test_dropout_is_by_row():
   [
     ({'image_shape': (28, 28, 1), 'channel_mult': (1, 2, 2, 2)}, 'of 8'),
     ({'image_shape': (32, 16, 3)}, 'square'),
-    ({'network': 'dit'}, 'known: ddpmpp, ncsnpp, adm'),
+    ({'network': 'dit'}, 'one of ddpmpp, ncsnpp, adm'),
     ({'precond': 'ddpm'}, 'one of edm, vp, ve, iddpm, x'),
   ],
 )
