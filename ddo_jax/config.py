@@ -14,10 +14,12 @@ from ddo_jax import errors
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.method import ddo
+from ddo_jax.method import likelihood
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective as objective_lib
 from ddo_jax.runtime import devices
+from ddo_jax.samplers import contract
 from ddo_jax.training import state as state_lib
 
 
@@ -140,10 +142,10 @@ class Config:
   seed: int = _knob(0)
   rounds: int = _knob(1, science=False)
   init_from: str = _knob('')
-  model: Any = None
-  sampler: Any = None
+  model: likelihood.ModelConfig | None = None
+  sampler: contract.Sampler | None = None
   guide_from: str = _knob('')
-  guide: Any = None
+  guide: likelihood.ModelConfig | None = None
   vae_from: str = _knob('')
   tokenizer_from: str = _knob('')
   data: Data = _group(Data())

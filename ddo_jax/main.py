@@ -49,11 +49,18 @@ from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.evaluation import score
 from ddo_jax.method import generate
+from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
+from ddo_jax.method import siblings  # noqa: F401, named on the command line
 from ddo_jax.report import page
 from ddo_jax.runtime import records
+from ddo_jax.samplers import ablation  # noqa: F401, named on the command line
+from ddo_jax.samplers import ancestral  # noqa: F401, as above
+from ddo_jax.samplers import contract
+from ddo_jax.samplers import dpm_solver_v3  # noqa: F401, as above
+from ddo_jax.samplers import heun  # noqa: F401, as above
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
@@ -62,7 +69,7 @@ from ddo_jax.weights import released
 
 
 class _ObjectParser(flags.ArgumentParser):
-  """Parses a field that holds an object, see `config.parse_object`."""
+  """Parses a field that holds an object, see `settings.parse_object`."""
 
   def __init__(self, base: type):
     super().__init__()
@@ -70,7 +77,7 @@ class _ObjectParser(flags.ArgumentParser):
     self.syntactic_help = f'a {base.__name__}'
 
   def parse(self, argument: Any) -> Any:
-    if isinstance(argument, self.base):
+    if not isinstance(argument, str):  # absl also parses the default
       return argument
     return settings.parse_object(self.base, argument)
 
@@ -78,7 +85,14 @@ class _ObjectParser(flags.ArgumentParser):
     return self.base.__name__
 
 
-for _base in (objective.Objective, negatives.Negatives, noise.NoiseLaw):
+# Fields of these types can be replaced whole: --config.sampler='Heun()'.
+for _base in (
+  contract.Sampler,
+  likelihood.ModelConfig,
+  negatives.Negatives,
+  noise.NoiseLaw,
+  objective.Objective,
+):
   config_flags.register_flag_parser_for_type(_base, _ObjectParser(_base))
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -381,7 +395,7 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     if f'--mode={before}' in argv:
       sys.exit(f'FATAL --mode={before} is now --mode={after}')
   try:
-    return app.parse_flags_with_usage(list(argv))
+    return flags.FLAGS(list(argv))
   except Exception as error:
     for arg in argv:
       if arg.lstrip('-').startswith('config.') and 'not found' in str(error):
