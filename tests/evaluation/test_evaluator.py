@@ -70,6 +70,8 @@ def test_every_combination_is_accepted_or_refused_at_once(protocol):
 
 def test_the_run_checks_them_before_anything_is_drawn(tmp_path):
   config = digits.get_config()
+  config.rounds = 0
+  config.pretrain.images = config.pretrain.batch_size
   config.evaluation.protocol = 'edm-cifar10'
   config.evaluation.metric = 'sfid'
   with pytest.raises(errors.UserError, match=r"evaluation.metric is 'sfid'"):
