@@ -13,6 +13,7 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import files as image_files
+from ddo_jax.data import image_writer
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
@@ -20,7 +21,6 @@ from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import statistics
-from ddo_jax.method import generate
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import workspace
@@ -65,7 +65,7 @@ def score_params(
     'seeds': num_blocks,
   } | evaluator.identity()
   kept = output / f'features_{_digest(run, about)}'
-  writer = generate.ImageWriter(save_images) if save_images else None
+  writer = image_writer.ImageWriter(save_images) if save_images else None
   blocks = []
   uncertainty = {}
   for rows, labels in measure.report_blocks(
@@ -149,14 +149,13 @@ def open_images(path: pathlib.Path) -> sources.Source:
       f'{path} holds {lossy[0]}: compression with loss changes the score by'
       ' more than models differ; write the samples as PNG or .npz'
     )
-  files = image_files.open_files(path)
-  return sources.EncodedSource(str(path), **vars(files))
+  return image_files.open_files(path)
 
 
 def score_images(
   settings: evaluator_lib.Evaluation,
   seed: int,
-  data: Any,
+  data: sources.Data,
   path: pathlib.Path,
   output: pathlib.Path,
 ) -> dict[str, Any]:
@@ -199,7 +198,7 @@ def score_images(
 
 
 def write_fid_stats(
-  settings: evaluator_lib.Evaluation, data: Any, output: pathlib.Path
+  settings: evaluator_lib.Evaluation, data: sources.Data, output: pathlib.Path
 ) -> pathlib.Path:
   """Writes the statistics of a data set's training split.
 

@@ -12,6 +12,7 @@ from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
+from ddo_jax.data import image_writer
 from ddo_jax.data import sources
 from ddo_jax.evaluation import classifier_evaluator
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -22,7 +23,6 @@ from ddo_jax.evaluation import score
 from ddo_jax.evaluation.metrics import meanings
 from ddo_jax.evaluation.metrics import memorisation
 from ddo_jax.evaluation.networks import classifier
-from ddo_jax.method import generate
 
 PROTOCOLS = ('', *protocols.PROTOCOLS)
 FEATURES = ('fid', 'sfid', 'fd_dinov2')
@@ -70,6 +70,8 @@ def test_every_combination_is_accepted_or_refused_at_once(protocol):
 
 def test_the_run_checks_them_before_anything_is_drawn(tmp_path):
   config = digits.get_config()
+  config.rounds = 0
+  config.pretrain.images = config.pretrain.batch_size
   config.evaluation.protocol = 'edm-cifar10'
   config.evaluation.metric = 'sfid'
   with pytest.raises(errors.UserError, match=r"evaluation.metric is 'sfid'"):
@@ -237,7 +239,7 @@ def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
   monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
   np.savez(tmp_path / 'a.npz', arr_0=train.images, arr_1=train.labels)
   np.savez(tmp_path / 'b.npz', image=train.images)
-  writer = generate.ImageWriter(tmp_path / 'set')
+  writer = image_writer.ImageWriter(tmp_path / 'set')
   writer.add(np.arange(400), train.images, train.labels)
   writer.close()
 

@@ -17,6 +17,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import rng
+from ddo_jax.data import image_writer
 from ddo_jax.data import sources
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import fidelity
@@ -25,7 +26,6 @@ from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import score
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.networks import inception
-from ddo_jax.method import generate
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.training import workspace
@@ -140,7 +140,7 @@ def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_files_score_as_arrays(settings, tmp_path, kind):
-  writer = generate.ImageWriter(tmp_path / 'set')
+  writer = image_writer.ImageWriter(tmp_path / 'set')
   writer.add(np.arange(COUNT), images_of(), np.arange(COUNT) % 3)
   writer.close()
   path = tmp_path / 'set'
