@@ -5,7 +5,9 @@ A recipe in `configs/` returns a `Config` that differs from these defaults;
 `--config.ddo.objective='DDO(alpha=(2.0,), beta=(0.1,))'` replaces an object.
 """
 
+import copy
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +31,7 @@ def _group(default: Any, *, science: bool = True) -> Any:
   A science field must not change inside one run's folder.
   """
   return dataclasses.field(
-    default_factory=lambda: dataclasses.replace(default),
+    default_factory=functools.partial(copy.deepcopy, default),
     metadata={'science': science},
   )
 
@@ -37,7 +39,7 @@ def _group(default: Any, *, science: bool = True) -> Any:
 def _static_group(default: Any) -> Any:
   """A group of knobs that is part of what the step compiles."""
   return dataclasses.field(
-    default_factory=lambda: dataclasses.replace(default),
+    default_factory=functools.partial(copy.deepcopy, default),
     metadata={'static': True},
   )
 

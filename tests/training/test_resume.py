@@ -239,7 +239,7 @@ KILLS = [
   ('report', Evaluator, 'scores', 2),
 ]
 SECOND_KILLS = [
-  ('between rounds', checkpoint, 'save_params', 1),
+  ('between rounds', checkpoint, 'copy_params', 1),
   ('second pool', pool_lib.FakePool, 'write', 3),
   ('second round', loop_lib._Logger, 'push', 5),
 ]

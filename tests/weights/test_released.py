@@ -13,7 +13,6 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
-from ddo_jax import models
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -106,7 +105,7 @@ PIPE = official_files.Persistent('AugmentPipe', {'p': 0.12})
 
 def state_of(config, dtype=np.float32):
   """Random official weights of a config; none is 0, no two are alike."""
-  model = models.build(config_lib.Config(model=config), config_lib.Phase())
+  model = config.build()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda s: draw.normal(size=s.shape), shapes)
@@ -331,9 +330,7 @@ def test_converted_weights_denoise_as_the_original(tmp_path):
   path = tmp_path / 'edm-x.pkl'
   path.write_bytes(official_files.dumps(table))
   weights = released.load_folder(convert(path, tmp_path / 'folder'))
-  model = models.build(
-    config_lib.Config(model=weights.config), config_lib.Phase()
-  )
+  model = weights.config.build()
   x = golden_io.nhwc(golden['x'])
   label = golden_io.labels(golden['class_labels'])
   got = jax.jit(model.denoise)(

@@ -16,7 +16,7 @@ from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.runtime import checkpoint
 from ddo_jax.samplers import ancestral
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 from ddo_jax.weights import released
 from ddo_jax.weights import torch_zip
 
@@ -88,11 +88,11 @@ def test_a_run_reads_the_folder(tmp_path):
   config = dataclasses.replace(RECIPE, tokenizer_from=str(tmp_path / 'folder'))
   for phase in (config.tokenizer, config.pretrain, config.ddo):
     phase.batch_size = 8
-  run = run_lib.Run(config, tmp_path / 'run')
+  run = workspace.Run(config, tmp_path / 'run')
   same(jax.device_get(run.frozen['tokenizer']), params)
   lost = dataclasses.replace(config, tokenizer_from='')
   with pytest.raises(errors.UserError, match='no params in'):
-    _ = run_lib.Run(lost, tmp_path / 'run').frozen
+    _ = workspace.Run(lost, tmp_path / 'run').frozen
 
 
 def test_a_runs_own_tokenizer_is_written(tmp_path):
