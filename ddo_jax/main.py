@@ -48,12 +48,12 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.evaluation import score
-from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
 from ddo_jax.method import siblings  # noqa: F401, named on the command line
+from ddo_jax.report import grid
 from ddo_jax.report import page
 from ddo_jax.runtime import records
 from ddo_jax.samplers import ablation  # noqa: F401, named on the command line
@@ -100,7 +100,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _PARAMS = flags.DEFINE_string(
-  'params', None, 'sample, evaluate: a folder of params; default the newest.'
+  'params',
+  None,
+  'sample, evaluate: a folder of params, or a released file; default the'
+  ' newest.',
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   'num_samples', 100, 'sample: how many images.', lower_bound=1
@@ -154,6 +157,21 @@ def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
   return run_lib.pretrain(workspace.Run(config, workdir))
 
 
+def params_folder(
+  params: pathlib.Path | None,
+  config: config_lib.Config,
+  output: pathlib.Path,
+) -> pathlib.Path | None:
+  """Returns the folder of params that --params means.
+
+  A released file is converted into `output`/params on the way. A folder, or
+  None for a run's newest params, is returned as it is.
+  """
+  if params is None or params.is_dir():
+    return params
+  return convert(str(params), output / 'params', config)
+
+
 def sample(
   config: config_lib.Config,
   workdir: pathlib.Path,
@@ -166,7 +184,7 @@ def sample(
   Args:
     config: `config.sampler.guidance` guides by the model without labels.
     workdir: the folder of a run.
-    params: a folder of params; None takes the run's newest.
+    params: a folder of params, or a released file; None takes the run's newest.
     num_samples: the number of images.
     output: the folder of the result; None is the workdir.
 
@@ -174,19 +192,20 @@ def sample(
     The path of samples.png.
   """
   run = workspace.Run(config, workdir)
-  folder = params or workspace.newest_params(workdir)
+  output = output or workdir
+  folder = params_folder(params, config, output)
+  folder = folder or workspace.newest_params(workdir)
   weights, meta = workspace.load_params(folder, run.model, run.executor)
   images, labels = run.generator().images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
-  output = output or workdir
   output.mkdir(parents=True, exist_ok=True)
   provenance = json.dumps(meta.get('provenance', {}))
   np.savez(
     output / 'samples.npz', image=images, label=labels, provenance=provenance
   )
   path = output / 'samples.png'
-  generate.save_grid(path, images, run.model.codec.pixel_values)
+  grid.save(path, images, run.model.codec.pixel_values)
   return path
 
 
@@ -197,9 +216,13 @@ def evaluate(
   output: pathlib.Path | None = None,
   save_images: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-  """Scores params; see `score.score_params`."""
+  """Scores params; see `score.score_params`.
+
+  `params` may be a released file: from a .pkl to its FID is one command.
+  """
   run = workspace.Run(config, workdir)
-  return score.score_params(run, params, output, save_images)
+  folder = params_folder(params, config, output or workdir)
+  return score.score_params(run, folder, output, save_images)
 
 
 def report(

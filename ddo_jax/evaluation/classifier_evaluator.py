@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import errors
-from ddo_jax.data import pool
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import rows as rows_lib
@@ -18,6 +17,7 @@ from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
 from ddo_jax.evaluation.networks import classifier
+from ddo_jax.method import generate
 
 _CHUNK = 1_024  # images that are embedded at once
 _KINDS = {
@@ -97,7 +97,7 @@ class ClassifierEvaluator:
 
   def labels(self, ids: np.ndarray, num_classes: int) -> np.ndarray:
     """Returns every class equally often."""
-    return pool.balanced_labels(ids, num_classes)
+    return generate.balanced_labels(ids, num_classes)
 
   def _embed(
     self, take: rows_lib.Take, ids: np.ndarray

@@ -17,11 +17,10 @@ import numpy as np
 from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax import settings
-from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
-from ddo_jax.method import generate
 from ddo_jax.method import likelihood
+from ddo_jax.report import grid
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
@@ -67,9 +66,8 @@ def _fake_pool(
     'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
   }
-  pool = pool_lib.FakePool(
-    folder=folder / 'fakes',
-    size=run.config.ddo.negatives.size,
+  pool = run.config.ddo.negatives.folder(
+    path=folder / 'fakes',
     shard_size=run.config.executor.sample_batch,
     identity=identity,
   )
@@ -124,7 +122,7 @@ def _report_scores(
     key = rng.stream(run.config.seed, 'grid')
     images, _ = generator.images(params, key, GRID, name)
     path = folder / f'{name}.png'
-    generate.save_grid(path, images, run.real.pixel_values)
+    grid.save(path, images, run.real.pixel_values)
   count = measure.num_images(run.evaluator, settings)
   result = {'before': before, 'after': after, 'samples': count}
   records.write_json(folder / 'eval.json', result)

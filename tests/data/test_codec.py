@@ -12,11 +12,11 @@ from ddo_jax import config
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
-from ddo_jax.data import pool as pool_lib
 from ddo_jax.method import ddo
 from ddo_jax.method import diffusion
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -239,7 +239,7 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   sampler = heun.Heun(4, 0.02, 20.0)
   frozen = executor.replicate({'vae': autoencoder})
   generator = generate.Generator(model, frozen, sampler, executor, 4)
-  pool = pool_lib.FakePool(tmp_path, 10, 4, {})
+  pool = negatives.FakePool(tmp_path, 10, 4, {})
   key = rng.stream(0, 'fakes')
   generator.fill(pool, {}, key)
   source = pool.source(num_classes=3, pixel_values=256)

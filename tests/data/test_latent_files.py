@@ -10,8 +10,9 @@ import sets
 
 from ddo_jax import errors
 from ddo_jax.data import loader
-from ddo_jax.data import pool as pool_lib
 from ddo_jax.data import sources
+from ddo_jax.method import generate
+from ddo_jax.method import negatives
 
 SHAPE = (2, 6, 8)  # H, W, and four means before four standard deviations
 
@@ -161,12 +162,12 @@ def test_labels_of_latents_keep_to_their_classes():
 
 
 def test_a_pool_keeps_latents_to_the_bit(tmp_path):
-  pool = pool_lib.FakePool(tmp_path, 5, 2, {})
+  pool = negatives.FakePool(tmp_path, 5, 2, {})
   latents, _ = make_latents()
   latents[0, 0, 0, :4] = np.float32([1e-38, -0.0, 1 / 3, 1e30])
   for shard in pool.missing():
     ids = pool.ids(shard)
-    pool.write(shard, latents[ids], pool_lib.balanced_labels(ids, 3))
+    pool.write(shard, latents[ids], generate.balanced_labels(ids, 3))
   source = pool.source(num_classes=3, pixel_values=256)
   got, labels = sets.read_all(source)
   assert got.dtype == np.float32 and got.tobytes() == latents.tobytes()
@@ -175,7 +176,7 @@ def test_a_pool_keeps_latents_to_the_bit(tmp_path):
 
 
 def test_a_pool_names_the_shard_of_a_diverged_latent(tmp_path):
-  pool = pool_lib.FakePool(tmp_path, 4, 2, {})
+  pool = negatives.FakePool(tmp_path, 4, 2, {})
   latents, labels = make_latents(4)
   latents[3, 0, 0, 0] = np.nan
   for shard in pool.missing():

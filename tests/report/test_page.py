@@ -14,10 +14,10 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax.method import ddo
-from ddo_jax.method import generate
 from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import toy
 from ddo_jax.report import figures
+from ddo_jax.report import grid
 from ddo_jax.report import page as report_page
 from ddo_jax.samplers import heun
 
@@ -124,7 +124,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
   (folder / 'round_000').mkdir(parents=True)
   for name in ('before', 'after'):
     images = np.full((12, 8, 8, 1), 9, np.uint8)
-    generate.save_grid(folder / f'round_000/{name}.png', images, 17)
+    grid.save(folder / f'round_000/{name}.png', images, 17)
   write_json(folder / 'config.json', config)
   write_json(folder / 'round_000' / 'done.json', result)
   write_json(folder / 'summary.json', summary)

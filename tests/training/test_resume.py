@@ -17,7 +17,6 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax.data import pool as pool_lib
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.method import ddo
 from ddo_jax.method import negatives
@@ -228,7 +227,7 @@ def test_the_whole_run_is_worth_comparing(whole):
 # Where one run is killed, time after time; calls count from its restart.
 KILLS = [
   ('pretraining', loop_lib._Logger, 'push', 7),
-  ('pool', pool_lib.FakePool, 'write', 2),
+  ('pool', negatives.FakePool, 'write', 2),
   ('evaluation of the reference', Evaluator, 'scores', 1),
   ('round, before a save', loop_lib._Logger, 'push', 2),
   ('round', loop_lib._Logger, 'push', 6),
@@ -240,7 +239,7 @@ KILLS = [
 ]
 SECOND_KILLS = [
   ('between rounds', checkpoint, 'copy_params', 1),
-  ('second pool', pool_lib.FakePool, 'write', 3),
+  ('second pool', negatives.FakePool, 'write', 3),
   ('second round', loop_lib._Logger, 'push', 5),
 ]
 

@@ -134,6 +134,17 @@ def convert(source, output, **options):
   return main.convert(str(source), pathlib.Path(output), **options)
 
 
+def test_params_may_be_a_released_file(tmp_path):
+  """--params=x.pkl is converted on the way to samples and scores."""
+  path = tmp_path / 'edm-x.pkl'
+  write_pkl(path, 'edm2')
+  folder = main.params_folder(path, config_lib.Config(), tmp_path / 'out')
+  assert folder == tmp_path / 'out' / 'params'
+  assert released.load_folder(folder).config == CASES['edm2'][2]
+  assert main.params_folder(folder, config_lib.Config(), tmp_path) == folder
+  assert main.params_folder(None, config_lib.Config(), tmp_path) is None
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_the_config_inside_the_file(tmp_path, case):
   path = tmp_path / 'edm-x.pkl'
