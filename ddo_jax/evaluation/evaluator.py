@@ -188,7 +188,7 @@ class Evaluator(Protocol):
     """Returns all scores of a set of images by name; see `meanings`.
 
     Args:
-      rows: of the whole set.
+      rows: the rows of the whole set.
       labels: [N] the classes that the images were drawn for; None if there are
         none, or they are not known.
     """

@@ -46,7 +46,7 @@ def power_weight(
   takes the params as they are.
 
   Args:
-    width: the relative standard deviation σ_rel of the profile, EDM2's "length".
+    width: σ_rel, the relative standard deviation of the profile.
     batch_size: images a step.
     images_seen: [] images after the step.
   """
@@ -113,7 +113,8 @@ def correlation(
     end_b: [B] images seen where each average of the second set was taken.
     width_b: [B] the widths of the second set.
   """
-  end_a, end_b = np.float64(end_a)[:, None], np.float64(end_b)[None, :]
+  end_a = np.asarray(end_a, np.float64)[:, None]
+  end_b = np.asarray(end_b, np.float64)[None, :]
   gamma_a = exponent(width_a)[:, None]
   gamma_b = exponent(width_b)[None, :]
   # Where they overlap, the later profile is seen up to the earlier one's end.
