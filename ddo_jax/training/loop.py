@@ -117,6 +117,7 @@ def _termination() -> Iterator[threading.Event]:
 def batches(job: Job, start: int) -> Iterator[Any]:
   """Yields (real, fake) on the devices, from step `start` on."""
   phase = job.phase
+  paired = phase.objective.contrastive
 
   def rows(source, name):
     stream = loader.batches(
@@ -127,7 +128,7 @@ def batches(job: Job, start: int) -> Iterator[Any]:
       phase.steps(),
       jax.process_index(),
       jax.process_count(),
-      other_label=phase.negatives.needs_other_label,
+      other_label=paired and phase.negatives.needs_other_label,
     )
     return contextlib.closing(stream)
 
