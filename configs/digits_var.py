@@ -13,7 +13,7 @@ from ddo_jax.method import negatives
 from ddo_jax.method import objective
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 
 
 def get_config() -> config_lib.Config:
@@ -38,7 +38,7 @@ def get_config() -> config_lib.Config:
       heads=2,
       chunk=21,
     ),
-    sampler=scalewise.Scalewise(),
+    sampler=ancestral.Ancestral(),
     data=config_lib.Data(source='digits'),
     tokenizer=config_lib.Phase(
       objective=objective.MLE(),

@@ -21,7 +21,7 @@ counts microbatches of 128 images and stops long before its end; here the rate
 of a step is that of its first microbatch.
 
 What "guidance 1.0" means in the published evaluation is ambiguous (see
-`samplers.scalewise`): guided results are those of one of
+`samplers.ancestral`): guided results are those of one of
   --config.sampler.guidance=1.5 [?]
   --config.sampler.convention=minus_one --config.sampler.guidance=1.4 [?]
 
@@ -43,7 +43,7 @@ from ddo_jax import config as config_lib
 from ddo_jax.method import ddo
 from ddo_jax.method import negatives
 from ddo_jax.models import var_presets
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 
 _MICRO = 128  # images that the published schedule counts in
 _EPOCH = 10_010  # of those in an epoch
@@ -59,7 +59,7 @@ def get_config() -> config_lib.Config:
     init_from='weights/imagenet256_var_d16',
     tokenizer_from='weights/imagenet256_var_tokenizer',
     model=model,
-    sampler=scalewise.Scalewise(),
+    sampler=ancestral.Ancestral(),
     data=config_lib.Data(source='datasets/img256.zip'),
     ddo=config_lib.Phase(
       objective=ddo.DDO(

@@ -5,19 +5,23 @@ A recipe in `configs/` returns a `Config` that differs from these defaults;
 `--config.ddo.objective='DDO(alpha=(2.0,), beta=(0.1,))'` replaces an object.
 """
 
-import ast
-from collections.abc import Iterator
+import copy
 import dataclasses
-import json
+import functools
 from typing import Any
 
 import jax
 
 from ddo_jax import errors
+from ddo_jax.data import sources
+from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.method import ddo
+from ddo_jax.method import likelihood
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective as objective_lib
+from ddo_jax.runtime import devices
+from ddo_jax.samplers import contract
 from ddo_jax.training import state as state_lib
 
 
@@ -27,7 +31,7 @@ def _group(default: Any, *, science: bool = True) -> Any:
   A science field must not change inside one run's folder.
   """
   return dataclasses.field(
-    default_factory=lambda: dataclasses.replace(default),
+    default_factory=functools.partial(copy.deepcopy, default),
     metadata={'science': science},
   )
 
@@ -35,7 +39,7 @@ def _group(default: Any, *, science: bool = True) -> Any:
 def _static_group(default: Any) -> Any:
   """A group of knobs that is part of what the step compiles."""
   return dataclasses.field(
-    default_factory=lambda: dataclasses.replace(default),
+    default_factory=functools.partial(copy.deepcopy, default),
     metadata={'static': True},
   )
 
@@ -52,6 +56,9 @@ def _static(default: Any) -> Any:
 
 # The groups that stand beside their code.
 Averages = state_lib.Averages
+Data = sources.Data
+Executor = devices.ExecutorConfig
+Evaluation = evaluator_lib.Evaluation
 Optimizer = state_lib.Optimizer
 
 
@@ -107,59 +114,6 @@ class Phase:
 
 
 @dataclasses.dataclass
-class Data:
-  """Where real images come from (see `data.open_source`)."""
-
-  # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow), or the
-  # path of an .npz, or of a folder or zip of images with EDM's dataset.json.
-  source: str = _knob('digits')
-  # Side that smaller images are padded to with 0 (black), centred; 0: as is.
-  pad_to: int = _knob(0)
-  train_split: str = _knob('train')
-  test_split: str = _knob('test')
-  # Where TFDS keeps prepared data; '' is TFDS's own default.
-  data_dir: str = _knob('', science=False)
-  # Folder of the downloaded files that a builder reads (fashion_mnist: the
-  # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz).
-  raw_dir: str = _knob('', science=False)
-
-
-@dataclasses.dataclass
-class Evaluation:
-  """How much is sampled to choose a checkpoint, and to report one."""
-
-  # Under a named protocol (see `protocols`) Inception's or DINOv2's features
-  # are compared with a published reference; '' fits a small classifier to the
-  # training split and measures in its features.
-  protocol: str = _knob('')
-  metric: str = _knob('fd_train')  # selects checkpoints; lower is better
-  selection_samples: int = _knob(5_000)  # on one fixed seed of their own
-  # A reported number: samples of each block, and disjoint blocks of seeds
-  # (mean ± sd); 0: as the protocol has them, without one 5,000 and 3.
-  samples: int = _knob(0)
-  seeds: int = _knob(0)
-  # Under a protocol: which of its features, () for all, and how many training
-  # images are embedded for kid, precision and recall, 0 for none.
-  features: tuple[str, ...] = _knob(())
-  real_images: int = _knob(0)
-  # Files of the reference and of the networks' weights; '' looks for them in
-  # ~/.cache/ddo_jax/references and ~/.cache/ddo_jax/networks.
-  reference: str = _knob('', science=False)
-  inception: str = _knob('', science=False)
-  dinov2: str = _knob('', science=False)
-
-
-@dataclasses.dataclass
-class Executor:
-  """How a step runs on the devices; never changes what it computes."""
-
-  kind: str = _knob('pmap', science=False)  # 'pmap' | 'fsdp'
-  accumulate: int = _knob(1, science=False)  # microbatches a step
-  remat: bool = _knob(False, science=False)  # recompute activations
-  sample_batch: int = _knob(1_000, science=False)  # images a sampler call
-
-
-@dataclasses.dataclass
 class Config:
   """A run.
 
@@ -190,10 +144,10 @@ class Config:
   seed: int = _knob(0)
   rounds: int = _knob(1, science=False)
   init_from: str = _knob('')
-  model: Any = None
-  sampler: Any = None
+  model: likelihood.ModelConfig | None = None
+  sampler: contract.Sampler | None = None
   guide_from: str = _knob('')
-  guide: Any = None
+  guide: likelihood.ModelConfig | None = None
   vae_from: str = _knob('')
   tokenizer_from: str = _knob('')
   data: Data = _group(Data())
@@ -201,7 +155,7 @@ class Config:
   pretrain: Phase = _group(Phase(objective=objective_lib.MLE()))
   ddo: Phase = _group(Phase())
   evaluation: Evaluation = _group(Evaluation())
-  executor: Executor = _group(Executor())
+  executor: Executor = _group(Executor(), science=False)
 
 
 PHASES = ('tokenizer', 'pretrain', 'ddo')
@@ -212,62 +166,17 @@ def at_round(group: Any, round_index: int) -> Any:
 
   Args:
     group: a phase, an objective, a noise law or an optimizer of a config. Its
-      leaves are tuples with one entry a round; the last entry repeats.
+      leaves are tuples with one entry a round, the last of which repeats, or
+      numbers that hold in every round.
     round_index: the round, from 0.
   """
 
   def pick(values):
+    if not isinstance(values, tuple):
+      return values
     return float(values[min(round_index, len(values) - 1)])
 
   return jax.tree.map(pick, group, is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-
-def _default_of(field: dataclasses.Field) -> Any:
-  """Returns a field's default; MISSING where it has none."""
-  if field.default_factory is not dataclasses.MISSING:
-    return field.default_factory()
-  return field.default
-
-
-def flatten(
-  config: Any, prefix: str = ''
-) -> Iterator[tuple[str, Any, bool, Any]]:
-  """Yields (dotted name, value, is science, default) of every leaf."""
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    name = prefix + field.name
-    if dataclasses.is_dataclass(value):
-      default = type(_default_of(field)).__name__
-      yield f'{name}.type', type(value).__name__, True, default
-      yield from flatten(value, name + '.')
-    else:
-      science = field.metadata.get('science', True)
-      yield name, value, science, _default_of(field)
-
-
-def to_json(config: Any) -> dict[str, Any]:
-  """Returns a config, or a group of it, as JSON values by dotted name."""
-  leaves = {name: value for name, value, _, _ in flatten(config)}
-  return json.loads(json.dumps(leaves))
-
-
-def science_changes(config: Config, recorded: dict[str, Any]) -> list[str]:
-  """Returns lines 'name: recorded -> now' for science fields that differ.
-
-  A field that is new since the record was made counts as recorded at its
-  default, so that an upgrade does not orphan a run.
-  """
-  now = to_json(config)
-  lines = []
-  for name, _, science, default in flatten(config):
-    if default is not dataclasses.MISSING:
-      default = json.loads(json.dumps(default, default=repr))
-    before = recorded.get(name, default)
-    if science and before != now[name]:
-      lines.append(f'{name}: {before!r} -> {now[name]!r}')
-  gone = [name for name in recorded if name not in now]
-  lines += [f'{name}: {recorded[name]!r} -> gone' for name in gone]
-  return lines
 
 
 # Where a field of a phase stood before it was part of a group, and the others
@@ -308,46 +217,6 @@ RENAMED = {
   for phase in PHASES
   for before, after in _RENAMED_IN_PHASE.items()
 }
-
-
-def _classes(base: type) -> dict[str, type]:
-  """Returns the classes below a base, also those outside of the package."""
-  found = {}
-  for kind in base.__subclasses__():
-    found[kind.__name__] = kind
-    found |= _classes(kind)
-  return found
-
-
-def parse_object(base: type, text: str) -> Any:
-  """Returns the object that a command line names, e.g. 'mle'.
-
-  Args:
-    base: a class such as `objective.Objective`; any class below it that the
-      recipe has imported may be named, in any case and with underscores.
-    text: a name, or a call whose arguments are literals given by keyword, such
-      as 'FDivergence(kind="hellinger", beta=(0.1,))'. Nothing is executed.
-
-  Raises:
-    errors.UserError: no such class, or no such arguments.
-  """
-  known = _classes(base)
-  by_name = {name.lower(): kind for name, kind in known.items()}
-  try:
-    node = ast.parse(text.strip(), mode='eval').body
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if call.args:
-      raise ValueError('arguments go by keyword')
-    name = call.func.id.replace('_', '').lower()
-    arguments = {
-      keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
-    }
-    return by_name[name](**arguments)
-  except (SyntaxError, ValueError, AttributeError, KeyError, TypeError) as e:
-    raise errors.UserError(
-      f'{text!r} is no {base.__name__} ({e}); wanted one of'
-      f' {", ".join(sorted(known))}, e.g. {min(known)} or {min(known)}(x=1.0)'
-    ) from e
 
 
 def _validate_phase(name: str, phase: Phase) -> None:
@@ -410,27 +279,5 @@ def validate(config: Config) -> None:
     errors.require(
       not objective.contrastive, f'{name}.objective', objective, 'MLE()'
     )
-  evaluation, executor = config.evaluation, config.executor
-  metrics = ('fd_train', 'fd_test')
-  if evaluation.protocol:
-    metrics = ('fid', 'sfid', 'fd_dinov2')
-  errors.require(
-    evaluation.metric in metrics,
-    'evaluation.metric',
-    evaluation.metric,
-    f'one of {metrics}',
-  )
-  value = evaluation.selection_samples
-  errors.require(
-    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
-  )
-  for field in ('samples', 'seeds', 'real_images'):
-    value = getattr(evaluation, field)
-    errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
-  kinds = ('pmap', 'fsdp')
-  errors.require(
-    executor.kind in kinds, 'executor.kind', executor.kind, f'one of {kinds}'
-  )
-  for field in ('accumulate', 'sample_batch'):
-    value = getattr(executor, field)
-    errors.require(value > 0, f'executor.{field}', value, 'a positive integer')
+  evaluator_lib.check(config.evaluation)
+  config.executor.check()

@@ -46,13 +46,21 @@ import numpy as np
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.evaluation import score
-from ddo_jax.method import generate
+from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
+from ddo_jax.method import siblings  # noqa: F401, named on the command line
+from ddo_jax.report import grid
 from ddo_jax.report import page
 from ddo_jax.runtime import records
+from ddo_jax.samplers import ablation  # noqa: F401, named on the command line
+from ddo_jax.samplers import ancestral  # noqa: F401, as above
+from ddo_jax.samplers import contract
+from ddo_jax.samplers import dpm_solver_v3  # noqa: F401, as above
+from ddo_jax.samplers import heun  # noqa: F401, as above
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
@@ -61,7 +69,7 @@ from ddo_jax.weights import released
 
 
 class _ObjectParser(flags.ArgumentParser):
-  """Parses a field that holds an object, see `config.parse_object`."""
+  """Parses a field that holds an object, see `settings.parse_object`."""
 
   def __init__(self, base: type):
     super().__init__()
@@ -69,15 +77,22 @@ class _ObjectParser(flags.ArgumentParser):
     self.syntactic_help = f'a {base.__name__}'
 
   def parse(self, argument: Any) -> Any:
-    if isinstance(argument, self.base):
+    if not isinstance(argument, str):  # absl also parses the default
       return argument
-    return config_lib.parse_object(self.base, argument)
+    return settings.parse_object(self.base, argument)
 
   def flag_type(self) -> str:
     return self.base.__name__
 
 
-for _base in (objective.Objective, negatives.Negatives, noise.NoiseLaw):
+# Fields of these types can be replaced whole: --config.sampler='Heun()'.
+for _base in (
+  contract.Sampler,
+  likelihood.ModelConfig,
+  negatives.Negatives,
+  noise.NoiseLaw,
+  objective.Objective,
+):
   config_flags.register_flag_parser_for_type(_base, _ObjectParser(_base))
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -85,7 +100,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _PARAMS = flags.DEFINE_string(
-  'params', None, 'sample, evaluate: a folder of params; default the newest.'
+  'params',
+  None,
+  'sample, evaluate: a folder of params, or a released file; default the'
+  ' newest.',
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   'num_samples', 100, 'sample: how many images.', lower_bound=1
@@ -139,6 +157,21 @@ def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
   return run_lib.pretrain(workspace.Run(config, workdir))
 
 
+def params_folder(
+  params: pathlib.Path | None,
+  config: config_lib.Config,
+  output: pathlib.Path,
+) -> pathlib.Path | None:
+  """Returns the folder of params that --params means.
+
+  A released file is converted into `output`/params on the way. A folder, or
+  None for a run's newest params, is returned as it is.
+  """
+  if params is None or params.is_dir():
+    return params
+  return convert(str(params), output / 'params', config)
+
+
 def sample(
   config: config_lib.Config,
   workdir: pathlib.Path,
@@ -151,7 +184,7 @@ def sample(
   Args:
     config: `config.sampler.guidance` guides by the model without labels.
     workdir: the folder of a run.
-    params: a folder of params; None takes the run's newest.
+    params: a folder of params, or a released file; None takes the run's newest.
     num_samples: the number of images.
     output: the folder of the result; None is the workdir.
 
@@ -159,19 +192,20 @@ def sample(
     The path of samples.png.
   """
   run = workspace.Run(config, workdir)
-  folder = params or workspace.newest_params(workdir)
+  output = output or workdir
+  folder = params_folder(params, config, output)
+  folder = folder or workspace.newest_params(workdir)
   weights, meta = workspace.load_params(folder, run.model, run.executor)
   images, labels = run.generator().images(
     weights, rng.stream(config.seed, 'sample'), num_samples
   )
-  output = output or workdir
   output.mkdir(parents=True, exist_ok=True)
   provenance = json.dumps(meta.get('provenance', {}))
   np.savez(
     output / 'samples.npz', image=images, label=labels, provenance=provenance
   )
   path = output / 'samples.png'
-  generate.save_grid(path, images, run.model.codec.pixel_values)
+  grid.save(path, images, run.model.codec.pixel_values)
   return path
 
 
@@ -182,8 +216,13 @@ def evaluate(
   output: pathlib.Path | None = None,
   save_images: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-  """Scores params; see `score.score_params`."""
-  return score.score_params(config, workdir, params, output, save_images)
+  """Scores params; see `score.score_params`.
+
+  `params` may be a released file: from a .pkl to its FID is one command.
+  """
+  run = workspace.Run(config, workdir)
+  folder = params_folder(params, config, output or workdir)
+  return score.score_params(run, folder, output, save_images)
 
 
 def report(
@@ -231,7 +270,7 @@ def convert(
 
 def fid_stats(config: config_lib.Config, output: pathlib.Path) -> pathlib.Path:
   """Writes the statistics of a data set; returns their folder."""
-  return score.write_reference(config, output)
+  return score.write_fid_stats(config.evaluation, config.data, output)
 
 
 def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
@@ -258,7 +297,14 @@ def _sample() -> Any:
 
 def _evaluate() -> Any:
   if _IMAGES.value:
-    return score.score_images(_CONFIG.value, _path(_IMAGES), _path(_OUTPUT))
+    config = _CONFIG.value
+    return score.score_images(
+      settings=config.evaluation,
+      seed=config.seed,
+      data=config.data,
+      path=_path(_IMAGES),
+      output=_path(_OUTPUT),
+    )
   return evaluate(
     config=_CONFIG.value,
     workdir=_path(_WORKDIR),
@@ -372,7 +418,7 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     if f'--mode={before}' in argv:
       sys.exit(f'FATAL --mode={before} is now --mode={after}')
   try:
-    return app.parse_flags_with_usage(list(argv))
+    return flags.FLAGS(list(argv))
   except Exception as error:
     for arg in argv:
       if arg.lstrip('-').startswith('config.') and 'not found' in str(error):
@@ -407,15 +453,11 @@ def _print(result: Any) -> None:
   if not isinstance(result, dict):
     print(result)
     return
-  for name, values in result['scores'].items():
-    sd = '' if values['sd'] is None else f' ± {values["sd"]:.4f}'
-    print(f'{name:16} {values["mean"]:.4f}{sd}')
+  print('\n'.join(score.lines(result)))
   if _AGAINST.value:
     other = records.read_json(_path(_AGAINST))
     for name, gap in score.compare(result, other).items():
       print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
-  for note in result.get('notes', []):
-    print(f'note: {note}')
 
 
 def _main(argv: Sequence[str]) -> None:

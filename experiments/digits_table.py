@@ -19,7 +19,7 @@ import numpy as np
 
 from configs import digits
 from ddo_jax import config as config_lib
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import objective
 from ddo_jax.report import page
@@ -161,13 +161,21 @@ def guided(
   weights, _ = workspace.load_params(params, run.model, run.executor)
   selection = {}
   for scale in scales:
-    scores = evaluator_lib.selection_scores(
-      run.evaluator, generator_at(run, scale), weights, config
+    scores = measure.selection_scores(
+      evaluator=run.evaluator,
+      generator=generator_at(run, scale),
+      params=weights,
+      settings=config.evaluation,
+      seed=config.seed,
     )
     selection[scale] = scores['fd_train']
   scale = min(selection, key=selection.get)
-  scores = evaluator_lib.report_scores(
-    run.evaluator, generator_at(run, scale), weights, config
+  scores = measure.report_scores(
+    evaluator=run.evaluator,
+    generator=generator_at(run, scale),
+    params=weights,
+    settings=config.evaluation,
+    seed=config.seed,
   )
   result = {'scale': scale, 'scores': scores}
   records.write_json(path, result)

@@ -24,7 +24,8 @@ import numpy as np
 from configs import digits_var
 from ddo_jax import config as config_lib
 from ddo_jax import rng
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.data import sources
+from ddo_jax.evaluation import measure
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives as negatives_lib
@@ -152,8 +153,12 @@ def scores_of(run: workspace.Run, params: pathlib.Path) -> dict[str, Any]:
   path = params.parent / 'report.json'
   if not path.exists():
     weights, _ = workspace.load_params(params, run.model, run.executor)
-    scores = evaluator_lib.report_scores(
-      run.evaluator, run.generator(), weights, run.config
+    scores = measure.report_scores(
+      evaluator=run.evaluator,
+      generator=run.generator(),
+      params=weights,
+      settings=run.config.evaluation,
+      seed=run.config.seed,
     )
     records.write_json(path, scores)
   return records.read_json(path)
@@ -191,8 +196,16 @@ def round_trip(run: workspace.Run, start: pathlib.Path) -> dict[str, Any]:
   real = model.codec.encode(frozen, images, keys)
   sampler = run.config.sampler.unguided()
   reference = model.sample(weights, frozen, labels, keys, sampler)
-  decoded = np.asarray(model.codec.decode(frozen, real))
-  found = {'fd_train': run.evaluator.scores(decoded, labels)['fd_train']}
+  decoded = sources.ArraySource(
+    name='decoded',
+    stored=np.asarray(model.codec.decode(frozen, real)),
+    labels=labels,
+    num_classes=run.real.num_classes,
+    pixel_values=run.real.pixel_values,
+  )
+  measured, _ = measure.read(run.evaluator, decoded)
+  scores = run.evaluator.scores(measured, labels)
+  found = {'fd_train': scores['fd_train']}
   for name, tokens in (('real', real), ('reference', reference)):
     other = trip(tokens)
     found[name] = {

@@ -1,4 +1,7 @@
-"""Eight simulated devices, strict rank promotion, quick compilation."""
+"""Eight simulated devices, strict rank promotion, quick compilation.
+
+Under FSDP every leaf is split, since the tests' networks are tiny.
+"""
 
 from importlib import metadata
 import os
@@ -14,3 +17,7 @@ import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+from ddo_jax.runtime import devices  # noqa: E402
+
+devices.SMALLEST_SPLIT = 1

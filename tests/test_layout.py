@@ -15,14 +15,15 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Imports go downward, from a floor to lower ones; the members of a floor and of
 # a folder may import each other, which Python keeps free of cycles.
 FLOORS = (
-  ('config', 'errors', 'rng'),
+  ('errors', 'rng', 'settings'),
   ('runtime',),
   ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),
   ('method',),
-  ('models', 'weights'),
-  ('training.step', 'training.state', 'training.averages', 'training.loop'),
-  ('evaluation', 'report'),
-  ('training', 'evaluation.score'),
+  ('models',),
+  ('training.averages', 'training.state', 'training.step'),
+  ('weights', 'evaluation'),
+  ('config',),
+  ('report', 'training', 'evaluation.score'),
   ('main',),
 )
 

@@ -13,10 +13,9 @@ from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
-from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax.runtime import checkpoint
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,10 +27,10 @@ def tiny() -> config_lib.Config:
   for phase in (config.pretrain, config.ddo):
     phase.batch_size = 16
     phase.images = 4 * 16
-    phase.decay_images = 16
-    phase.ema_halflife = (16.0,)
-  config.ddo.pool_size = 64
-  config.ddo.eval_images = 2 * 16
+    phase.optimizer.decay_images = 16
+    phase.averages.halflife = (16.0,)
+  config.ddo.negatives.size = 64
+  config.ddo.rhythm.eval_images = 2 * 16
   config.sampler.num_steps = 4
   config.executor.sample_batch = 64
   config.evaluation = config_lib.Evaluation(
@@ -43,7 +42,7 @@ def tiny() -> config_lib.Config:
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
-  report = main.run(tiny(), folder)
+  report = main.selfplay(tiny(), folder)
   assert report == folder / 'report.html'
   return folder
 
@@ -61,7 +60,7 @@ def test_selfplay_leaves_summary_and_report(workdir):
 
 def test_sample_is_repeatable_and_guidance_changes_it(workdir, tmp_path):
   def draw(name, config):
-    main.run(config, workdir, 'sample', num_samples=20, output=tmp_path / name)
+    main.sample(config, workdir, num_samples=20, output=tmp_path / name)
     return (tmp_path / name / 'samples.npz').read_bytes()
 
   guided = tiny()
@@ -75,19 +74,19 @@ def test_a_guide_of_its_own(workdir, tmp_path):
   def draw(name, **changes):
     config = dataclasses.replace(tiny(), **changes)
     config.sampler.guidance = 100.0
-    main.run(config, workdir, 'sample', num_samples=20, output=tmp_path / name)
+    main.sample(config, workdir, num_samples=20, output=tmp_path / name)
     return np.load(tmp_path / name / 'samples.npz')['image']
 
   params = str(workdir / 'round_000' / 'promoted')
   smaller = dataclasses.replace(tiny().model, hidden=4)
   other = str(tmp_path / 'smaller')
-  model = models.build(config_lib.Config(model=smaller), config_lib.Phase())
+  model = smaller.build()
   checkpoint.save_params(
     tmp_path / 'smaller', model.init(rng.stream(0)), {'config': {}}
   )
   itself = draw('a', guide_from=params)
   unguided = tiny()
-  main.run(unguided, workdir, 'sample', num_samples=20, output=tmp_path / 'b')
+  main.sample(unguided, workdir, num_samples=20, output=tmp_path / 'b')
   plain = np.load(tmp_path / 'b' / 'samples.npz')['image']
   # Guided by its own equal, labels and all, a model is what it was.
   np.testing.assert_allclose(itself.astype(int), plain.astype(int), atol=1)
@@ -102,17 +101,16 @@ def test_a_round_keeps_where_its_weights_come_from(workdir, tmp_path):
   """And its pool is drawn without the sampler's guidance."""
   origin = {'file': 'edm-x.pkl', 'licence': 'a licence'}
   config = tiny()
-  run = run_lib.Run(config, workdir)
-  model = models.build(config, config.ddo)
-  params, meta = run_lib.load_params(
-    workdir / 'pretrain' / 'params', model, run.executor
+  run = workspace.Run(config, workdir)
+  params, meta = workspace.load_params(
+    workdir / 'pretrain' / 'params', run.model, run.executor
   )
   start = tmp_path / 'start'
   checkpoint.save_params(start, params, meta | {'provenance': origin})
   config.init_from = str(start)
   config.sampler.guidance = 2.0
   config.evaluation.seeds = 1
-  main.run(config, tmp_path / 'run')
+  main.selfplay(config, tmp_path / 'run')
   folder = tmp_path / 'run' / 'round_000'
   assert checkpoint.load_meta(folder / 'promoted')['provenance'] == origin
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
@@ -124,7 +122,7 @@ def test_a_round_keeps_where_its_weights_come_from(workdir, tmp_path):
 
 
 def test_evaluate_agrees_with_the_round(workdir):
-  result = main.run(tiny(), workdir, 'evaluate')
+  result = main.evaluate(tiny(), workdir)
   summary = json.loads((workdir / 'summary.json').read_text())
   after = summary['rounds'][0]['after']
   assert result['scores']['fd_train'] == after['fd_train']
@@ -151,11 +149,19 @@ def test_mistakes_on_the_command_line(tmp_path):
   recipe = '--config=configs/digits.py'
   workdir = f'--workdir={tmp_path / "run"}'
   assert '--workdir' in fatal(recipe)
-  line = fatal(recipe, workdir, '--config.ddo.bta=1')
-  assert 'config.ddo' in line
+  line = fatal(recipe, workdir, '--config.ddo.objective.bta=1')
+  assert 'config.ddo.objective (DDO)' in line
   assert "'bta'" in line
   assert 'beta' in line
-  assert 'config.ddo.alpha' in fatal(recipe, workdir, '--config.ddo.alpha=0')
+  line = fatal(recipe, workdir, '--config.ddo.objective=gan')
+  assert 'FDivergence' in line
+  line = fatal(recipe, workdir, '--num_samples=3')
+  assert 'selfplay does not read --num_samples' in line
+  assert '--mode=fid_stats' in fatal(recipe, '--mode=reference')
+  line = fatal(recipe, workdir, '--config.ddo.objective.alpha=0')
+  assert 'config.ddo.objective.alpha' in line
+  line = fatal(recipe, workdir, '--config.ddo.beta=0.1')
+  assert 'now --config.ddo.objective.beta' in line
   assert 'unexpected' in fatal(recipe, workdir, 'ddo.alpha=1')
   assert 'finished stage' in fatal(recipe, workdir, '--mode=sample')
   assert '--source and --output' in fatal('--mode=convert')

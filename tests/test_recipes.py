@@ -1,6 +1,5 @@
 """The recipes: sound, buildable, and as their headers say."""
 
-import functools
 import importlib
 import json
 import pathlib
@@ -13,8 +12,9 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.training import state as state_lib
+from ddo_jax.training import workspace
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
@@ -34,9 +34,9 @@ def test_recipe(name):
   executor = devices_lib.Executor(config.executor)
   for phase in (config.pretrain, config.ddo):
     executor.check_batch(phase.batch_size, config.executor.accumulate)
-    model = models.build(config, phase)
+    model = workspace.build_model(config, phase.noise)
     assert jax.tree.leaves(jax.eval_shape(model.init, rng.stream(0)))
-  recorded = json.loads(json.dumps(config_lib.to_json(config)))
+  recorded = json.loads(json.dumps(settings.to_json(config)))
   assert models.from_json(recorded) == config.model
   assert f'--config=configs/{name}.py' in module.__doc__
   assert f'--workdir=runs/{name}' in module.__doc__
@@ -57,11 +57,10 @@ def test_from_json_of_another_version():
 def test_imagenet_learning_rate_ends_at_two_fifths():
   """The paper: warm-up, then 1/√ to about 0.4 of the peak."""
   phase = load('imagenet64_edm2_s')[1].ddo
-  factor = state_lib.learning_rate_factor(
-    phase, jax.numpy.float32(phase.images)
-  )
+  schedule = phase.optimizer.factor
+  factor = schedule(jax.numpy.float32(phase.images), phase.images)
   assert 0.38 < factor < 0.42
-  top = state_lib.learning_rate_factor(phase, jax.numpy.float32(1e6))
+  top = schedule(jax.numpy.float32(1e6), phase.images)
   assert top == 1
 
 
@@ -69,7 +68,10 @@ def test_var_recipes_stop_near_the_top_of_their_schedule():
   """loss_functions.npz has 0.9904 of the peak where the scripts stop."""
   for name in ('imagenet256_var_d16', 'imagenet256_var_d30'):
     phase = load(name)[1].ddo
-    factor = functools.partial(state_lib.learning_rate_factor, phase)
+
+    def factor(seen, phase=phase):
+      return phase.optimizer.factor(seen, phase.images)
+
     assert factor(jax.numpy.float32(0)) == pytest.approx(0.005)
     assert factor(jax.numpy.float32(30_000)) == 1
     # After 790 microbatches of 128, or 3,157 of 32; the last are in no step.

@@ -35,17 +35,27 @@ class Tokenizer(vqvae.Vqvae):
     self.decoder = nn.Conv(self.image_channels, (3, 3))
 
 
-BUILT = var.build(CONFIG, remat=False)
-MODEL = dataclasses.replace(
-  BUILT, tokenizer=Tokenizer((1, 2), 6, 3, 32, (1,), 1)
-)
+def with_tokenizer(model, tokenizer):
+  """The model, reading the tokens of another tokenizer."""
+  codec = dataclasses.replace(model.codec, tokenizer=tokenizer)
+  network = dataclasses.replace(
+    model.network,
+    tokenizer=tokenizer,
+    codec=codec,
+    channels=tokenizer.channels,
+  )
+  return dataclasses.replace(model, network=network, codec=codec)
 
 
 def with_dtype(dtype):
   """The model, its blocks' products in another type."""
   config = dataclasses.replace(CONFIG, dtype=dtype)
-  transformer = var.transformer(config)
-  return dataclasses.replace(MODEL, transformer=transformer)
+  return with_tokenizer(config.build(), TINY_TOKENIZER)
+
+
+TINY_TOKENIZER = Tokenizer((1, 2), 6, 3, 32, (1,), 1)
+BUILT = CONFIG.build()
+MODEL = with_tokenizer(BUILT, TINY_TOKENIZER)
 
 
 def filled(shapes, seed):
@@ -63,8 +73,8 @@ def filled(shapes, seed):
 def weights():
   """Params of the transformer, and the frozen ones."""
   params = filled(jax.eval_shape(MODEL.init, rng.stream(0)), 0)
-  init, image = MODEL.tokenizer.init, jnp.zeros((1, *SHAPE))
-  shapes = jax.eval_shape(init, rng.stream(0), image)['params']
+  image = jnp.zeros((1, *SHAPE))
+  shapes = jax.eval_shape(TINY_TOKENIZER.init, rng.stream(0), image)['params']
   return params, {'tokenizer': filled(shapes, 1)}
 
 
@@ -72,4 +82,4 @@ def make_rows(seed):
   numbers = np.random.default_rng(seed)
   image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
   label = numbers.integers(0, CLASSES, BATCH).astype(np.int32)
-  return {'image': image, 'label': label}
+  return {'stored': image, 'label': label}

@@ -1,9 +1,9 @@
-"""EDM's augmentation for pretraining, and its 9 labels.
+"""The augmentation that EDM applies in pretraining, and its 9 labels.
 
-Geometric only (Karras et al. 2022, appendix F.2, after Karras et al. 2020):
-flips, then one resampling for the product of scaling, rotation, anisotropic
-scaling and translation. The network is told what was done by the labels, so
-that it does not leak into what it generates: their zero is "nothing done".
+It is geometric only (Karras et al. 2022, appendix F.2, after Karras et al.
+2020): flips, then one resampling for the product of scaling, rotation,
+anisotropic scaling and translation. Labels tell the network what was done, so
+that its samples look unaugmented; labels of zero mean "nothing was done".
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 
 LABELS = 9
 
-# The low-pass of the symlet of six vanishing moments (Daubechies 1992).
+# The low-pass filter of the symlet of six vanishing moments (Daubechies 1992).
 _SYM6 = np.array([
   0.015404109327027373,
   0.0034907120842174702,
@@ -31,27 +31,32 @@ _SYM6 = np.array([
   0.0017677118642428036,
   -0.007800708325034148,
 ])  # fmt: skip
-_MARGIN = 6  # low-resolution pixels, kept around the image for the filter
-# The filter's centre is half a high-resolution pixel off the taps' middle.
-_SHIFT = 0.25  # [low-resolution pixels]
+# Low-resolution pixels that are kept around the image for the filter.
+_MARGIN = 6
+# The filter's centre lies this far off the middle of its taps, in
+# low-resolution pixels; it is half a high-resolution pixel.
+_SHIFT = 0.25
 
-# Multiplies the probability p, by gate: the x-flip is always a fair coin.
+# A gate opens with probability p times its multiplier. The x-flip's gate is
+# always open, which makes that flip a fair coin.
 _MULTIPLIERS = np.array([1e8, 1, 1, 1, 1, 1])
 
 
 class Draws(NamedTuple):
-  """All that is random in the augmentation of B rows.
+  """Everything random in the augmentation of B rows.
 
   Attributes:
-    gates: [B,6] uniform in [0, 1): x-flip, y-flip, scale, rotation,
-      anisotropy, translation; each is done where its gate is below p.
-    flips: [B,2] 0 or 1: along x, along y.
+    gates: [B,6] uniform in [0, 1), one for each of x-flip, y-flip, scale,
+      rotation, anisotropy, translation. Each is done where its gate is below
+      p times its multiplier.
+    flips: [B,2] 0 or 1, for the flips along x and along y.
     scale: [B] normal; the image grows by 2^(0.2·scale).
-    rotation: [B] uniform in [0, 1), from −π to π.
-    anisotropy: [B] normal; grows one axis by 2^(0.2·anisotropy), and shrinks
-      the other.
-    axis: [B] uniform in [0, 1), that axis' angle, from −π to π.
-    axis_gate: [B] uniform in [0, 1); from ½ on the axis is x.
+    rotation: [B] uniform in [0, 1), which stands for −π .. π.
+    anisotropy: [B] normal; one axis grows by 2^(0.2·anisotropy), and the axis
+      across it shrinks by as much.
+    axis: [B] uniform in [0, 1), which stands for that axis' angle, −π .. π.
+    axis_gate: [B] uniform in [0, 1); below ½ the axis has the drawn angle,
+      from ½ on it is x.
     translation: [B,2] normal, along x and y, in eighths of the image.
   """
 
@@ -68,7 +73,7 @@ class Draws(NamedTuple):
 def draw(keys: jax.Array) -> Draws:
   """Draws for B rows, each from its own key of keys [B]."""
 
-  def row(key):
+  def draw_row(key):
     uniform_key, normal_key = jax.random.split(key)
     uniform = jax.random.uniform(uniform_key, (11,))
     normal = jax.random.normal(normal_key, (4,))
@@ -83,17 +88,16 @@ def draw(keys: jax.Array) -> Draws:
       translation=normal[2:],
     )
 
-  return jax.vmap(row)(keys)
+  return jax.vmap(draw_row)(keys)
 
 
 @functools.lru_cache
 def _resampling(size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Matrices along one axis: to the padded double resolution, and back.
+  """Returns the matrices that resample one axis of `size` pixels.
 
-  Returns:
-    Up [2(3·size−2), size]: reflects size−1 pixels on each side, the most
-    there are, then doubles. Down [size, 2(size+margin)]: halves, and crops
-    the margin.
+  The first, [2(3·size−2), size], reflects size−1 pixels on each side, which
+  are the most there are, and doubles the resolution. The second,
+  [size, 2(size+margin)], halves the resolution and crops the margin.
   """
   taps = _SYM6[::-1] / _SYM6.sum()
   length = len(taps)
@@ -105,45 +109,43 @@ def _resampling(size: int) -> tuple[np.ndarray, np.ndarray]:
       if not odd and 0 <= source < len(padded):
         up[i, padded[source]] += 2 * taps[k]
   down = np.zeros((size, 2 * (size + _MARGIN)))
-  for o in range(size):
-    start = 2 * o + _MARGIN - length // 2 + 1
-    down[o, start : start + length] = taps[::-1]
+  for i in range(size):
+    start = 2 * i + _MARGIN - length // 2 + 1
+    down[i, start : start + length] = taps[::-1]
   return up, down
 
 
-def _matrix(*rows: tuple[jax.Array | float, ...]) -> jax.Array:
-  return jnp.stack([jnp.stack([jnp.asarray(v) for v in row]) for row in rows])
-
-
 def _rotation(angle: jax.Array) -> jax.Array:
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  return _matrix((cos, -sin), (sin, cos))
+  """Returns the matrix [2,2] that rotates by an angle in radians."""
+  cos = jnp.cos(angle)
+  sin = jnp.sin(angle)
+  return jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])])
 
 
 def _geometry(
   draws: Draws, done: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One row's inverse map and labels.
+  """Turns the draws of one row into its inverse map and its labels.
 
   Args:
-    draws: of the row.
-    done: [6] bool, of each gate.
+    draws: the draws of the row, without the leading axis.
+    done: [6] bool, whether the gate of each augmentation is open.
 
   Returns:
-    A [2,2] and t [2], in units of the image's size: the output's point (x, y)
-    from the centre shows the input's A (x, y) + A t; labels [9].
+    A [2,2] and t [2], in units of the image's size: the point (x, y) of the
+    output, from its centre, shows the point A (x, y) + t of the input. Then
+    the labels [9].
   """
-  only = lambda i, value: jnp.where(done[i], value, 0.0)
   flips = jnp.where(done[:2], draws.flips, 0.0)
-  scale = only(2, draws.scale)
-  rotation = only(3, (2 * draws.rotation - 1) * np.pi)
-  stretch = only(4, draws.anisotropy)
+  scale = jnp.where(done[2], draws.scale, 0.0)
+  rotation = jnp.where(done[3], (2 * draws.rotation - 1) * np.pi, 0.0)
+  stretch = jnp.where(done[4], draws.anisotropy, 0.0)
+  translation = jnp.where(done[5], draws.translation, 0.0)
   axis = (2 * draws.axis - 1) * np.pi
   axis = jnp.where(draws.axis_gate < 0.5, axis, 0.0)
-  translation = only(5, draws.translation)
-  grow = jnp.exp2(0.2 * stretch)
+  growth = jnp.exp2(0.2 * stretch)
+  squeeze = jnp.diag(jnp.stack([1 / growth, growth]))
   inverse = jnp.exp2(-0.2 * scale) * _rotation(rotation)
-  squeeze = _matrix((1 / grow, 0.0), (0.0, grow))
   inverse = inverse @ _rotation(-axis) @ squeeze @ _rotation(axis)
   labels = [
     flips,
@@ -155,27 +157,45 @@ def _geometry(
   return inverse, -translation / 8, jnp.concatenate(labels)
 
 
+def _centred(count: int) -> jax.Array:
+  """Returns where `count` fine pixels are, from the middle of the image.
+
+  The unit is a low-resolution pixel, which is two fine ones.
+  """
+  return (jnp.arange(count) - (count - 1) / 2) / 2
+
+
 def _warp(x: jax.Array, inverse: jax.Array, offset: jax.Array) -> jax.Array:
-  """X [H,W,C] at the points that the inverse map gives, antialiased."""
+  """Samples an image at the points of an inverse map, without aliasing.
+
+  The image is resampled to twice its resolution, read there by bilinear
+  interpolation, and resampled back.
+
+  Args:
+    x: [H,W,C].
+    inverse: [2,2], the A of `_geometry`.
+    offset: [2], the t of `_geometry`.
+  """
   height, width, _ = x.shape
   up_y, down_y = (jnp.asarray(m, x.dtype) for m in _resampling(height))
   up_x, down_x = (jnp.asarray(m, x.dtype) for m in _resampling(width))
   fine = jnp.einsum('ih,hwc,jw->cij', up_y, x, up_x)
-
-  def centred(count):  # of each fine pixel, in low-resolution pixels
-    return (jnp.arange(count) - (count - 1) / 2) / 2
-
+  # [2,I,J]: the x and the y of each fine pixel of the output.
   grid = jnp.stack(
-    jnp.meshgrid(centred(down_x.shape[1]), centred(down_y.shape[1]))
-  )  # [2,I,J]: x and y
+    jnp.meshgrid(_centred(down_x.shape[1]), _centred(down_y.shape[1]))
+  )
   size = jnp.asarray([width, height], x.dtype)
   shift = (size * offset + _SHIFT)[:, None, None]
   source = jnp.einsum('ab,bij->aij', inverse, grid + shift) - _SHIFT
-  middle = (jnp.asarray(fine.shape[:0:-1], x.dtype) - 1) / 2
+  _, fine_height, fine_width = fine.shape
+  middle = (jnp.asarray([fine_width, fine_height], x.dtype) - 1) / 2
   source = 2 * source + middle[:, None, None]
-  sample = lambda channel: jax.scipy.ndimage.map_coordinates(
-    channel, [source[1], source[0]], order=1
-  )
+
+  def sample(channel):
+    return jax.scipy.ndimage.map_coordinates(
+      channel, [source[1], source[0]], order=1
+    )
+
   return jnp.einsum('hi,cij,wj->hwc', down_y, jax.vmap(sample)(fine), down_x)
 
 
@@ -186,22 +206,23 @@ def apply(
 
   Args:
     x: [B,H,W,C].
-    draws: of `draw`.
-    p: probability of each augmentation but the x-flip, which has ½.
+    draws: the draws of `draw` for these rows.
+    p: the probability of each augmentation except the x-flip, whose is ½.
 
   Returns:
-    [B,H,W,C] and the labels [B,9]: x-flip, y-flip, scale, rotation (cos − 1,
-    sin), anisotropy (along cos, sin of its axis), translation (x, y).
+    The augmented images [B,H,W,C], and the labels [B,9]: x-flip, y-flip, scale,
+    rotation (cos − 1, sin), anisotropy (times cos and sin of its axis' angle),
+    translation (x, y).
   """
   chex.assert_rank(x, 4)
   done = draws.gates < jnp.asarray(p * _MULTIPLIERS)[None, :]
 
-  def row(x, draws, done):
+  def augment_row(x, draws, done):
     inverse, offset, labels = _geometry(draws, done)
     x = jnp.where(labels[0], x[:, ::-1], x)
     x = jnp.where(labels[1], x[::-1], x)
     return _warp(x, inverse.astype(x.dtype), offset.astype(x.dtype)), labels
 
   with jax.default_matmul_precision('highest'):
-    images, labels = jax.vmap(row)(x, draws, done)
+    images, labels = jax.vmap(augment_row)(x, draws, done)
   return images, labels.astype(x.dtype)

@@ -1,10 +1,10 @@
-"""Image sets prepared by TFDS, without TensorFlow.
+"""Image sets prepared by TFDS and read back, without TensorFlow.
 
-`digits` is part of scikit-learn; `fashion_mnist` and `cifar10` are read from
-the files that their authors publish and the user downloads. Names, versions,
-features and keys of these two are TFDS's own, so that stock TFDS reads what is
-written here, in the same order. All are written as array_record, the format
-that TFDS reads at random without TensorFlow. scikit-learn, PIL and
+The set `digits` is part of scikit-learn. `fashion_mnist` and `cifar10` are made
+from the files that their authors publish and the user downloads; their names,
+versions, features and keys are TFDS's own, so that stock TFDS reads what is
+written here, in the same order. All three are written as array_record, the
+format that TFDS reads at random without TensorFlow. scikit-learn, PIL and
 tensorflow_datasets are imported only inside the functions that need them.
 """
 
@@ -21,13 +21,14 @@ import zlib
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.data import encoded
 
 # Split name -> (images uint8 [N,H,W,C], labels [N]).
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
-Row = tuple[str, bytes, int]  # where it stands, image file, label
 
-# Train images and labels, test images and labels; of the uncompressed content,
-# because the .gz differ with who compressed them.
+# SHA-256 of the training images and labels, then of the test images and labels.
+# They are hashed uncompressed, because the bytes of a .gz depend on the program
+# that compressed it.
 FASHION_MNIST_SHA256 = (
   'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
   'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
@@ -40,10 +41,13 @@ CIFAR10_SHA256 = (
 
 
 def digits(raw_dir: str = '') -> Splits:
-  """Returns scikit-learn's digits, 8x8 grey, values 0..16 unscaled.
+  """Returns scikit-learn's digits: 8×8 grey images with values 0 .. 16.
 
-  The split is stratified and always the same: 1,437 train, 360 test. `raw_dir`
-  is not used.
+  The split is stratified and always the same, 1,437 images for training and
+  360 for the test.
+
+  Args:
+    raw_dir: not used, because scikit-learn brings the images along.
   """
   del raw_dir
   from sklearn import datasets
@@ -60,16 +64,18 @@ def digits(raw_dir: str = '') -> Splits:
   }
 
 
-def _raw_file(raw_dir: str, filename: str, source: str) -> pathlib.Path:
+def _raw_file(raw_dir: str, filename: str, where_to_get: str) -> pathlib.Path:
+  """Returns the path of a downloaded file; raises UserError without it."""
   path = pathlib.Path(raw_dir).expanduser() / filename
   if not raw_dir or not path.is_file():
     raise errors.UserError(
-      f'{filename} is not in config.data.raw_dir={raw_dir!r}; {source}'
+      f'{filename} is not in config.data.raw_dir={raw_dir!r}; {where_to_get}'
     )
   return path
 
 
 def _require_sha256(path: pathlib.Path, got: str, wanted: str) -> None:
+  """Raises UserError unless the hash of a downloaded file is the known one."""
   if got != wanted:
     raise errors.UserError(
       f'{path} has SHA-256 {got}, wanted {wanted}: damaged, or the file of'
@@ -77,96 +83,161 @@ def _require_sha256(path: pathlib.Path, got: str, wanted: str) -> None:
     )
 
 
-def _idx(path: pathlib.Path, dims: int, sha256: str) -> np.ndarray:
-  """Reads a gzipped IDX file of bytes with `dims` dimensions."""
+def _read_idx(path: pathlib.Path, rank: int, sha256: str) -> np.ndarray:
+  """Reads a gzipped IDX file of bytes into an array of the given rank.
+
+  An IDX file is a magic number of 4 bytes, the size of each dimension as a
+  big-endian uint32, and the bytes of the array.
+  """
   try:
     content = gzip.decompress(path.read_bytes())
   except (OSError, EOFError, zlib.error) as error:
     raise errors.UserError(
       f'{path} cannot be decompressed ({error}): download it again'
     ) from error
-  # The hash vouches for the header, too: 4 bytes of magic number, the sizes.
+  # The hash covers the header, too, so that it need not be checked.
   _require_sha256(path, hashlib.sha256(content).hexdigest(), sha256)
-  shape = np.frombuffer(content, '>u4', count=dims, offset=4)
-  return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+  shape = np.frombuffer(content, '>u4', count=rank, offset=4)
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def fashion_mnist(
   raw_dir: str, sha256: tuple[str, ...] = FASHION_MNIST_SHA256
 ) -> Splits:
-  """Reads Fashion-MNIST (28x28 grey, 60,000 train and 10,000 test).
+  """Reads Fashion-MNIST: 28×28 grey, 60,000 images to train, 10,000 to test.
 
   Args:
-    raw_dir: folder of the four *-ubyte.gz files.
-    sha256: of their uncompressed content, in the order of the default.
+    raw_dir: the folder of the four *-ubyte.gz files.
+    sha256: the hashes of their uncompressed content, in the default's order.
 
   Raises:
-    UserError: a file is missing, damaged or another set's.
+    errors.UserError: a file is missing, damaged or that of another set.
   """
-  source = (
+  where_to_get = (
     "Zalando's fashion-mnist repository has it, and Debian's package"
     ' dataset-fashion-mnist (in /usr/share/datasets/fashion-mnist)'
   )
-  names = [
-    f'{part}-{kind}-ubyte.gz'
+  # All four are looked for before the first is decompressed and hashed.
+  paths = [
+    _raw_file(raw_dir, f'{part}-{kind}-ubyte.gz', where_to_get)
     for part in ('train', 't10k')
     for kind in ('images-idx3', 'labels-idx1')
   ]
-  paths = [_raw_file(raw_dir, name, source) for name in names]
-  x, y, test_x, test_y = map(_idx, paths, (3, 1, 3, 1), sha256)
-  return {'train': (x[..., None], y), 'test': (test_x[..., None], test_y)}
+  train_images = _read_idx(paths[0], 3, sha256[0])
+  train_labels = _read_idx(paths[1], 1, sha256[1])
+  test_images = _read_idx(paths[2], 3, sha256[2])
+  test_labels = _read_idx(paths[3], 1, sha256[3])
+  return {
+    'train': (train_images[..., None], train_labels),
+    'test': (test_images[..., None], test_labels),
+  }
+
+
+def _read_cifar10(
+  tar: tarfile.TarFile, names: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reads images [N,32,32,3] and labels [N] of some files of CIFAR-10."""
+  content = b''
+  for name in names:
+    member = tar.extractfile(f'cifar-10-batches-bin/{name}')
+    assert member is not None, 'the hash vouches for the content'
+    content += member.read()
+  # A record is one byte of label, then the red, green and blue planes.
+  records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+  planes = records[:, 1:].reshape(-1, 3, 32, 32)
+  return planes.transpose(0, 2, 3, 1), records[:, 0]
 
 
 def cifar10(raw_dir: str, sha256: str = CIFAR10_SHA256) -> Splits:
-  """Reads CIFAR-10 (32x32 RGB, 50,000 train and 10,000 test), in file order.
+  """Reads CIFAR-10: 32×32 RGB, 50,000 images to train and 10,000 to test.
+
+  The images are in the order of the file.
 
   Args:
-    raw_dir: folder of cifar-10-binary.tar.gz.
-    sha256: of that file.
+    raw_dir: the folder of cifar-10-binary.tar.gz.
+    sha256: the hash of that file.
 
   Raises:
-    UserError: the file is missing or damaged.
+    errors.UserError: the file is missing or damaged.
   """
-  source = "the University of Toronto's CIFAR page has it (binary version)"
-  path = _raw_file(raw_dir, 'cifar-10-binary.tar.gz', source)
+  where_to_get = (
+    "the University of Toronto's CIFAR page has it (binary version)"
+  )
+  path = _raw_file(raw_dir, 'cifar-10-binary.tar.gz', where_to_get)
   with path.open('rb') as file:
     got = hashlib.file_digest(file, 'sha256').hexdigest()
   _require_sha256(path, got, sha256)
-
-  def read(tar: tarfile.TarFile, *names: str) -> tuple[np.ndarray, np.ndarray]:
-    members = [tar.extractfile(f'cifar-10-batches-bin/{n}') for n in names]
-    content = b''.join(member.read() for member in members)
-    # A record: one byte of label, then the red, green and blue planes.
-    rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-    planes = rows[:, 1:].reshape(-1, 3, 32, 32)
-    return planes.transpose(0, 2, 3, 1), rows[:, 0]
-
   with tarfile.open(path) as tar:
-    train = read(tar, *(f'data_batch_{i}.bin' for i in range(1, 6)))
-    return {'train': train, 'test': read(tar, 'test_batch.bin')}
+    return {
+      'train': _read_cifar10(tar, [f'data_batch_{i}.bin' for i in range(1, 6)]),
+      'test': _read_cifar10(tar, ['test_batch.bin']),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What TFDS is told of a set, and how its raw files are read."""
+  """What TFDS is told about a set, and how the set's raw files are read.
+
+  Attributes:
+    name: the set's name in TFDS.
+    version: its version in TFDS.
+    read: gives the splits, from the folder `raw_dir` of downloaded files.
+    class_names: the names of the classes, by label.
+    pixel_values: pixels are 0 .. pixel_values−1.
+    has_id: whether records carry '<split>_<index>', as stock cifar10's do.
+  """
 
   name: str
   version: str
-  read: Callable[[str], Splits]  # raw_dir -> splits
-  class_names: str  # 'name of class 0,name of class 1,...'
-  pixel_values: int = 256  # pixel values are 0 .. pixel_values-1
-  has_id: bool = False  # records carry '<split>_<index>', as stock cifar10's
+  read: Callable[[str], Splits]
+  class_names: tuple[str, ...]
+  pixel_values: int = 256
+  has_id: bool = False
 
 
-_DIGITS = '0,1,2,3,4,5,6,7,8,9'
-_FASHION = (
-  'T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot'
-)
-_CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
 SPECS = {
-  'digits': Spec('digits', '1.0.0', digits, _DIGITS, pixel_values=17),
-  'fashion_mnist': Spec('fashion_mnist', '3.0.1', fashion_mnist, _FASHION),
-  'cifar10': Spec('cifar10', '3.0.2', cifar10, _CIFAR10, has_id=True),
+  'digits': Spec(
+    name='digits',
+    version='1.0.0',
+    read=digits,
+    class_names=tuple('0123456789'),
+    pixel_values=17,
+  ),
+  'fashion_mnist': Spec(
+    name='fashion_mnist',
+    version='3.0.1',
+    read=fashion_mnist,
+    class_names=(
+      'T-shirt/top',
+      'Trouser',
+      'Pullover',
+      'Dress',
+      'Coat',
+      'Sandal',
+      'Shirt',
+      'Sneaker',
+      'Bag',
+      'Ankle boot',
+    ),
+  ),
+  'cifar10': Spec(
+    name='cifar10',
+    version='3.0.2',
+    read=cifar10,
+    class_names=(
+      'airplane',
+      'automobile',
+      'bird',
+      'cat',
+      'deer',
+      'dog',
+      'frog',
+      'horse',
+      'ship',
+      'truck',
+    ),
+    has_id=True,
+  ),
 }
 
 
@@ -175,17 +246,19 @@ def _builder(spec: Spec, splits: Splits, data_dir: str) -> Any:
   from PIL import Image
   import tensorflow_datasets as tfds
 
-  # Unregistered: TFDS's registry may hold its own builder of this name.
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  # The class stays unregistered, because TFDS may know a builder of this name.
+  # To TFDS's types the keyword is unknown.
+  class Builder(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+  ):
     name = spec.name
     VERSION = tfds.core.Version(spec.version)
 
     def _info(self) -> tfds.core.DatasetInfo:
-      shape = splits['train'][0].shape[1:]
-      names = spec.class_names.split(',')
+      train_images, _ = splits['train']
       features = {
-        'image': tfds.features.Image(shape=shape),  # stored as PNG
-        'label': tfds.features.ClassLabel(names=names),
+        'image': tfds.features.Image(shape=train_images.shape[1:]),  # As PNG.
+        'label': tfds.features.ClassLabel(names=list(spec.class_names)),
       }
       if spec.has_id:
         features['id'] = tfds.features.Text()
@@ -200,30 +273,38 @@ def _builder(spec: Spec, splits: Splits, data_dir: str) -> Any:
       return {name: self._generate_examples(name) for name in splits}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-      for i, (image, label) in enumerate(zip(*splits[split], strict=True)):
-        # As PIL images: TFDS needs TensorFlow to encode arrays.
+      images, labels = splits[split]
+      for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         pixels = image[..., 0] if image.shape[-1] == 1 else image
-        record = {'image': Image.fromarray(pixels), 'label': int(label)}
-        yield i, record | ({'id': f'{split}_{i:05d}'} if spec.has_id else {})
+        record = {
+          # A PIL image, because TFDS needs TensorFlow to encode an array.
+          'image': Image.fromarray(pixels),
+          'label': int(label),
+        }
+        if spec.has_id:
+          record['id'] = f'{split}_{i:05d}'
+        yield i, record
 
   return Builder(data_dir=data_dir or None)
 
 
 def prepare(spec: Spec, data_dir: str = '', raw_dir: str = '') -> None:
-  """Writes a set under `data_dir` unless it is there; may race or be killed.
+  """Writes a set under `data_dir` unless it is there.
 
+  Several processes may prepare a set at once, and any of them may be killed:
   TFDS writes into a folder `incomplete.*` of its own and renames it when all
-  is written. Of several processes that prepare at once the first wins and the
-  others find its result; a killed one leaves its `incomplete.*` folder, which
-  nobody reads and the user may delete.
+  is written. The first process wins and the others find its result. The
+  `incomplete.*` folder of a killed one is never read, and the user may delete
+  it.
 
   Args:
     spec: the set.
     data_dir: where TFDS keeps prepared data; '' is TFDS's own default.
-    raw_dir: folder of the downloaded files, for sets that need them.
+    raw_dir: the folder of downloaded files, for sets that need them.
 
   Raises:
-    UserError: raw files are missing or damaged, or `data_dir` is not writable.
+    errors.UserError: raw files are missing or damaged, or `data_dir` cannot be
+      written.
   """
   builder = _builder(spec, spec.read(raw_dir), data_dir)
   try:
@@ -237,16 +318,16 @@ def prepare(spec: Spec, data_dir: str = '', raw_dir: str = '') -> None:
 
 
 def _find(name: str, data_dir: str) -> Any | None:
-  """Returns the TFDS builder of a prepared set, None if there is none."""
+  """Returns the TFDS builder of a prepared set, or None if there is none."""
   import tensorflow_datasets as tfds
 
   try:
     return tfds.core.read_only_builder.builder_from_files(
       name, data_dir=data_dir or None
     )
-  except ValueError:  # no such set, or no name that TFDS can parse
+  except ValueError:  # There is no such set, or TFDS cannot parse the name.
     return None
-  except Exception as error:  # any of TFDS's parsers
+  except Exception as error:  # Any of TFDS's parsers may have failed.
     raise errors.UserError(
       f'the folder of the set {name!r} is damaged ({type(error).__name__}):'
       ' delete it and prepare the set again'
@@ -254,10 +335,10 @@ def _find(name: str, data_dir: str) -> Any | None:
 
 
 def _open_builder(name: str, data_dir: str, raw_dir: str) -> Any:
-  """Returns the TFDS builder of a prepared set; prepares those of SPECS."""
+  """Returns the TFDS builder of a set, which is prepared if SPECS has it."""
   builder = _find(name, data_dir)
   if builder is None and name in SPECS:
-    prepare(SPECS[name], data_dir, raw_dir)
+    prepare(SPECS[name], data_dir=data_dir, raw_dir=raw_dir)
     builder = _find(name, data_dir)
   if builder is None:
     raise errors.UserError(
@@ -275,8 +356,13 @@ def _open_builder(name: str, data_dir: str, raw_dir: str) -> Any:
   return builder
 
 
-def _rows(builder: Any, split: str) -> tuple[Any, list[Any]]:
-  """Returns the records of a split, images undecoded, and its files."""
+def _records(builder: Any, split: str) -> tuple[Any, list[Any]]:
+  """Opens a split.
+
+  Returns:
+    Random access to its records, with images undecoded, and TFDS's
+    instructions for the files that hold them.
+  """
   import tensorflow_datasets as tfds
 
   info = builder.info
@@ -292,61 +378,65 @@ def _rows(builder: Any, split: str) -> tuple[Any, list[Any]]:
       f'{builder.name}/{split} has {length} rows of {list(features)};'
       ' wanted some, with an `image`'
     )
-  rows = builder.as_data_source(
+  records = builder.as_data_source(
     split,
     decoders={'image': tfds.decode.SkipDecoding()},
     file_format='array_record',
   )
-  return rows, info.splits[split].file_instructions
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """A split of a prepared set, read at random."""
-
-  length: int
-  num_classes: int  # 0: no labels
-  pixel_values: int  # pixel values are 0 .. pixel_values-1
-  fetch: Callable[[list[int]], list[Row]]
+  return records, info.splits[split].file_instructions
 
 
 def open_split(
   name: str, split: str, data_dir: str = '', raw_dir: str = ''
-) -> Split:
-  """Opens a split of a TFDS set; prepares those of SPECS on first use.
+) -> encoded.EncodedSource:
+  """Opens a split of a TFDS set; prepares a set of SPECS on first use.
 
   Args:
     name: a key of SPECS, or the TFDS name of a set prepared before.
     split: 'train', or a slice such as 'train[:90%]'.
-    data_dir: see `prepare`.
-    raw_dir: see `prepare`.
+    data_dir: where TFDS keeps prepared data; '' is TFDS's own default.
+    raw_dir: the folder of downloaded files, for sets that need them.
 
   Raises:
-    UserError: unknown name or split; a set not prepared, damaged (by `fetch`,
-      too) or in another format; what `prepare` raises.
+    errors.UserError: the name or the split is unknown; the set is damaged or
+      in another format than array_record; or `prepare` failed. A damaged
+      record is refused when it is read.
   """
   builder = _open_builder(name, data_dir, raw_dir)
-  rows, files = _rows(builder, split)
+  records, files = _records(builder, split)
   ends = np.cumsum([file.take for file in files])
-  label = dict(builder.info.features.items()).get('label')
-  num_classes = getattr(label, 'num_classes', 0)  # a ClassLabel has it
+  label_feature = dict(builder.info.features.items()).get('label')
+  # Only a ClassLabel has classes.
+  num_classes = getattr(label_feature, 'num_classes', 0)
 
-  def fetch(index: list[int]) -> list[Row]:
-    where = [files[i].filename for i in np.searchsorted(ends, index, 'right')]
+  def file_of(row: int) -> str:
+    return files[np.searchsorted(ends, row, 'right')].filename
+
+  def fetch(index: list[int]) -> list[encoded.EncodedRow]:
     try:
-      found = rows.__getitems__(index)
+      found = records.__getitems__(index)
     except Exception as error:
-      if len(index) > 1:  # the error names no file: look at the rows singly
-        return [row for i in index for row in fetch([i])]
+      if len(index) > 1:
+        # The error names no file, so the rows are looked at one by one.
+        return [fetch([row])[0] for row in index]
       raise errors.UserError(
-        f'{where[0]} is damaged ({error}): delete its folder, prepare again'
+        f'{file_of(index[0])} is damaged ({error}): delete its folder, prepare'
+        ' again'
       ) from error
     return [
-      (f'{file}, row {i}', row['image'], row['label'] if num_classes else 0)
-      for file, i, row in zip(where, index, found, strict=True)
+      encoded.EncodedRow(
+        where=f'{file_of(row)}, row {row}',
+        content=record['image'],
+        label=record['label'] if num_classes else 0,
+      )
+      for row, record in zip(index, found, strict=True)
     ]
 
   spec = SPECS.get(builder.name)
-  return Split(
-    len(rows), num_classes, spec.pixel_values if spec else 256, fetch
+  return encoded.EncodedSource(
+    name=f'{name}/{split}',
+    length=len(records),
+    num_classes=num_classes,
+    pixel_values=spec.pixel_values if spec else 256,
+    fetch=fetch,
   )

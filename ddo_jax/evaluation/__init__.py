@@ -1,1 +1,1 @@
-"""What is measured: protocols, feature networks, metrics, evaluators."""
+"""Scores of images: protocols, feature networks, metrics, evaluators."""

@@ -1,157 +1,209 @@
-"""Scores of images against the training and the held-out data."""
+"""What a run asks of its evaluator, and the settings that choose one.
 
+Two evaluators implement the contract. `fidelity.FidelityEvaluator` measures
+under a published protocol, in Inception's or DINOv2's features.
+`classifier_evaluator.ClassifierEvaluator` serves data that no protocol is
+about: it fits a small classifier and measures in its features.
+`measure.open_evaluator` opens the one that the settings name.
+
+A third one is a class with the members of `Evaluator`: it turns images into
+rows of numbers, one row an image, and the rows of a set into scores.
+"""
+
+import dataclasses
+import pathlib
 from typing import Any
 from typing import Protocol
 
-import jax
 import numpy as np
 
-from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax import rng
-from ddo_jax.data import sources
-from ddo_jax.evaluation.metrics import frechet
-from ddo_jax.evaluation.metrics import memorisation
-from ddo_jax.evaluation.metrics import prdc
-from ddo_jax.evaluation.networks import classifier
-from ddo_jax.method import generate
-from ddo_jax.method import likelihood
+from ddo_jax.evaluation import protocols
+from ddo_jax.evaluation import rows as rows_lib
 
 Scores = dict[str, float]
 
-
-class Measures(Protocol):
-  """What a run asks of its evaluator."""
-
-  num_images: int  # of a reported block, where the config does not say
-  num_blocks: int
-
-  def measure(
-    self,
-    generator: generate.Generator,
-    params: likelihood.Params,
-    key: jax.Array,
-    block: int,
-    count: int,
-  ) -> Scores:
-    """Scores of `count` images drawn with the key, for block `block`."""
+# Those scores of the classifier that may choose a checkpoint.
+CLASSIFIER_METRICS = ('fd_train', 'fd_test')
 
 
-class Evaluator:
-  """Measures images in the features of a small classifier.
+def _not_science(default: Any) -> Any:
+  """Makes a field that may change inside one run's folder."""
+  return dataclasses.field(default=default, metadata={'science': False})
 
-  The classifier is trained on the training split, always to the same weights.
-  Scores: `fd_train`, `fd_test` (Fréchet distances to both splits), `accuracy`
-  (samples classified as their own label), `precision`, `recall`, `nn_ratio`
-  and `memorised` (see `metrics`).
+
+@dataclasses.dataclass
+class Evaluation:
+  """How checkpoints are compared, and what a reported number is made from.
+
+  Attributes:
+    protocol: a named protocol (see `protocols`), under which Inception's or
+      DINOv2's features are compared with published statistics; '' fits a small
+      classifier to the training split and measures in its features.
+    metric: the score that selects checkpoints; lower is better.
+    selection_samples: the number of images a checkpoint is selected by, drawn
+      from one fixed seed that no report uses.
+    samples: the number of images in each block of a report; 0 takes the
+      protocol's number, or 5,000 without a protocol.
+    seeds: the number of blocks in a report, each drawn from its own seed, over
+      which mean and standard deviation are taken; 0 takes the protocol's
+      number, or 3 without a protocol.
+    features: the kinds of the protocol's features that are compared; () takes
+      all of them.
+    real_images: under a protocol, the number of training images embedded for
+      kid, precision and recall; 0 leaves these scores out.
+    fid_stats: the file of published statistics; '' looks for the protocol's
+      file in ~/.cache/ddo_jax/fid_stats.
+    inception: the file of Inception's weights; '' looks for a known one in
+      ~/.cache/ddo_jax/networks.
+    dinov2: the file of DINOv2's weights; '' looks for it in the same folder.
   """
 
-  num_images, num_blocks = 5_000, 3
+  protocol: str = ''
+  metric: str = 'fd_train'
+  selection_samples: int = 5_000
+  samples: int = 0
+  seeds: int = 0
+  features: tuple[str, ...] = ()
+  real_images: int = 0
+  fid_stats: str = _not_science('')
+  inception: str = _not_science('')
+  dinov2: str = _not_science('')
 
-  def __init__(self, train: sources.Source, test: sources.Source):
-    """Reads both splits whole and fits the classifier.
 
-    Raises:
-      errors.UserError: the data has no labels.
-    """
-    if train.num_classes < 2:
-      raise errors.UserError(
-        f'{train.name} has {train.num_classes} classes; evaluation fits a'
-        ' classifier and wants 2 or more: give the images labels'
-      )
-    self._train, labels = train.read(np.arange(len(train)))
-    self._test, _ = test.read(np.arange(len(test)))
-    self._classifier = classifier.fit(
-      self._train, labels, train.num_classes, train.pixel_values
+def kinds(settings: Evaluation) -> tuple[str, ...]:
+  """Returns the protocol's kinds of features that the settings ask for."""
+  features = tuple(settings.features)
+  return features or protocols.get(settings.protocol).features
+
+
+def _check_features(settings: Evaluation) -> None:
+  """Raises UserError unless the protocol has the features asked for."""
+  if not settings.protocol:
+    errors.require(
+      not settings.features,
+      'evaluation.features',
+      settings.features,
+      '() without config.evaluation.protocol, as only a protocol has a choice',
     )
-    self._features, _ = self._classifier.apply(self._train)
-    test_features, _ = self._classifier.apply(self._test)
-    self._statistics = {
-      'fd_train': frechet.Statistics.of(self._features),
-      'fd_test': frechet.Statistics.of(test_features),
-    }
-
-  def scores(self, images: np.ndarray, labels: np.ndarray | None) -> Scores:
-    """Scores of images uint8 [N,H,W,C] drawn for the labels [N].
-
-    Without labels (an unconditional model) there is no `accuracy`.
-    """
-    features, predicted = self._classifier.apply(images)
-    statistics = frechet.Statistics.of(features)
-    scores = {
-      name: frechet.distance(statistics, real)
-      for name, real in self._statistics.items()
-    }
-    if labels is not None:
-      scores['accuracy'] = float(np.mean(predicted == labels))
-    scores |= prdc.precision_recall(self._features, features)._asdict()
-    near = memorisation.compare(images, self._train, self._test)
-    return scores | near._asdict()
-
-  def measure(
-    self,
-    generator: generate.Generator,
-    params: likelihood.Params,
-    key: jax.Array,
-    block: int,
-    count: int,
-  ) -> Scores:
-    """Scores of `count` images of the key; the block is in the key alone."""
-    del block
-    images, labels = generator.images(params, key, count, 'evaluate')
-    conditional = generator.model.num_classes > 0
-    return self.scores(images, labels if conditional else None)
-
-
-def selection_scores(
-  evaluator: Measures,
-  generator: generate.Generator,
-  params: likelihood.Params,
-  config: config_lib.Config,
-) -> Scores:
-  """Scores on the one fixed seed by which checkpoints are compared."""
-  key = rng.stream(config.seed, 'select')
-  count = config.evaluation.selection_samples
-  return evaluator.measure(generator, params, key, 0, count)
-
-
-def report_scores(
-  evaluator: Measures,
-  generator: generate.Generator,
-  params: likelihood.Params,
-  config: config_lib.Config,
-) -> dict[str, Any]:
-  """Scores over disjoint fresh seeds, see `summarize`.
-
-  No seed here ever selects a checkpoint; sd is the sample deviation, None
-  for a single seed.
-  """
-  blocks, (count, num_blocks) = [], sizes(evaluator, config)
-  for block in range(num_blocks):
-    key = rng.stream(config.seed, 'report', block)
-    blocks.append(evaluator.measure(generator, params, key, block, count))
-  return summarize(blocks)
-
-
-def sizes(evaluator: Measures, config: config_lib.Config) -> tuple[int, int]:
-  """(images of a reported block, blocks)."""
-  evaluation = config.evaluation
-  return (
-    evaluation.samples or evaluator.num_images,
-    evaluation.seeds or evaluator.num_blocks,
+    return
+  known = protocols.get(settings.protocol).features
+  errors.require(
+    all(kind in known for kind in settings.features),
+    'evaluation.features',
+    settings.features,
+    f'() or some of {known}, which protocol {settings.protocol} has',
   )
 
 
-def summarize(blocks: list[Scores]) -> dict[str, Any]:
-  """{name: {'mean', 'sd', 'minimum', 'values'}} of the blocks' scores."""
-  summary = {}
-  for name in blocks[0]:
-    values = [block[name] for block in blocks]
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    summary[name] = {
-      'mean': float(np.mean(values)),
-      'sd': sd,
-      'minimum': min(values),
-      'values': values,
-    }
-  return summary
+def check(settings: Evaluation) -> None:
+  """Checks the settings before anything is drawn or loaded.
+
+  Raises:
+    errors.UserError: a value makes no sense, or protocol, features and metric
+      do not go together; the line names the field, its value and the choices.
+  """
+  names = ('', *protocols.PROTOCOLS)
+  errors.require(
+    settings.protocol in names,
+    'evaluation.protocol',
+    settings.protocol,
+    f'one of {names}',
+  )
+  _check_features(settings)
+  metrics = kinds(settings) if settings.protocol else CLASSIFIER_METRICS
+  errors.require(
+    settings.metric in metrics,
+    'evaluation.metric',
+    settings.metric,
+    f'one of {metrics}, which these settings measure',
+  )
+  value = settings.selection_samples
+  errors.require(
+    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
+  )
+  for field in ('samples', 'seeds', 'real_images'):
+    value = getattr(settings, field)
+    errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
+
+
+class Evaluator(Protocol):
+  """Measures sets of images.
+
+  Attributes:
+    num_images: the number of images in a reported block, unless the settings
+      say otherwise.
+    num_blocks: the number of reported blocks, likewise.
+    minima: the names of those scores whose published form is the minimum over
+      the blocks; of all other scores it is the mean.
+  """
+
+  num_images: int
+  num_blocks: int
+  minima: tuple[str, ...]
+
+  def identity(self) -> dict[str, Any]:
+    """Returns what a number hangs on besides the images, as JSON values.
+
+    Numbers can be compared if their evaluators' identities are equal.
+    """
+
+  def ids(self, block: int, count: int) -> np.ndarray:
+    """Returns the ids [count] of a block's images.
+
+    With the block's key, the ids determine the images.
+    """
+
+  def labels(self, ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns the classes [N] int32 that images of these ids are drawn for.
+
+    Args:
+      ids: [N].
+      num_classes: the model's; 0 for a model without classes, which gets 0.
+    """
+
+  def embed(
+    self,
+    images: rows_lib.Images,
+    count: int,
+    name: str,
+    folder: pathlib.Path | None = None,
+  ) -> rows_lib.Rows:
+    """Makes the rows of images 0 .. count−1 in one pass; see `rows.gather`.
+
+    Args:
+      images: gives the uint8 images [b,H,W,C] of ascending ids, in chunks.
+      count: the number of images.
+      name: a word for the progress bar.
+      folder: where rows are kept, so that a later call goes on with them; None
+        keeps them in memory.
+
+    Raises:
+      errors.UserError: the images are not of the kind that is measured.
+    """
+
+  def scores(
+    self, rows: rows_lib.Rows, labels: np.ndarray | None = None
+  ) -> Scores:
+    """Returns all scores of a set of images by name; see `meanings`.
+
+    Args:
+      rows: the rows of the whole set.
+      labels: [N] the classes that the images were drawn for; None if there are
+        none, or they are not known.
+    """
+
+  def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
+    """Returns {score: {estimate: its fields}} as JSON values.
+
+    Only scores of which one set of images gives a sampling error are in it;
+    see `metrics.uncertainty`.
+    """
+
+  def notes(self, count: int, num_blocks: int) -> list[str]:
+    """Returns lines on what keeps a number from being compared.
+
+    Args:
+      count: the number of images in each block.
+      num_blocks: the number of blocks.
+    """

@@ -1,125 +1,181 @@
-"""Scores under a named protocol: FID and its companions."""
+"""The evaluator of a named protocol: FID and its companions."""
 
+import dataclasses
+import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
-from ddo_jax import config as config_lib
+from ddo_jax.data import loader
 from ddo_jax.data import sources
+from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import features
+from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.metrics import kid
 from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
-from ddo_jax.method import generate
-from ddo_jax.method import likelihood
-from ddo_jax.weights import references
+from ddo_jax.weights import fid_stats as fid_stats_lib
 
-_FOLDER = pathlib.Path('~/.cache/ddo_jax/references')
+# Where files of statistics are looked for; the second is where earlier
+# versions asked for them.
+_FOLDERS = (
+  pathlib.Path('~/.cache/ddo_jax/fid_stats'),
+  pathlib.Path('~/.cache/ddo_jax/references'),
+)
+_KID_SUBSET = 1_000  # images of each set in a subset
+_INCEPTION_SCORES = {
+  'openai': inception_score.openai,
+  'torch_fidelity': inception_score.torch_fidelity,
+}
 
 
-class Evaluator:
-  """Measures images under a protocol.
+def _find(name: str) -> pathlib.Path:
+  """Returns where a published file of statistics lies, or ought to."""
+  paths = [(folder / name).expanduser() for folder in _FOLDERS]
+  for path in paths:
+    if path.exists():
+      return path
+  return paths[0]
 
-  Scores: the Fréchet distance of each kind of features (`fid`, `sfid`,
-  `fd_dinov2`), `inception_score`, and, where there are real images to compare
-  with, `kid`, `precision` and `recall` in the features of FID.
+
+class FidelityEvaluator:
+  """Measures images under a protocol; implements `evaluator.Evaluator`.
+
+  The scores are the Fréchet distance of each kind of features (`fid`, `sfid`,
+  `fd_dinov2`), `inception_score` where the protocol has one, and, where there
+  are real images to compare with, `kid`, `precision` and `recall` in the
+  features of FID.
 
   Attributes:
-    extractor: of the features.
-    files: where the reference and the networks' weights come from.
-    num_images: of a block.
-    num_blocks: of the protocol.
+    extractor: the feature networks.
+    num_images: the number of images in the protocol's blocks.
+    num_blocks: the number of the protocol's blocks.
+    minima: the Fréchet distances, if papers print their minimum.
   """
 
   def __init__(
-    self, config: config_lib.Config, real: sources.Source | None = None
+    self,
+    settings: evaluator.Evaluation,
+    seed: int,
+    train: sources.Source | None = None,
   ):
-    """Loads the networks' weights and the reference.
+    """Loads the networks' weights and the published statistics.
 
     Args:
-      config: its evaluation names the protocol and what that needs.
-      real: training images; `evaluation.real_images` of them are embedded.
+      settings: they name the protocol and what it needs.
+      seed: the run's; under some protocols an image's class is drawn from it.
+      train: the training images, of which `settings.real_images` are embedded.
 
     Raises:
-      errors.UserError: the weights or the reference are missing or damaged;
-        the line says which file to bring and where to put it.
+      errors.UserError: the weights or the statistics are missing or damaged
+        (the line says which file to bring and where to put it), or the
+        training images are not of the protocol's shape.
     """
-    self.extractor = features.Extractor(config)
+    self.extractor = features.Extractor(settings)
+    self._seed = seed
     protocol = self.extractor.protocol
     self.num_images = protocol.num_images
-    self.num_blocks = len(protocol.first_seeds)
-    path = config.evaluation.reference or _FOLDER / protocol.reference
-    self._reference = references.read(pathlib.Path(path).expanduser())
-    self._moments = {k: self._reference.of(k) for k in self.extractor.kinds}
-    reference = next(iter(self._moments.values()))
-    self.files = self.extractor.provenance | {
-      'reference': dict(reference.provenance)
+    self.num_blocks = protocol.num_blocks
+    self.minima = ()
+    if protocol.printed == 'minimum':
+      self.minima = self.extractor.kinds
+    path = _find(protocol.fid_stats)
+    if settings.fid_stats:
+      path = pathlib.Path(settings.fid_stats).expanduser()
+    self._fid_stats = fid_stats_lib.read(path)
+    self._moments = {
+      kind: self._fid_stats.of(kind) for kind in self.extractor.kinds
     }
-    self._real = self._real_rows(real, config.evaluation.real_images)
+    if train is not None:
+      self._check_source(train)
+    self._real = self._real_rows(train, settings.real_images)
+
+  def _check_source(self, train: sources.Source) -> None:
+    """Raises UserError where a model of such images could not be measured."""
+    stored, _ = train.read(np.arange(1))
+    if stored.dtype == np.uint8:  # what latents decode to is not known here
+      self.extractor.check_images(stored.dtype, stored.shape[1:])
 
   def _real_rows(
-    self, real: sources.Source | None, count: int
-  ) -> features.Rows | None:
-    """Features of real images, for neighbours and kernels; None without."""
-    if self._reference.has_images:
-      images = self._reference.images()
-      real = sources.ArraySource(
-        'real', images, np.zeros(len(images), np.int32)
-      )
-      count = len(images)
-    if real is None or not count:
-      return None
-    index = sources.order(0, np.arange(min(count, len(real))), len(real))
-    return self.extractor.read(real, index)
+    self, train: sources.Source | None, count: int
+  ) -> rows_lib.Rows | None:
+    """Embeds the real images that kid, precision and recall compare with.
 
-  def scores(self, rows: features.Rows) -> dict[str, float]:
-    """All scores of features."""
-    scores = {
-      kind: frechet.distance(features.sums(rows[kind]), moments)
-      for kind, moments in self._moments.items()
-    }
+    OpenAI's files of statistics bring images of their own; else they are
+    `count` training images. None if there are neither.
+    """
+    if self._fid_stats.has_images:
+      images = self._fid_stats.images()
+      labels = np.zeros(len(images), np.int32)
+      train = sources.ArraySource('real', images, labels)
+      count = len(images)
+    if train is None or not count:
+      return None
+    positions = np.arange(min(count, len(train)))
+    index = loader.order(0, positions, len(train))
+    images, _ = features.of_source(train, index)
+    return self.extractor.rows(images, len(index), train.name)
+
+  def identity(self) -> dict[str, Any]:
+    """Returns the protocol, and the files that the number hangs on."""
+    origin = next(iter(self._moments.values())).provenance
+    files = self.extractor.provenance | {'fid_stats': dict(origin)}
+    protocol = dataclasses.asdict(self.extractor.protocol)
+    return json.loads(json.dumps({'protocol': protocol, 'files': files}))
+
+  def ids(self, block: int, count: int) -> np.ndarray:
+    """Returns the numbers that follow on those of the blocks before."""
+    return np.arange(block * count, (block + 1) * count)
+
+  def labels(self, ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns classes drawn by the protocol's rule."""
+    return self.extractor.protocol.classes(ids, num_classes, self._seed)
+
+  def embed(
+    self,
+    images: rows_lib.Images,
+    count: int,
+    name: str,
+    folder: pathlib.Path | None = None,
+  ) -> rows_lib.Rows:
+    """Returns the features of the protocol's networks."""
+    return self.extractor.rows(images, count, name, folder)
+
+  def scores(
+    self, rows: rows_lib.Rows, labels: np.ndarray | None = None
+  ) -> evaluator.Scores:
+    """Returns all scores of a set of images; the labels take no part."""
+    del labels
+    scores = {}
+    for kind, moments in self._moments.items():
+      sums = frechet.Statistics.of(rows[kind])
+      scores[kind] = frechet.distance(sums, moments)
     if features.LOGITS in rows:
-      score = {
-        'openai': inception_score.openai,
-        'torch_fidelity': inception_score.torch_fidelity,
-      }[self.extractor.protocol.inception_score]
+      score = _INCEPTION_SCORES[self.extractor.protocol.inception_score]
       scores['inception_score'] = score(rows[features.LOGITS]).mean
     if self._real is not None and 'fid' in rows:
-      pair = (self._real['fid'], rows['fid'])
-      size = min(1_000, *map(len, pair))
-      scores['kid'] = kid.kid(*pair, size=size).mean
-      scores |= prdc.precision_recall(*pair)._asdict()
+      real = self._real['fid']
+      fake = rows['fid']
+      size = min(_KID_SUBSET, len(real), len(fake))
+      scores['kid'] = kid.kid(real, fake, size=size).mean
+      scores |= prdc.precision_recall(real, fake)._asdict()
     return scores
 
-  def uncertainty(self, rows: features.Rows) -> dict[str, Any]:
-    """{kind: {'jackknife', 'limit'}} of the Fréchet distances, where enough."""
-    estimates = {
-      'jackknife': (uncertainty.jackknife, 10),
-      'limit': (uncertainty.extrapolate, 4),
+  def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
+    """Returns the sampling errors of the Fréchet distances, where known."""
+    return {
+      kind: uncertainty.of_distance(rows[kind], moments)
+      for kind, moments in self._moments.items()
     }
-    found = {kind: {} for kind in self._moments}
-    for kind, moments in self._moments.items():
-      metric = lambda sums, moments=moments: frechet.distance(sums, moments)
-      count, width = rows[kind].shape
-      for name, (estimate, groups) in estimates.items():
-        if count // groups <= width:  # singular covariances say nothing
-          continue
-        parts = np.split(rows[kind][: count - count % groups], groups)
-        result = estimate([features.sums(part) for part in parts], metric)
-        found[kind][name] = {
-          key: value.tolist() if isinstance(value, np.ndarray) else value
-          for key, value in result._asdict().items()
-        }
-    return found
 
-  def notes(self, count: int) -> list[str]:
-    """What keeps a number of so many images from being compared."""
-    lines, protocol = [], self.extractor.protocol
+  def notes(self, count: int, num_blocks: int) -> list[str]:
+    """Returns where the number of images departs from the protocol."""
+    protocol = self.extractor.protocol
+    lines = []
     if count != protocol.num_images:
       lines.append(
         f'{count} images, where protocol {protocol.name} has'
@@ -128,34 +184,14 @@ class Evaluator:
     for kind, moments in self._moments.items():
       sizes = {f'{kind} of these images': count}
       if moments.n:  # some files do not say
-        sizes[f'{kind} of the reference'] = moments.n
-      notes = [
-        statistics.rank_note(name, n, len(moments.mean))
-        for name, n in sizes.items()
-      ]
-      lines += filter(None, notes)
+        sizes[f'{kind} of the fid_stats'] = moments.n
+      for name, n in sizes.items():
+        note = statistics.rank_note(name, n, len(moments.mean))
+        if note:
+          lines.append(note)
+    if protocol.printed == 'minimum' and num_blocks != protocol.num_blocks:
+      lines.append(
+        f'{num_blocks} set(s) of images, where protocol {protocol.name} prints'
+        f' the minimum of {protocol.num_blocks}'
+      )
     return lines
-
-  def measure(
-    self,
-    generator: generate.Generator,
-    params: likelihood.Params,
-    key: jax.Array,
-    block: int,
-    count: int,
-  ) -> dict[str, float]:
-    """Scores of `count` images of a block's ids; see `evaluate.Measures`."""
-    return self.scores(self.draw(generator, params, key, block, count))
-
-  def draw(
-    self,
-    generator: generate.Generator,
-    params: likelihood.Params,
-    key: jax.Array,
-    block: int,
-    count: int,
-    **options: Any,
-  ) -> features.Rows:
-    """Features of a block's images; `options` as `Extractor.draw` has them."""
-    ids = np.arange(block * count, (block + 1) * count)
-    return self.extractor.draw(generator, params, key, ids, **options)

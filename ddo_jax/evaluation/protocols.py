@@ -1,13 +1,25 @@
 """Named evaluation protocols: what a published number was measured under.
 
-A FID depends on the number of images, on how labels are drawn, on how pixels
-are rounded and resized, and on the reference file, each by more than good
-models differ. A score therefore carries its protocol, and scores of different
-protocols are not compared.
+A FID depends on the number of images, on how their classes are drawn, on how
+images are resized and on the file of statistics they are compared with; each
+of these moves it by more than good models differ. A score therefore carries
+its protocol, and scores of different protocols are not compared.
+
+Images are measured as they are. How a model's output becomes uint8 pixels is
+the concern of the model's codec, and it belongs to the model as much as its
+weights do: EDM's and EDM2's pixels are those of clip(127.5 x + 128, 0, 255)
+cut off to integers, which is rounding; VAR's, and those of EDM2's latents, are
+those of 255 (x + 1)/2 cut off, which is half a pixel value darker on average.
+
+The seeds of a published number are 0, 1, ..., N−1 for its first block of N
+images, N, ..., 2N−1 for its second, and so on. Here an image's id is its place
+in that sequence, and its noise depends on its id and the run's seed.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import typing
+from typing import Any
 from typing import Literal
 
 import jax
@@ -18,12 +30,15 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.evaluation.networks import resize
 
-# 'random': drawn anew for every image (EDM's and EDM2's generators).
+# 'random': every image's class is drawn (EDM's and EDM2's generators).
 # 'balanced': image i has class i mod classes (DDO's EDM2 script, VAR).
 LabelRule = Literal['random', 'balanced']
-# Both truncate. 'edm': clip(127.5 x + 128); 'var': clip(255 (x + 1)/2), which
-# is half a level darker.
-PixelRule = Literal['edm', 'var']
+# 'openai': chunks in the order of the ids. 'torch_fidelity': shuffled splits.
+# '': the papers print no Inception Score.
+InceptionRule = Literal['', 'openai', 'torch_fidelity']
+# What papers print of the blocks' Fréchet distances: EDM the minimum of three,
+# others that of their only block.
+Printed = Literal['minimum', 'single']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,67 +46,67 @@ class Protocol:
   """How a number is measured.
 
   Attributes:
-    name: of the protocol.
-    image_shape: of the images that the reference is of.
-    num_images: N of a block.
-    first_seeds: of the blocks; block b has seeds first, first + 1, ...
+    name: what the protocol is called.
+    image_shape: [H, W, C] of the images that are measured.
+    num_images: N, the number of images in a block.
+    num_blocks: the number of blocks of fresh seeds that are measured.
     labels: how classes are drawn.
-    pixels: how model units in [-1, 1] become uint8.
-    resize: into the Inception network.
-    reference: published file of the reference statistics.
-    features: kinds of statistics that the reference file has.
-    inception_score: the convention, '' where the papers print none.
-    printed: of the blocks' scores: 'minimum' or 'single'.
+    resize: how images are resized for the Inception network.
+    fid_stats: the name of the published file of statistics.
+    features: the kinds of statistics that the file has.
+    inception_score: the convention of the Inception Score.
+    printed: which of the blocks' Fréchet distances papers print.
   """
 
   name: str
   image_shape: tuple[int, int, int]
   num_images: int
-  first_seeds: tuple[int, ...]
+  num_blocks: int
   labels: LabelRule
-  pixels: PixelRule
   resize: resize.Bilinear
-  reference: str
+  fid_stats: str
   features: tuple[str, ...]
-  inception_score: str
-  printed: str
+  inception_score: InceptionRule
+  printed: Printed
 
   def __post_init__(self):
-    for field, rules in (
-      ('labels', LabelRule),
-      ('pixels', PixelRule),
-      ('resize', resize.Bilinear),
-    ):
-      if getattr(self, field) not in typing.get_args(rules):
+    choices = {
+      'labels': LabelRule,
+      'resize': resize.Bilinear,
+      'inception_score': InceptionRule,
+      'printed': Printed,
+    }
+    for field, rule in choices.items():
+      value = getattr(self, field)
+      if value not in typing.get_args(rule):
         raise errors.UserError(
-          f'{field} is {getattr(self, field)!r}; wanted one of '
-          f'{typing.get_args(rules)}'
+          f'{field} is {value!r}; wanted one of {typing.get_args(rule)}'
         )
-    gaps = np.diff(sorted(self.first_seeds))
-    if not self.first_seeds or (gaps < self.num_images).any():
+    if self.num_images < 1 or self.num_blocks < 1:
       raise errors.UserError(
-        f'blocks of {self.num_images} images from seeds {self.first_seeds} '
-        'overlap; start them at least that far apart'
+        f'{self.num_blocks} blocks of {self.num_images} images; wanted 1 or'
+        ' more of each'
+      )
+    if self.printed == 'single' and self.num_blocks != 1:
+      raise errors.UserError(
+        f"printed is 'single' of {self.num_blocks} blocks; wanted one block, or"
+        " 'minimum'"
       )
 
-  def ids(self, block: int) -> np.ndarray:
-    """The images' numbers [N] of a block, which are also their seeds."""
-    first = self.first_seeds[block]
-    return np.arange(first, first + self.num_images)
-
   def classes(self, ids: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
-    """The images' classes.
+    """Returns the classes of images.
 
     Args:
-      ids: [B] of one block or of a part of it.
-      num_classes: 0 for a model without classes.
-      seed: of the run; random classes are a function of it and of the id.
+      ids: [B] the images' ids.
+      num_classes: the model's; 0 for a model without classes.
+      seed: the run's; random classes are a function of it and of the id.
 
     Returns:
-      [B] int32; `num_classes` itself, "no label", is 0 without classes.
+      [B] int32; all 0 without classes.
 
     Raises:
-      UserError: the rule is 'balanced', and the classes do not divide N.
+      errors.UserError: the rule is 'balanced', and the number of classes does
+        not divide N.
     """
     if num_classes == 0:
       return np.zeros(len(ids), np.int32)
@@ -105,70 +120,63 @@ class Protocol:
     keys = rng.per_example(
       rng.stream(seed, 'evaluation', 'label'), jnp.asarray(ids, jnp.uint32)
     )
-    draw = lambda key: jax.random.randint(key, (), 0, num_classes)
+
+    def draw(key: jax.Array) -> jax.Array:
+      return jax.random.randint(key, (), 0, num_classes)
+
     return np.asarray(jax.vmap(draw)(keys), np.int32)
-
-
-def _three(n: int) -> tuple[int, int, int]:
-  return (0, n, 2 * n)
 
 
 _EDM = Protocol(
   name='edm-cifar10',
   image_shape=(32, 32, 3),
   num_images=50_000,
-  first_seeds=_three(50_000),
+  num_blocks=3,
   labels='random',
-  pixels='edm',
   resize='tf1',
-  reference='cifar10-32x32.npz',
+  fid_stats='cifar10-32x32.npz',
   features=('fid',),
   inception_score='',
   printed='minimum',
 )
-# Labels as DDO's own sampling script draws them; EDM2's baselines were drawn
-# at random: `dataclasses.replace(protocol, name=..., labels='random')`.
+# Classes are drawn as DDO's own sampling script draws them. EDM2's baselines
+# were drawn at random: `dataclasses.replace(protocol, name=..., labels=...)`.
 _EDM2 = dataclasses.replace(
   _EDM,
   name='edm2-img64',
   image_shape=(64, 64, 3),
   labels='balanced',
-  reference='img64.pkl',
+  fid_stats='img64.pkl',
   features=('fid', 'fd_dinov2'),
+)
+_EDM2_LARGE = dataclasses.replace(
+  _EDM2,
+  name='edm2-img512',
+  image_shape=(512, 512, 3),
+  fid_stats='img512.pkl',
+)
+_ADM = dataclasses.replace(
+  _EDM,
+  name='adm-img256',
+  image_shape=(256, 256, 3),
+  num_blocks=1,
+  labels='balanced',
+  fid_stats='VIRTUAL_imagenet256_labeled.npz',
+  features=('fid', 'sfid'),
+  inception_score='openai',
+  printed='single',
 )
 
 PROTOCOLS = {
-  protocol.name: protocol
-  for protocol in (
-    _EDM,
-    _EDM2,
-    dataclasses.replace(
-      _EDM2,
-      name='edm2-img512',
-      image_shape=(512, 512, 3),
-      reference='img512.pkl',
-    ),
-    dataclasses.replace(
-      _EDM,
-      name='adm-img256',
-      image_shape=(256, 256, 3),
-      first_seeds=(0,),
-      labels='balanced',
-      pixels='var',
-      reference='VIRTUAL_imagenet256_labeled.npz',
-      features=('fid', 'sfid'),
-      inception_score='openai',
-      printed='single',
-    ),
-  )
+  protocol.name: protocol for protocol in (_EDM, _EDM2, _EDM2_LARGE, _ADM)
 }
 
 
 def get(name: str) -> Protocol:
-  """The protocol of a name.
+  """Returns the protocol of a name.
 
   Raises:
-    UserError: there is none.
+    errors.UserError: there is none.
   """
   if name not in PROTOCOLS:
     raise errors.UserError(
@@ -177,40 +185,60 @@ def get(name: str) -> Protocol:
   return PROTOCOLS[name]
 
 
+def from_json(recorded: Mapping[str, Any]) -> Protocol:
+  """Returns the protocol that an eval.json records.
+
+  Files written by earlier versions list the first seed of every block, call
+  the statistics `reference`, and name a rule of rounding, which is the model's.
+  """
+  fields = dict(recorded)
+  fields.pop('pixels', None)
+  if 'first_seeds' in fields:
+    fields['num_blocks'] = len(fields.pop('first_seeds'))
+  if 'reference' in fields:
+    fields['fid_stats'] = fields.pop('reference')
+  for name in ('image_shape', 'features'):
+    fields[name] = tuple(fields[name])
+  return Protocol(**fields)
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """A number and all that it hangs on.
+  """A number, and all that it hangs on.
 
   Attributes:
-    metric: 'fid', 'fd_dinov2', 'inception_score', ...
+    metric: the score's name: 'fid', 'fd_dinov2', 'inception_score', ...
     value: the number.
-    protocol: that it was measured under.
-    num_images: that were really used.
-    reference_sha256: of the reference file; '' if unknown (a printed number).
+    protocol: the protocol that it was measured under.
+    num_images: the number of images that were really used.
+    fid_stats_sha256: the hash of the file of statistics; '' if it is not known,
+      as with a printed number.
   """
 
   metric: str
   value: float
   protocol: Protocol
   num_images: int
-  reference_sha256: str = ''
+  fid_stats_sha256: str = ''
 
 
 def difference(a: Score, b: Score) -> float:
-  """`a` minus `b`, where that means something.
+  """Returns `a` minus `b`, where that means something.
 
   Raises:
-    UserError: they are of different metrics, protocols, numbers of images or
-      reference files; the line says which.
+    errors.UserError: they are of different metrics, protocols, numbers of
+      images or files of statistics; the line says which.
   """
   reasons = []
-  for field in ('metric', 'num_images', 'reference_sha256'):
-    ours, theirs = getattr(a, field), getattr(b, field)
-    known = field != 'reference_sha256' or (ours and theirs)
-    if known and ours != theirs:
+  for field in ('metric', 'num_images', 'fid_stats_sha256'):
+    ours = getattr(a, field)
+    theirs = getattr(b, field)
+    unknown = field == 'fid_stats_sha256' and not (ours and theirs)
+    if ours != theirs and not unknown:
       reasons.append(f'{field} {ours} and {theirs}')
   for field in dataclasses.fields(Protocol):
-    ours, theirs = (getattr(x.protocol, field.name) for x in (a, b))
+    ours = getattr(a.protocol, field.name)
+    theirs = getattr(b.protocol, field.name)
     if ours != theirs:
       reasons.append(f'{field.name} {ours} and {theirs}')
   if reasons:

@@ -1,5 +1,6 @@
-"""The evaluate mode: scores of params, or of images that are there already."""
+"""The evaluate and fid_stats modes: scores of params, or of finished images."""
 
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
@@ -10,231 +11,284 @@ import zipfile
 
 import numpy as np
 
-from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax import models
-from ddo_jax import rng
 from ddo_jax.data import files as image_files
+from ddo_jax.data import image_writer
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
-from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
+from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import statistics
-from ddo_jax.method import generate
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
 _LOSSY = ('.jpg', '.jpeg', '.webp')
+# Fields of the config that name weights beside the params which are scored.
+_OTHER_WEIGHTS = ('guide_from', 'tokenizer_from', 'vae_from')
 
 
 def score_params(
-  config: config_lib.Config,
-  workdir: pathlib.Path,
+  run: workspace.Run,
   params: pathlib.Path | None = None,
   output: pathlib.Path | None = None,
   save_images: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Scores params on the reporting seeds; writes and returns eval.json.
 
+  A call that was cut off left the features it had made in `output`, and the
+  next call goes on with them.
+
   Args:
-    config: of the run.
-    workdir: its folder.
+    run: the run whose data, model and sampler are used.
     params: a folder of params; None takes the run's newest.
-    output: where eval.json goes; None is the workdir.
-    save_images: a folder, or an .npz, that the images go to; under a protocol.
+    output: the folder of eval.json; None takes the run's.
+    save_images: a folder, or an .npz, that the first block's images are
+      written to; all of them are then drawn in this call.
   """
-  run = run_lib.Run(config, workdir)
-  model = models.build(config, config.ddo)
-  folder = params or run_lib.newest_params(workdir)
-  weights, meta = run_lib.load_params(folder, model, run.executor)
-  generator = run.generator(model)
-  output = output or workdir
-  result = {
+  config = run.config
+  settings = config.evaluation
+  evaluator = run.evaluator
+  folder = params or workspace.newest_params(run.workdir)
+  weights, meta = workspace.load_params(folder, run.model, run.executor)
+  output = output or run.workdir
+  count = measure.num_images(evaluator, settings)
+  num_blocks = measure.num_blocks(evaluator, settings)
+  about = {
     'params': str(folder),
     'sha256': meta['sha256'],
     'provenance': meta.get('provenance', {}),
     'sampler': dataclasses.asdict(config.sampler),
-    'samples': evaluator_lib.sizes(run.evaluator, config)[0],
+    'samples': count,
+    'seeds': num_blocks,
+  } | evaluator.identity()
+  kept = output / f'features_{_digest(run, about)}'
+  writer = image_writer.ImageWriter(save_images) if save_images else None
+  blocks = []
+  uncertainty = {}
+  for rows, labels in measure.report_blocks(
+    evaluator,
+    run.generator(),
+    weights,
+    settings,
+    config.seed,
+    folder=None if writer else kept,
+    keep=writer.add if writer else None,
+  ):
+    blocks.append(evaluator.scores(rows, labels))
+    if not uncertainty:
+      uncertainty = evaluator.uncertainty(rows)
+  if writer:
+    writer.close()
+  last_ids = evaluator.ids(num_blocks - 1, count)
+  result = about | {
+    'ids': [0, int(last_ids[-1]) + 1],
+    'scores': measure.summarize(blocks, evaluator.minima),
+    'uncertainty': uncertainty,
+    'notes': evaluator.notes(count, num_blocks),
+    'environment': devices_lib.environment(),
   }
-  if isinstance(run.evaluator, fidelity.Evaluator):
-    result |= _under_protocol(
-      run.evaluator, generator, weights, config, output, result, save_images
-    )
-  else:
-    result['scores'] = evaluator_lib.report_scores(
-      run.evaluator, generator, weights, config
-    )
-  result['environment'] = devices_lib.environment()
   records.write_json(output / 'eval.json', result)
+  shutil.rmtree(kept, ignore_errors=True)
   return result
 
 
-def _under_protocol(
-  evaluator: fidelity.Evaluator,
-  generator: generate.Generator,
-  weights: Any,
-  config: config_lib.Config,
-  output: pathlib.Path,
-  identity: dict[str, Any],
-  save_images: pathlib.Path | None,
-) -> dict[str, Any]:
-  """The blocks' scores; goes on with the features that a cut-off run left."""
-  (count, num_blocks), blocks = evaluator_lib.sizes(evaluator, config), []
-  identity |= _about(evaluator) | {'seed': config.seed}
-  digest = hashlib.sha256(json.dumps(identity).encode())
-  kept = output / f'features_{digest.hexdigest()[:16]}'
-  writer = save_images and generate.ImageWriter(save_images)
-  for block in range(num_blocks):
-    key = rng.stream(config.seed, 'report', block)
-    folder = None if writer else kept / f'block_{block}'
-    keep = writer.add if writer and block == 0 else None
-    rows = evaluator.draw(
-      generator, weights, key, block, count, folder=folder, keep=keep
+def _digest(run: workspace.Run, about: Mapping[str, Any]) -> str:
+  """Hashes all that an image and its features depend on."""
+  config = run.config
+  depends = dict(about)
+  depends['seed'] = config.seed
+  depends['model'] = repr(config.model)
+  for name in _OTHER_WEIGHTS:
+    depends[name] = getattr(config, name)
+  content = json.dumps(depends, sort_keys=True).encode()
+  return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read_arrays(path: pathlib.Path) -> sources.ArraySource:
+  """Opens an .npz of images, and of their labels if it has any."""
+  arrays = statistics.read_npz(path)
+  images = arrays.get('arr_0', arrays.get('image', arrays.get('images')))
+  if images is None:
+    raise errors.UserError(
+      f'{path} has the arrays {", ".join(arrays)}; wanted arr_0 or image,'
+      ' uint8 [N,H,W,C]'
     )
-    blocks.append(evaluator.scores(rows))
-    if block == 0:
-      spread = evaluator.uncertainty(rows)
-  if writer:
-    writer.close()
-  shutil.rmtree(kept, ignore_errors=True)
-  return _about(evaluator) | {
-    'ids': [0, num_blocks * count],
-    'scores': evaluator_lib.summarize(blocks),
-    'uncertainty': spread,
-    'notes': evaluator.notes(count),
-  }
-
-
-def _about(evaluator: fidelity.Evaluator) -> dict[str, Any]:
-  """The protocol, and the files that the number hangs on."""
-  protocol = dataclasses.asdict(evaluator.extractor.protocol)
-  return json.loads(
-    json.dumps({'protocol': protocol, 'files': evaluator.files})
-  )
+  labels = arrays.get('arr_1', arrays.get('label', arrays.get('labels')))
+  if labels is None:
+    none = np.zeros(len(images), np.int32)
+    return sources.ArraySource(str(path), images, none)
+  num_classes = int(labels.max(initial=0)) + 1
+  return sources.ArraySource(str(path), images, labels, num_classes)
 
 
 def open_images(path: pathlib.Path) -> sources.Source:
   """Opens a set of finished images: a folder, a zip or an .npz.
 
   Args:
-    path: PNGs in a folder or zip, or an .npz with `arr_0` (as OpenAI's) or
-      `image`, uint8 [N,H,W,3], and maybe labels.
+    path: PNGs in a folder or zip, perhaps with EDM's dataset.json; or an .npz
+      with `arr_0` (as OpenAI's) or `image`, uint8 [N,H,W,C], and perhaps with
+      labels as `arr_1` or `label`.
 
   Raises:
     errors.UserError: nothing is there, or images that were compressed with
       loss or scaled.
   """
   if path.suffix == '.npz':
-    arrays = statistics.read_npz(path)
-    images = arrays.get('arr_0', arrays.get('image', arrays.get('images')))
-    if images is None:
-      raise errors.UserError(
-        f'{path} has the arrays {", ".join(arrays)}; wanted arr_0 or image,'
-        ' uint8 [N,H,W,3]'
-      )
-    return sources.ArraySource(
-      str(path), images, np.zeros(len(images), np.int32)
-    )
+    return _read_arrays(path)
   if not path.is_dir() and not zipfile.is_zipfile(path):
     raise errors.UserError(
       f'no images at {path}; wanted a folder or zip of PNGs, or an .npz'
     )
   names, _ = image_files.opener(path)
-  if lossy := [name for name in names if name.lower().endswith(_LOSSY)]:
+  lossy = [name for name in names if name.lower().endswith(_LOSSY)]
+  if lossy:
     raise errors.UserError(
       f'{path} holds {lossy[0]}: compression with loss changes the score by'
       ' more than models differ; write the samples as PNG or .npz'
     )
-  return sources.open_source(config_lib.Data(source=str(path)), 'train')
+  return image_files.open_files(path)
 
 
 def score_images(
-  config: config_lib.Config, path: pathlib.Path, output: pathlib.Path
+  settings: evaluator_lib.Evaluation,
+  seed: int,
+  data: sources.Data,
+  path: pathlib.Path,
+  output: pathlib.Path,
 ) -> dict[str, Any]:
   """Scores images that are there already; writes and returns eval.json.
 
+  Args:
+    settings: they name the protocol, or none.
+    seed: the run's.
+    data: where real images come from; under a protocol only needed for
+      `settings.real_images`.
+    path: the images; see `open_images`.
+    output: the folder of eval.json.
+
   Raises:
-    errors.UserError: the images are not what the protocol measures.
+    errors.UserError: the images are not what the evaluator measures.
   """
+  evaluator_lib.check(settings)
   source = open_images(path)
-  evaluator = fidelity.Evaluator(config)
-  rows = evaluator.extractor.read(source, np.arange(len(source)))
-  result = _about(evaluator) | {
+  train = None
+  if settings.real_images or not settings.protocol:
+    train = sources.open_source(data, data.train_split)
+
+  def open_test() -> sources.Source:
+    return sources.open_source(data, data.test_split)
+
+  evaluator = measure.open_evaluator(settings, seed, train, open_test)
+  rows, labels = measure.read(evaluator, source)
+  scores = evaluator.scores(rows, labels)
+  result = evaluator.identity() | {
     'images': str(path),
     'samples': len(source),
-    'scores': evaluator_lib.summarize([evaluator.scores(rows)]),
+    'seeds': 1,
+    'scores': measure.summarize([scores], evaluator.minima),
     'uncertainty': evaluator.uncertainty(rows),
-    'notes': evaluator.notes(len(source)),
+    'notes': evaluator.notes(len(source), 1),
     'environment': devices_lib.environment(),
   }
   records.write_json(output / 'eval.json', result)
   return result
 
 
-def write_reference(
-  config: config_lib.Config, output: pathlib.Path
+def write_fid_stats(
+  settings: evaluator_lib.Evaluation, data: sources.Data, output: pathlib.Path
 ) -> pathlib.Path:
-  """Writes the statistics of a data set as reference files.
+  """Writes the statistics of a data set's training split.
+
+  The files serve as `evaluation.fid_stats`. They are of a protocol's features,
+  so no evaluator is needed, which would ask for such a file itself.
 
   Args:
-    config: of the data (its training split) and of the protocol.
-    output: folder of `<kind>.npz`, one for each kind of features.
+    settings: they name the protocol.
+    data: where the images come from.
+    output: the folder of `<kind>.npz`, one file for each kind of features.
 
   Returns:
     output.
+
+  Raises:
+    errors.UserError: no protocol is named, or weights are missing.
   """
-  extractor = features.Extractor(config)
-  source = sources.open_source(config.data, config.data.train_split)
-  rows = extractor.read(source, np.arange(len(source)))
-  origin = {
-    'data': source.name,
-    'resize': extractor.protocol.resize,
-    **{f'{k}_sha256': v['sha256'] for k, v in extractor.provenance.items()},
-  }
+  errors.require(
+    bool(settings.protocol),
+    'evaluation.protocol',
+    settings.protocol,
+    f'one of {tuple(protocols.PROTOCOLS)}: statistics are of its features',
+  )
+  extractor = features.Extractor(settings)
+  source = sources.open_source(data, data.train_split)
+  images, _ = features.of_source(source)
+  rows = extractor.rows(images, len(source), source.name)
+  origin = {'data': source.name, 'resize': extractor.protocol.resize}
+  for network, provenance in extractor.provenance.items():
+    origin[f'{network}_sha256'] = provenance['sha256']
   for kind in extractor.kinds:
-    sums = features.sums(rows[kind])
+    sums = frechet.Statistics.of(rows[kind])
     moments = statistics.Moments.of(sums, origin)
     statistics.save(output / f'{kind}.npz', moments)
   return output
 
 
-def compare(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-  """How much higher each score's mean is than the other's of its name.
+def lines(result: Mapping[str, Any]) -> list[str]:
+  """Returns an evaluation as lines to print: the scores, then the notes."""
+  printed = []
+  for name, score in result['scores'].items():
+    sd = '' if score['sd'] is None else f' ± {score["sd"]:.4f}'
+    mean = f'{score["mean"]:.4f}{sd}'
+    text = mean
+    if score.get('headline') == 'minimum' and score['sd'] is not None:
+      count = len(score['values'])
+      text = f'{score["minimum"]:.4f} (minimum of {count}; mean {mean})'
+    printed.append(f'{name:16} {text}')
+  printed += [f'note: {note}' for note in result.get('notes', [])]
+  return printed
+
+
+def _recorded_scores(result: Mapping[str, Any]) -> dict[str, protocols.Score]:
+  """Returns the scores of an eval.json with all that they hang on."""
+  if 'protocol' not in result:
+    raise errors.UserError(
+      'scores without a protocol are compared inside one run only: evaluate'
+      ' both with --config.evaluation.protocol'
+    )
+  protocol = protocols.from_json(result['protocol'])
+  files = result['files']
+  # Earlier versions called the statistics a reference.
+  fid_stats = files['fid_stats'] if 'fid_stats' in files else files['reference']
+  return {
+    name: protocols.Score(
+      metric=name,
+      value=score['mean'],
+      protocol=protocol,
+      num_images=result['samples'],
+      fid_stats_sha256=fid_stats.get('sha256', ''),
+    )
+    for name, score in result['scores'].items()
+  }
+
+
+def compare(
+  result: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, float]:
+  """Returns how much higher each score's mean is than the other's.
 
   Args:
     result: an eval.json.
     other: another one.
 
   Raises:
-    errors.UserError: they are not of one protocol, number of images and
-      reference; the line says what differs.
+    errors.UserError: they are not of one protocol, number of images and file
+      of statistics; the line says what differs.
   """
-
-  def read(values):
-    if 'protocol' not in values:
-      raise errors.UserError(
-        'scores without a protocol are compared inside one run only: evaluate'
-        ' both with --config.evaluation.protocol'
-      )
-    fields = {
-      name: tuple(value) if isinstance(value, list) else value
-      for name, value in values['protocol'].items()
-    }
-    reference = values['files']['reference'].get('sha256', '')
-    return {
-      name: protocols.Score(
-        name,
-        score['mean'],
-        protocols.Protocol(**fields),
-        values['samples'],
-        reference,
-      )
-      for name, score in values['scores'].items()
-    }
-
-  ours, theirs = read(result), read(other)
+  ours = _recorded_scores(result)
+  theirs = _recorded_scores(other)
   return {
     name: protocols.difference(ours[name], theirs[name])
     for name in ours

@@ -42,7 +42,7 @@ class TokenNetwork(Protocol):
     The log-sum-exp is float32 whatever the type of the matrix products.
 
     Args:
-      params: of the transformer.
+      params: the transformer's.
       frozen: weights beside it, such as a tokenizer's.
       label: [B] int32; `num_classes` means "no label".
       tokens: [B,L] int32.

@@ -15,6 +15,7 @@ from ddo_jax import errors
 from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
+from ddo_jax.samplers import contract
 from ddo_jax.samplers import guidance
 
 Batch = likelihood.Batch
@@ -206,7 +207,7 @@ class Diffusion:
 
   def _guide(
     self, params: Params, frozen: Frozen, label: jax.Array
-  ) -> guidance.Denoise:
+  ) -> contract.Denoise:
     """Returns the weaker denoiser, see `sample`."""
     if 'guide' in frozen:
       module = self.denoiser if self.guide is None else self.guide

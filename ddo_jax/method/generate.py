@@ -1,22 +1,24 @@
-"""Images from params: fake pools, sample grids, evaluation sets."""
+"""Draws rows from params: for fake pools, sample grids and evaluations."""
 
 from collections.abc import Iterator
 import functools
-import json
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 import tqdm
 
 from ddo_jax import rng
-from ddo_jax.data import pool as pool_lib
 from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
 from ddo_jax.runtime import devices as devices_lib
 
 _RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
+
+
+def balanced_labels(ids: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns int32 labels [B] for ids [B], such that classes occur equally."""
+  return (ids % max(num_classes, 1)).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampler'))
@@ -37,9 +39,9 @@ class Generator:
   Attributes:
     model: the family.
     frozen: weights beside the params (tokenizer, VAE, guide), on the devices.
-    sampler: its settings.
+    sampler: the sampler's settings.
     executor: the devices.
-    batch: images a call.
+    batch: the number of images in a call.
   """
 
   def __init__(
@@ -65,14 +67,14 @@ class Generator:
     labels: np.ndarray,
     name: str = 'samples',
   ) -> Iterator[np.ndarray]:
-    """Yields rows [b,...] as the data stores them, of ids [N], in order.
+    """Yields rows [b,...] as the data stores them, in the order of the ids.
 
     Args:
-      params: on the devices.
+      params: the weights, on the devices.
       key: the stream's key; an image's own key folds in its id.
       ids: [N] integers.
       labels: [N] int32; num_classes means "no label".
-      name: on the progress bar (off where there is no terminal).
+      name: what the progress bar says (there is none without a terminal).
     """
     weights = (params, self.frozen, self.executor.replicate(key))
     fn = functools.partial(_sample, model=self.model, sampler=self.sampler)
@@ -85,8 +87,8 @@ class Generator:
         yield stored
 
   def render(self, stored: np.ndarray) -> np.ndarray:
-    """The uint8 images [N,H,W,C] of stored rows [N,...]."""
-    if stored.dtype == np.uint8:  # they are
+    """Returns the uint8 images [N,H,W,C] that stored rows [N,...] stand for."""
+    if stored.dtype == np.uint8:  # stored rows are images already
       return stored
     fn = functools.partial(_render, model=self.model)
     rows = {'stored': stored}
@@ -101,96 +103,20 @@ class Generator:
     count: int,
     name: str = 'samples',
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Class-balanced images uint8 [count,H,W,C] and their labels [count]."""
+    """Returns class-balanced images uint8 [count,H,W,C], and labels [count]."""
     ids = np.arange(count)
-    labels = pool_lib.balanced_labels(ids, self.model.num_classes)
+    labels = balanced_labels(ids, self.model.num_classes)
     parts = self.stream(params, key, ids, labels, name)
     return self.render(np.concatenate(list(parts))), labels
 
   def fill(
-    self, pool: pool_lib.Pool, params: likelihood.Params, key: jax.Array
+    self, pool: negatives.FakePool, params: likelihood.Params, key: jax.Array
   ) -> None:
     """Draws the missing shards of a pool; safe to cut off anywhere."""
     for shard in tqdm.tqdm(
       pool.missing(), desc='fake pool', unit='shard', disable=None, leave=False
     ):
       ids = pool.ids(shard)
-      labels = pool_lib.balanced_labels(ids, self.model.num_classes)
+      labels = balanced_labels(ids, self.model.num_classes)
       parts = self.stream(params, key, ids, labels, f'shard {shard}')
       pool.write(shard, np.concatenate(list(parts)), labels)
-
-
-def grid(
-  images: np.ndarray, columns: int, pixel_values: int = 256
-) -> np.ndarray:
-  """Lays images [N,H,W,C] out in rows, one pixel apart, at full contrast.
-
-  Returns:
-    uint8 [rows·(H+1)+1, columns·(W+1)+1, C], white between the images.
-  """
-  _, height, width, channels = images.shape
-  rows = -(-len(images) // columns)
-  size = (rows * (height + 1) + 1, columns * (width + 1) + 1, channels)
-  sheet = np.full(size, 255, np.uint8)
-  bright = (images.astype(np.uint32) * 255 // (pixel_values - 1)).astype(
-    np.uint8
-  )
-  for i, image in enumerate(bright):
-    top = (i // columns) * (height + 1) + 1
-    left = (i % columns) * (width + 1) + 1
-    sheet[top : top + height, left : left + width] = image
-  return sheet
-
-
-def save_grid(
-  path: pathlib.Path, images: np.ndarray, pixel_values: int
-) -> None:
-  """Writes a PNG of images uint8 [N,H,W,C], ten a row, small ones enlarged."""
-  sheet = grid(images, 10, pixel_values)
-  zoom = max(1, 32 // images.shape[1])
-  sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
-  Image.fromarray(sheet.squeeze()).save(path)
-
-
-class ImageWriter:
-  """Writes images as other programs read them.
-
-  A path that ends in .npz: OpenAI's `arr_0`, `arr_1` (labels), shuffled, for
-  its Inception Score reads them in order. Else a folder of PNGs in EDM's
-  layout, with its dataset.json.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    """Nothing is written yet."""
-    self.path = path
-    self._labels, self._images = {}, {}
-
-  def add(
-    self, ids: np.ndarray, images: np.ndarray, labels: np.ndarray
-  ) -> None:
-    """Takes images uint8 [B,H,W,C] of ids [B] and labels [B]."""
-    for number, image, label in zip(ids.tolist(), images, labels, strict=True):
-      self._labels[number] = int(label)
-      if self.path.suffix == '.npz':
-        self._images[number] = image
-        continue
-      file = self.path / _file_name(number)
-      file.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(image.squeeze()).save(file)
-
-  def close(self) -> None:
-    """Writes what needs all images."""
-    numbers = sorted(self._labels)
-    if self.path.suffix == '.npz':
-      numbers = np.random.RandomState(0).permutation(numbers).tolist()
-      images = np.stack([self._images[number] for number in numbers])
-      labels = np.array([self._labels[number] for number in numbers])
-      np.savez(self.path, arr_0=images, arr_1=labels)
-      return
-    entries = [[_file_name(n), self._labels[n]] for n in numbers]
-    content = json.dumps({'labels': entries})
-    (self.path / 'dataset.json').write_text(content)
-
-
-def _file_name(number: int) -> str:
-  return f'{number // 1000:05d}/img{number:08d}.png'

@@ -169,7 +169,7 @@ def hide_labels(
 def check_source(
   model: LikelihoodModel,
   name: str,
-  image_shape: tuple[int, ...],
+  stored_shape: tuple[int, ...],
   num_classes: int,
   pixel_values: int,
 ) -> None:
@@ -178,16 +178,19 @@ def check_source(
   Args:
     model: the model.
     name: what the message calls the source.
-    image_shape: the shape of its stored rows.
+    stored_shape: the shape of its stored rows.
     num_classes: the number of its classes; an unconditional model leaves labels
       unused.
     pixel_values: the number of values of its pixels.
   """
   if not model.num_classes:
     num_classes = 0
-  got = (tuple(image_shape), pixel_values, num_classes)
-  stored_shape = model.codec.stored_shape(model.example_shape)
-  wanted = (stored_shape, model.codec.pixel_values, model.num_classes)
+  got = (tuple(stored_shape), pixel_values, num_classes)
+  wanted = (
+    model.codec.stored_shape(model.example_shape),
+    model.codec.pixel_values,
+    model.num_classes,
+  )
   if got != wanted:
     raise errors.UserError(
       f'{name} has (image shape, pixel values, classes) {got}, the model takes'

@@ -58,7 +58,7 @@ def _from_json(
 
   Args:
     recorded: values by dotted name.
-    prefix: of the dataclass, with its dot.
+    prefix: the dotted name of the dataclass, with a dot at its end.
     known: the classes by name.
   """
   fields = {}

@@ -1,7 +1,8 @@
 """The networks of EDM (Karras et al. 2022): DDPM++, NCSN++ and ADM, exactly.
 
-Submodules bear the released checkpoints' names, so that `convert.edm_names`
-maps one to the other by rule. Channels come last; the rest is as released.
+Submodules have the names of the released checkpoints, so that
+`weights.edm_names` maps one to the other by rule. Images have their channels
+last; everything else is as released.
 """
 
 import dataclasses
@@ -25,20 +26,21 @@ from ddo_jax.models import precond
 
 
 class SongUNet(nn.Module):
-  """DDPM++ and NCSN++ (Song et al. 2021) as EDM has them.
+  """DDPM++ and NCSN++ (Song et al. 2021) as they are in EDM.
 
   Attributes:
-    out_channels: of the output.
-    num_classes: 0 for an unconditional network.
-    augment_dim: width of the augmentation labels; 0 for none.
-    ncsnpp: Fourier features, a residual path of the downsampled input, and
-      smoother resampling.
-    model_channels: width of the first convolution.
-    channel_mult: width of each level, in model_channels.
-    num_blocks: of each encoder level.
-    attn_resolutions: where the encoder's blocks, and the last of a decoder
-      level, have self-attention of one head.
-    dropout: rate, in training.
+    out_channels: the number of channels of the output.
+    num_classes: the number of classes; 0 for an unconditional network.
+    augment_dim: the width of the augmentation labels; 0 for none.
+    ncsnpp: whether the network is NCSN++, which differs from DDPM++ by Fourier
+      features of the noise level, a residual path of the downsampled input and
+      a smoother resampling filter.
+    model_channels: the width of the first convolution.
+    channel_mult: the width of each level, in units of model_channels.
+    num_blocks: the number of blocks in a level of the encoder.
+    attn_resolutions: the resolutions with self-attention of one head, in every
+      block of the encoder and in a decoder level's last block.
+    dropout: the dropout rate in training.
   """
 
   out_channels: int
@@ -53,7 +55,7 @@ class SongUNet(nn.Module):
 
   @property
   def style(self) -> edm_layers.Style:
-    """Of the blocks."""
+    """The style of the network's blocks."""
     return edm_layers.NCSNPP if self.ncsnpp else edm_layers.DDPMPP
 
   @nn.compact
@@ -65,31 +67,53 @@ class SongUNet(nn.Module):
     augment: jax.Array | None = None,
     train: bool = False,
   ) -> jax.Array:
-    """X [B,H,W,C], c_noise [B], label [B], augment [B,A] -> F [B,H,W,C']."""
+    """Applies the network.
+
+    Args:
+      x: the noisy image, [B,H,W,C].
+      c_noise: what the preconditioning tells of the noise level, [B].
+      label: the classes, [B] int; num_classes means "no label".
+      augment: the augmentation labels, [B,A]; None for no augmentation.
+      train: whether there is dropout.
+
+    Returns:
+      F, [B,H,W,out_channels].
+    """
     embedding = self._embed(c_noise, label, augment)
-    block = lambda x, step, side: edm_layers.UNetBlock(
-      step.channels,
-      self.style,
-      step.resample,
-      int(step.attention),
-      self.dropout,
-      name=f'{side}_{step.name}',
-    )(x, embedding, train)
+
+    def apply_block(x, step, side):
+      block = edm_layers.UNetBlock(
+        channels=step.channels,
+        style=self.style,
+        resample=step.resample,
+        heads=int(step.attention),
+        dropout=self.dropout,
+        name=f'{side}_{step.name}',
+      )
+      return block(x, embedding, train)
+
     r = x.shape[1]
     widths = [self.model_channels * mult for mult in self.channel_mult]
-    plan = (r, widths, self.num_blocks, self.attn_resolutions)
-    style, image = self.style, x
+    encoder = layers.encoder_steps(
+      r, widths, self.num_blocks, self.attn_resolutions
+    )
+    decoder = layers.decoder_steps(
+      r, widths, self.num_blocks, self.attn_resolutions, last_only=True
+    )
+    style = self.style
+    image = x
     x = style.layer(x, self.model_channels, f'enc_{r}x{r}_conv', 3)
     skips = [x]
-    for step in layers.encoder_steps(*plan):
-      x = block(x, step, 'enc')
+    for step in encoder:
+      x = apply_block(x, step, 'enc')
       if self.ncsnpp and step.resample == 'down':
-        x = image = self._residual(image, x, step)
+        image = self._residual(image, x, step)
+        x = image
       skips.append(x)
-    for step in layers.decoder_steps(*plan, last_only=True):
+    for step in decoder:
       if step.joins:
         x = jnp.concatenate([x, skips.pop()], axis=-1)
-      x = block(x, step, 'dec')
+      x = apply_block(x, step, 'dec')
     x = nn.silu(style.norm(x, f'dec_{r}x{r}_aux_norm'))
     name = f'dec_{r}x{r}_aux_conv'
     return style.layer(x, self.out_channels, name, 3, style.last_gain)
@@ -97,10 +121,11 @@ class SongUNet(nn.Module):
   def _residual(
     self, image: jax.Array, x: jax.Array, step: layers.Step
   ) -> jax.Array:
-    """Adds the convolved, downsampled `image` to x.
+    """Convolves and downsamples `image`, and adds it to x.
 
-    The filter is part of the convolution: that reaches beyond the border, and
-    the filter needs no zeros of its own.
+    As released, the filter follows the convolution without padding of its own:
+    the convolution is computed beyond the border by as much as the filter
+    needs.
     """
     taps = self.style.taps
     name = 'enc_' + step.name.replace('down', 'aux_residual')
@@ -111,14 +136,15 @@ class SongUNet(nn.Module):
   def _embed(
     self, c_noise: jax.Array, label: jax.Array, augment: jax.Array | None
   ) -> jax.Array:
-    """Noise level, class and augmentation to [B, 4·model_channels]."""
-    style, width = self.style, self.model_channels
+    """Embeds noise level, class and augmentation, [B, 4·model_channels]."""
+    style = self.style
+    width = self.model_channels
     if self.ncsnpp:
       width = 2 * width
       e = edm_layers.RandomFourier(width, name='map_noise')(c_noise)
     else:
       e = edm_layers.positional(c_noise, width, endpoint=True)
-    e = jnp.roll(e, width // 2, axis=-1)  # sines first, as DDPM++ has them
+    e = jnp.roll(e, width // 2, axis=-1)  # The sines come first, as released.
     if self.num_classes:
       one_hot = jax.nn.one_hot(label, self.num_classes, dtype=e.dtype)
       one_hot = one_hot * math.sqrt(self.num_classes)
@@ -133,18 +159,18 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-  """ADM (Dhariwal & Nichol 2021) as EDM has it.
+  """ADM (Dhariwal & Nichol 2021) as it is in EDM.
 
   Attributes:
-    out_channels: of the output.
-    num_classes: 0 for an unconditional network.
-    augment_dim: width of the augmentation labels; 0 for none.
-    model_channels: unit of width.
-    channel_mult: width of each level, in model_channels.
-    num_blocks: of each encoder level.
-    attn_resolutions: where all blocks have self-attention.
-    channels_per_head: of the attention.
-    dropout: rate, in training.
+    out_channels: the number of channels of the output.
+    num_classes: the number of classes; 0 for an unconditional network.
+    augment_dim: the width of the augmentation labels; 0 for none.
+    model_channels: the unit of width.
+    channel_mult: the width of each level, in units of model_channels.
+    num_blocks: the number of blocks in a level of the encoder.
+    attn_resolutions: the resolutions at which all blocks have self-attention.
+    channels_per_head: the width of a head of the attention.
+    dropout: the dropout rate in training.
   """
 
   out_channels: int
@@ -166,37 +192,50 @@ class DhariwalUNet(nn.Module):
     augment: jax.Array | None = None,
     train: bool = False,
   ) -> jax.Array:
-    """X [B,H,W,C], c_noise [B], label [B], augment [B,A] -> F [B,H,W,C']."""
+    """Applies the network; see `SongUNet.__call__`."""
     style = edm_layers.ADM
     embedding = self._embed(c_noise, label, augment)
-    block = lambda x, step, side: edm_layers.UNetBlock(
-      step.channels,
-      style,
-      step.resample,
-      step.channels // self.channels_per_head if step.attention else 0,
-      self.dropout,
-      name=f'{side}_{step.name}',
-    )(x, embedding, train)
+
+    def apply_block(x, step, side):
+      heads = 0
+      if step.attention:
+        heads = step.channels // self.channels_per_head
+      block = edm_layers.UNetBlock(
+        channels=step.channels,
+        style=style,
+        resample=step.resample,
+        heads=heads,
+        dropout=self.dropout,
+        name=f'{side}_{step.name}',
+      )
+      return block(x, embedding, train)
+
     r = x.shape[1]
     widths = [self.model_channels * mult for mult in self.channel_mult]
-    plan = (r, widths, self.num_blocks, self.attn_resolutions)
+    encoder = layers.encoder_steps(
+      r, widths, self.num_blocks, self.attn_resolutions
+    )
+    decoder = layers.decoder_steps(
+      r, widths, self.num_blocks, self.attn_resolutions
+    )
     x = style.layer(x, widths[0], f'enc_{r}x{r}_conv', 3)
     skips = [x]
-    for step in layers.encoder_steps(*plan):
-      x = block(x, step, 'enc')
+    for step in encoder:
+      x = apply_block(x, step, 'enc')
       skips.append(x)
-    for step in layers.decoder_steps(*plan):
+    for step in decoder:
       if step.joins:
         x = jnp.concatenate([x, skips.pop()], axis=-1)
-      x = block(x, step, 'dec')
+      x = apply_block(x, step, 'dec')
     x = nn.silu(style.norm(x, 'out_norm'))
     return style.layer(x, self.out_channels, 'out_conv', 3, style.last_gain)
 
   def _embed(
     self, c_noise: jax.Array, label: jax.Array, augment: jax.Array | None
   ) -> jax.Array:
-    """Noise level, class and augmentation to [B, width of the widest]."""
-    style, width = edm_layers.ADM, self.model_channels
+    """Embeds noise level, class and augmentation, [B, 4·model_channels]."""
+    style = edm_layers.ADM
+    width = self.model_channels
     e = edm_layers.positional(c_noise, width, endpoint=False)
     if self.augment_dim:
       if augment is None:
@@ -221,19 +260,22 @@ class EdmConfig(likelihood.ModelConfig):
 
   Attributes:
     network: 'ddpmpp', 'ncsnpp' or 'adm'.
-    precond: 'edm' (all released models), or a baseline's: 'vp', 've', 'iddpm'.
-    image_shape: (H, W, C), H = W.
-    num_classes: 0 for an unconditional model.
-    model_channels: unit of width.
-    channel_mult: width of each level, in model_channels.
-    num_blocks: of each encoder level.
-    attn_resolutions: where there is self-attention.
-    channels_per_head: of ADM's attention; the others have one head.
-    dropout: rate in MLE training; DDO has none.
-    augment_dim: width of the augmentation labels: 9, or 0 for none.
-    augment: probability of each augmentation in MLE training; 0 is off.
-    sigma_data: σ_d, the data's standard deviation in [−1, 1] units.
-    pixel_values: pixel values are 0 .. pixel_values−1.
+    precond: the preconditioning, see the table in `precond`. All released
+      models have 'edm'; the baselines of EDM's study have 'vp', 've' or
+      'iddpm'.
+    image_shape: the shape (H, W, C) of an image, with H = W.
+    num_classes: the number of classes; 0 for an unconditional model.
+    model_channels: the unit of width.
+    channel_mult: the width of each level, in units of model_channels.
+    num_blocks: the number of blocks in a level of the encoder.
+    attn_resolutions: the resolutions with self-attention.
+    channels_per_head: the width of a head of ADM's attention; the other
+      networks have a single head.
+    dropout: the dropout rate in MLE training; DDO has no dropout.
+    augment_dim: the width of the augmentation labels: 9, or 0 for none.
+    augment: the probability of each augmentation in MLE training; 0 is off.
+    sigma_data: σ_d, the standard deviation of the data in [−1, 1] units.
+    pixel_values: the number of values of a pixel, 0 … pixel_values−1.
   """
 
   network: str = 'ddpmpp'
@@ -302,28 +344,34 @@ class Edm(diffusion.Diffusion):
     return weight * jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
 
 
-def denoiser(config: EdmConfig) -> layers.Precond:
-  """The network of a config under its preconditioning.
+def denoiser(config: EdmConfig) -> precond.Precond:
+  """Returns the network of a config under its preconditioning.
 
   Raises:
-    errors.UserError: the config is of no known network, or its levels do not
-      fit the image.
+    errors.UserError: there is no network or no preconditioning of that name, or
+      the image cannot be halved at every level.
   """
   layers.check_levels(config.image_shape, config.channel_mult)
-  if config.network not in ('ddpmpp', 'ncsnpp', 'adm'):
-    raise errors.UserError(
-      f'config.model.network is {config.network!r}; known: ddpmpp, ncsnpp, adm'
-    )
-  fields = ('num_classes', 'augment_dim', 'model_channels', 'num_blocks')
-  options = {name: getattr(config, name) for name in (*fields, 'dropout')}
-  options |= {
-    name: tuple(getattr(config, name))
-    for name in ('channel_mult', 'attn_resolutions')
-  }
-  # iDDPM's network predicts a variance too.
-  options['out_channels'] = config.image_shape[-1] * (
-    1 + (config.precond == 'iddpm')
+  known = ('ddpmpp', 'ncsnpp', 'adm')
+  errors.require(
+    config.network in known,
+    'model.network',
+    config.network,
+    f'one of {", ".join(known)}',
   )
+  out_channels = config.image_shape[-1]
+  if config.precond == 'iddpm':
+    out_channels *= 2  # iDDPM's network also predicts a variance.
+  options = {
+    'out_channels': out_channels,
+    'num_classes': config.num_classes,
+    'augment_dim': config.augment_dim,
+    'model_channels': config.model_channels,
+    'channel_mult': tuple(config.channel_mult),
+    'num_blocks': config.num_blocks,
+    'attn_resolutions': tuple(config.attn_resolutions),
+    'dropout': config.dropout,
+  }
   if config.network == 'adm':
     network = DhariwalUNet(
       channels_per_head=config.channels_per_head, **options

@@ -1,8 +1,9 @@
 """EDM2's magnitude-preserving U-Net (Karras et al. 2024), exactly.
 
-Activations keep unit magnitude because weights do: the forward pass
-normalises every weight, and training puts the stored ones back on the sphere
-(`Edm2.project`). Submodules bear the released checkpoints' names.
+Activations keep unit magnitude because the weights do: the forward pass
+normalises every weight, and training puts the stored weights back on the sphere
+after every step (`SphereRules`). Submodules have the names of the released
+checkpoints.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
+from ddo_jax.models import precond
 from ddo_jax.models import vae
 
 
@@ -30,13 +32,13 @@ class UNet(nn.Module):
   """EDM2's network, configuration G.
 
   Attributes:
-    num_classes: 0 for an unconditional network.
-    model_channels: unit of width.
-    channel_mult: width of each level, in model_channels.
-    num_blocks: of each encoder level.
-    attn_resolutions: where all blocks have self-attention.
-    channels_per_head: of the attention.
-    dropout: rate, in training.
+    num_classes: the number of classes; 0 for an unconditional network.
+    model_channels: the unit of width.
+    channel_mult: the width of each level, in units of model_channels.
+    num_blocks: the number of blocks in a level of the encoder.
+    attn_resolutions: the resolutions at which all blocks have self-attention.
+    channels_per_head: the width of a head of the attention.
+    dropout: the dropout rate in training.
   """
 
   num_classes: int
@@ -55,54 +57,77 @@ class UNet(nn.Module):
     label: jax.Array,
     train: bool = False,
   ) -> jax.Array:
-    """X [B,H,W,C], c_noise [B], label [B] -> F [B,H,W,C]."""
+    """Applies the network.
+
+    Args:
+      x: the noisy image, [B,H,W,C].
+      c_noise: what the preconditioning tells of the noise level, [B].
+      label: the classes, [B] int; num_classes means "no label".
+      train: whether there is dropout.
+
+    Returns:
+      F, [B,H,W,C].
+    """
     widths = [self.model_channels * mult for mult in self.channel_mult]
     embedding = self._embed(c_noise, label, widths)
-    block = lambda x, step, side: edm2_layers.MPBlock(
-      step.channels,
-      side == 'enc',
-      step.resample,
-      step.channels // self.channels_per_head if step.attention else 0,
-      self.dropout,
-      name=f'{side}_{step.name}',
-    )(x, embedding, train)
-    r, channels = x.shape[1], x.shape[-1]
-    plan = (r, widths, self.num_blocks, self.attn_resolutions)
-    # A channel of ones stands in for the biases.
+
+    def apply_block(x, step, side):
+      heads = 0
+      if step.attention:
+        heads = step.channels // self.channels_per_head
+      block = edm2_layers.MPBlock(
+        channels=step.channels,
+        encoder=side == 'enc',
+        resample=step.resample,
+        heads=heads,
+        dropout=self.dropout,
+        name=f'{side}_{step.name}',
+      )
+      return block(x, embedding, train)
+
+    r = x.shape[1]
+    channels = x.shape[-1]
+    encoder = layers.encoder_steps(
+      r, widths, self.num_blocks, self.attn_resolutions
+    )
+    decoder = layers.decoder_steps(
+      r, widths, self.num_blocks, self.attn_resolutions
+    )
+    # The network has no biases; a channel of ones takes their place.
     x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     x = edm2_layers.MPConv(widths[0], 3, name=f'enc_{r}x{r}_conv')(x)
     skips = [x]
-    for step in layers.encoder_steps(*plan):
-      x = block(x, step, 'enc')
+    for step in encoder:
+      x = apply_block(x, step, 'enc')
       skips.append(x)
-    for step in layers.decoder_steps(*plan):
+    for step in decoder:
       if step.joins:
         x = edm2_layers.mp_cat(x, skips.pop())
-      x = block(x, step, 'dec')
+      x = apply_block(x, step, 'dec')
     gain = self.param('out_gain', nn.initializers.zeros, ())
     return edm2_layers.MPConv(channels, 3, name='out_conv')(x, gain)
 
   def _embed(
     self, c_noise: jax.Array, label: jax.Array, widths: Sequence[int]
   ) -> jax.Array:
-    """Noise level and class to [B, width of the widest level]."""
+    """Embeds noise level and class, [B, width of the widest level]."""
     e = edm2_layers.MPFourier(widths[0], name='emb_fourier')(c_noise)
     e = edm2_layers.MPConv(max(widths), name='emb_noise')(e)
     if self.num_classes:
       one_hot = jax.nn.one_hot(label, self.num_classes, dtype=e.dtype)
       one_hot = one_hot * math.sqrt(self.num_classes)
-      # Without a label e still shrinks: it is no unconditional network.
-      e = edm2_layers.mp_sum(
-        e, edm2_layers.MPConv(max(widths), name='emb_label')(one_hot), 0.5
-      )
+      label_embedding = edm2_layers.MPConv(max(widths), name='emb_label')
+      # Without a label the sum still scales e, so that a conditional network
+      # without labels differs from an unconditional one.
+      e = edm2_layers.mp_sum(e, label_embedding(one_hot), 0.5)
     return edm2_layers.mp_silu(e)
 
 
-class Edm2Precond(layers.EdmPrecond):
-  """EDM's preconditioning, and the learned log-variance of the loss.
+class Edm2Precond(precond.EdmPrecond):
+  """EDM's preconditioning, with the learned log-variance of the loss.
 
   Attributes:
-    logvar_channels: Fourier features of the log-variance.
+    logvar_channels: the number of Fourier features for the log-variance.
   """
 
   logvar_channels: int = 128
@@ -112,14 +137,14 @@ class Edm2Precond(layers.EdmPrecond):
     self.logvar_linear = edm2_layers.MPConv(1)
 
   def log_variance(self, sigma: jax.Array) -> jax.Array:
-    """u(σ) [B] of sigma [B]; the loss is weighted by e^{−u}."""
+    """Returns u(σ) [B] at sigma [B]; the loss is weighted by e^{−u}."""
     c_noise = self.coefficients(sigma).c_noise
     return self.logvar_linear(self.logvar_fourier(c_noise))[:, 0]
 
   def __call__(
     self, x: jax.Array, sigma: jax.Array, label: jax.Array, **options: Any
   ) -> jax.Array:
-    """As `Precond`."""
+    """Predicts the clean data; see `precond.Precond`."""
     if self.is_initializing():
       self.log_variance(sigma)
     return super().__call__(x, sigma, label, **options)
@@ -130,17 +155,19 @@ class Edm2Config(likelihood.ModelConfig):
   """An EDM2 model; `presets` has the released ones.
 
   Attributes:
-    image_shape: (H, W, C), H = W.
-    num_classes: 0 for an unconditional model.
-    model_channels: unit of width.
-    channel_mult: width of each level, in model_channels.
-    num_blocks: of each encoder level.
-    attn_resolutions: where there is self-attention.
-    channels_per_head: of the attention.
-    dropout: rate in MLE training; DDO has none.
-    logvar_channels: Fourier features of the loss's log-variance.
-    sigma_data: σ_d, the data's standard deviation in model units.
-    latents: the data are raw latents of twice the channels, not pixels.
+    image_shape: the shape (H, W, C) of an image or latent, with H = W.
+    num_classes: the number of classes; 0 for an unconditional model.
+    model_channels: the unit of width.
+    channel_mult: the width of each level, in units of model_channels.
+    num_blocks: the number of blocks in a level of the encoder.
+    attn_resolutions: the resolutions with self-attention.
+    channels_per_head: the width of a head of the attention.
+    dropout: the dropout rate in MLE training; DDO has no dropout.
+    logvar_channels: the number of Fourier features for the log-variance of the
+      loss.
+    sigma_data: σ_d, the standard deviation of the data in model units.
+    latents: whether the data are latents and not pixels. A stored row then has
+      twice the channels, the mean and the deviation of a latent.
   """
 
   image_shape: tuple[int, int, int] = (64, 64, 3)

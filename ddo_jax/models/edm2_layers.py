@@ -10,58 +10,60 @@ import numpy as np
 
 from ddo_jax.models import layers
 
-CLIP = 256.0  # of a block's output: keeps float16 in range
-RESIDUAL = 0.3  # share of a branch in its sum with the main path
-TAPS = (1, 1)
+CLIP = 256.0  # limits a block's output, to keep float16 in range
+RESIDUAL = 0.3  # the share of a branch in its sum with the main path
+TAPS = (1, 1)  # the resampling filter
 
 
 def normalize(x: jax.Array, axes: int | Sequence[int]) -> jax.Array:
-  """X scaled to root mean square 1 over `axes`."""
+  """Scales x to a root mean square of 1 over `axes`."""
   rms = jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True))
   return x / (1e-4 + rms)
 
 
 def normalize_kernel(kernel: jax.Array) -> jax.Array:
-  """[..., out] with the weights of each output scaled to RMS 1."""
+  """Scales each output's weights of a kernel [..., out] to an RMS of 1."""
   return normalize(kernel, tuple(range(kernel.ndim - 1)))
 
 
 def mp_silu(x: jax.Array) -> jax.Array:
-  """SiLU that keeps the magnitude of unit normal input (eq. 81)."""
+  """Applies SiLU and keeps the magnitude of unit normal input (eq. 81)."""
   return nn.silu(x) / 0.596
 
 
 def mp_sum(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
-  """(1−t) a + t b, of unit magnitude where a, b are so (eq. 88)."""
+  """Returns (1−t) a + t b, scaled to keep unit magnitude (eq. 88)."""
   return (a + t * (b - a)) / math.hypot(1 - t, t)
 
 
 def mp_cat(a: jax.Array, b: jax.Array, t: float = 0.5) -> jax.Array:
-  """Joins the channels of a and b, which contribute (1−t) : t (eq. 103)."""
-  widths = (a.shape[-1], b.shape[-1])
-  scale = math.sqrt(sum(widths)) / math.hypot(1 - t, t)
-  parts = [
-    x * (scale * share / math.sqrt(width))
-    for x, share, width in zip((a, b), (1 - t, t), widths, strict=True)
-  ]
-  return jnp.concatenate(parts, axis=-1)
+  """Joins the channels of a and b, keeping unit magnitude (eq. 103).
+
+  The two contribute in the proportion (1−t) : t, whatever their widths.
+  """
+  a_width = a.shape[-1]
+  b_width = b.shape[-1]
+  scale = math.sqrt(a_width + b_width) / math.hypot(1 - t, t)
+  a = a * (scale * (1 - t) / math.sqrt(a_width))
+  b = b * (scale * t / math.sqrt(b_width))
+  return jnp.concatenate([a, b], axis=-1)
 
 
 class MPFourier(nn.Module):
   """Random Fourier features of a scalar, of unit magnitude (eq. 75).
 
-  Frequencies and phases stand among the params because a checkpoint must hold
-  them; they have no gradient.
+  Frequencies and phases are among the params because a checkpoint must hold
+  them, but they have no gradient.
 
   Attributes:
-    features: width of the output.
+    features: the width of the output.
   """
 
   features: int
 
   @nn.compact
   def __call__(self, value: jax.Array) -> jax.Array:
-    """Value [B] -> [B, features]."""
+    """Embeds value [B] as [B, features]."""
     shape = (self.features,)
     freqs = self.param('freqs', nn.initializers.normal(2 * np.pi), shape)
     phases = self.param('phases', nn.initializers.uniform(2 * np.pi), shape)
@@ -71,11 +73,11 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-  """A convolution, or a linear layer, with normalised weights, no bias.
+  """A convolution or a linear layer with normalised weights and no bias.
 
   Attributes:
-    features: width of the output.
-    kernel: side of the convolution; None for a linear layer.
+    features: the width of the output.
+    kernel: the side of the convolution; None for a linear layer.
   """
 
   features: int
@@ -83,7 +85,7 @@ class MPConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, gain: jax.Array | float = 1.0) -> jax.Array:
-    """X [B,...,C] -> [B,...,features], times `gain`."""
+    """Maps x [B,...,C] to [B,...,features] and multiplies it by `gain`."""
     window = (self.kernel, self.kernel) if self.kernel else ()
     shape = (*window, x.shape[-1], self.features)
     kernel = self.param('kernel', nn.initializers.normal(1.0), shape)
@@ -98,14 +100,15 @@ class MPConv(nn.Module):
 
 
 class MPBlock(nn.Module):
-  """Magnitude-preserving residual block.
+  """A magnitude-preserving residual block, with optional self-attention.
 
   Attributes:
-    channels: of the output.
-    encoder: whether it is of the encoder's flavour, which normalises pixels.
-    resample: 'keep', 'down' or 'up', first of all.
-    heads: of the self-attention; 0 for none.
-    dropout: rate, in training.
+    channels: the width of the output.
+    encoder: whether the block is in the encoder, where it normalises each pixel
+      of its input.
+    resample: 'keep', 'down' or 'up'; it comes before everything else.
+    heads: the number of attention heads; 0 for no attention.
+    dropout: the dropout rate in training.
   """
 
   channels: int
@@ -118,7 +121,16 @@ class MPBlock(nn.Module):
   def __call__(
     self, x: jax.Array, embedding: jax.Array, train: bool = False
   ) -> jax.Array:
-    """X [B,H,W,C], embedding [B,E] -> [B,H',W',channels]."""
+    """Applies the block.
+
+    Args:
+      x: the activations, [B,H,W,C].
+      embedding: the embedding of noise level and class, [B,E].
+      train: whether there is dropout.
+
+    Returns:
+      The activations of the block's resolution, [B,H',W',channels].
+    """
     channels = self.channels
     x = layers.resample(x, self.resample, TAPS)
     new_width = x.shape[-1] != channels
@@ -140,7 +152,11 @@ class MPBlock(nn.Module):
     return jnp.clip(x, -CLIP, CLIP)
 
   def _attention(self, x: jax.Array) -> jax.Array:
+    """Returns the output of cosine attention, without the skip."""
     qkv = MPConv(3 * self.channels, 1, name='attn_qkv')(x)
-    qkv = [normalize(v, -1) for v in layers.split_heads(qkv, self.heads)]
-    y = nn.dot_product_attention(*qkv).reshape(x.shape)
+    q, k, v = layers.split_heads(qkv, self.heads)
+    q = normalize(q, -1)
+    k = normalize(k, -1)
+    v = normalize(v, -1)
+    y = nn.dot_product_attention(q, k, v).reshape(x.shape)
     return MPConv(self.channels, 1, name='attn_proj')(y)

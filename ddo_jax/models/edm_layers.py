@@ -16,15 +16,18 @@ class Style:
   """What sets the blocks of SongUNet and DhariwalUNet apart.
 
   Attributes:
-    epsilon: of the group norms.
-    skip_scale: multiplies the sum of a block and its skip.
-    adaptive_scale: the embedding scales and shifts; else it is added.
-    resample_proj: the skip of a resampling block has a convolution.
-    taps: of the resampling filter.
-    init_scale: of the uniform initial weights, `variance_scaling`'s.
-    init_mode: 'fan_avg' with zero biases, or 'fan_in' for biases as well.
-    last_gain: factor on the initial weights of each branch's last layer.
-    qkv_gain: factor on the initial weights of the queries, keys, values.
+    epsilon: ε of the group norms.
+    skip_scale: the factor on the sum of a block and its skip.
+    adaptive_scale: whether the embedding scales and shifts the activations; if
+      not, it is added to them.
+    resample_proj: whether the skip of a resampling block has a convolution even
+      if the width stays the same.
+    taps: the resampling filter.
+    init_scale: the scale of the uniform initial weights, as in
+      `variance_scaling`.
+    init_mode: 'fan_avg' for zero biases, or 'fan_in' for uniform biases.
+    last_gain: the factor on the initial weights of each branch's last layer.
+    qkv_gain: the factor on the initial weights of queries, keys and values.
   """
 
   epsilon: float
@@ -47,18 +50,31 @@ class Style:
     use_bias: bool = True,
     padding: int | str = 'SAME',
   ) -> jax.Array:
-    """Applies a new nn.Dense, or an nn.Conv of `kernel`², initialised."""
+    """Adds a linear layer or a convolution to the calling module.
+
+    Args:
+      x: the input, [B,...,C].
+      features: the width of the output.
+      name: the layer's name.
+      kernel: the side of the convolution; None for a linear layer.
+      gain: the factor on the initial weights.
+      use_bias: whether there is a bias.
+      padding: the convolution's padding, see `nn.Conv`.
+
+    Returns:
+      The layer's output, [B,...,features].
+    """
     init = nn.initializers.variance_scaling(
       self.init_scale * gain**2, self.init_mode, 'uniform'
     )
     bias_init = nn.initializers.zeros
     if self.init_mode == 'fan_in':
-      limit = gain * math.sqrt(
-        3 * self.init_scale / (x.shape[-1] * (kernel or 1) ** 2)
-      )
-      bias_init = lambda key, shape, dtype: jax.random.uniform(
-        key, shape, dtype, -limit, limit
-      )
+      fan_in = x.shape[-1] * (kernel or 1) ** 2
+      limit = gain * math.sqrt(3 * self.init_scale / fan_in)
+
+      def bias_init(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
     options = {
       'kernel_init': init,
       'bias_init': bias_init,
@@ -71,11 +87,14 @@ class Style:
     return nn.Conv(features, shape, padding=padding, **options)(x)
 
   def norm(self, x: jax.Array, name: str) -> jax.Array:
-    """Applies a new group norm, of at least four channels a group."""
+    """Adds a group norm to the calling module and applies it to x.
+
+    A group has at least four channels.
+    """
     return nn.GroupNorm(
       min(32, x.shape[-1] // 4),
       epsilon=self.epsilon,
-      # The fast variance loses everything where the mean is large.
+      # The fast variance loses all its digits where the mean is large.
       use_fast_variance=False,
       name=name,
     )(x)
@@ -107,14 +126,14 @@ ADM = Style(
 
 
 class UNetBlock(nn.Module):
-  """Residual block, with self-attention where `heads` is not 0.
+  """A residual block, followed by self-attention if `heads` is not 0.
 
   Attributes:
-    channels: of the output.
-    style: of which family.
-    resample: 'keep', 'down' or 'up', before the first convolution.
-    heads: of the attention.
-    dropout: rate, in training.
+    channels: the width of the output.
+    style: the network's style.
+    resample: 'keep', 'down' or 'up'; it comes before the first convolution.
+    heads: the number of attention heads.
+    dropout: the dropout rate in training.
   """
 
   channels: int
@@ -127,11 +146,21 @@ class UNetBlock(nn.Module):
   def __call__(
     self, x: jax.Array, embedding: jax.Array, train: bool = False
   ) -> jax.Array:
-    """X [B,H,W,C], embedding [B,E] -> [B,H',W',channels]."""
-    style, channels = self.style, self.channels
-    sampled = lambda v: layers.resample(v, self.resample, style.taps)
+    """Applies the block.
+
+    Args:
+      x: the activations, [B,H,W,C].
+      embedding: the embedding of noise level, class and augmentation, [B,E].
+      train: whether there is dropout.
+
+    Returns:
+      The activations of the block's resolution, [B,H',W',channels].
+    """
+    style = self.style
+    channels = self.channels
     h = nn.silu(style.norm(x, 'norm0'))
-    h = style.layer(sampled(h), channels, 'conv0', 3)
+    h = layers.resample(h, self.resample, style.taps)
+    h = style.layer(h, channels, 'conv0', 3)
     width = 2 * channels if style.adaptive_scale else channels
     shift = style.layer(embedding, width, 'affine')[:, None, None, :]
     if style.adaptive_scale:
@@ -142,7 +171,7 @@ class UNetBlock(nn.Module):
     h = nn.Dropout(self.dropout, deterministic=not train)(h)
     h = style.layer(h, channels, 'conv1', 3, style.last_gain)
     new_width = x.shape[-1] != channels
-    x = sampled(x)
+    x = layers.resample(x, self.resample, style.taps)
     if new_width or (self.resample != 'keep' and style.resample_proj):
       x = style.layer(x, channels, 'skip', 1)
     x = (h + x) * style.skip_scale
@@ -151,24 +180,25 @@ class UNetBlock(nn.Module):
     return x
 
   def _attention(self, x: jax.Array) -> jax.Array:
+    """Returns the output of self-attention, without the skip."""
     style = self.style
     qkv = style.norm(x, 'norm2')
     qkv = style.layer(qkv, 3 * self.channels, 'qkv', 1, style.qkv_gain)
-    a = nn.dot_product_attention(*layers.split_heads(qkv, self.heads))
-    return style.layer(
-      a.reshape(x.shape), self.channels, 'proj', 1, style.last_gain
-    )
+    q, k, v = layers.split_heads(qkv, self.heads)
+    y = nn.dot_product_attention(q, k, v).reshape(x.shape)
+    return style.layer(y, self.channels, 'proj', 1, style.last_gain)
 
 
 class RandomFourier(nn.Module):
-  """Cosine and sine of a scalar at frequencies drawn once.
+  """The cosine and sine of a scalar at random frequencies.
 
-  The frequencies stand among the params because a checkpoint must hold them;
-  they have no gradient.
+  The frequencies are drawn once. They are among the params because a checkpoint
+  must hold them, but they have no gradient.
 
   Attributes:
-    features: width of the output, even.
-    scale: standard deviation of the frequencies [turns per unit].
+    features: the width of the output, even.
+    scale: the standard deviation of the frequencies, in turns per unit of the
+      scalar.
   """
 
   features: int
@@ -176,7 +206,7 @@ class RandomFourier(nn.Module):
 
   @nn.compact
   def __call__(self, value: jax.Array) -> jax.Array:
-    """Value [B] -> [B, features]."""
+    """Embeds value [B] as [B, features]."""
     init = nn.initializers.normal(self.scale)
     freqs = self.param('freqs', init, (self.features // 2,))
     freqs = 2 * np.pi * jax.lax.stop_gradient(freqs)
@@ -185,9 +215,16 @@ class RandomFourier(nn.Module):
 
 
 def positional(value: jax.Array, features: int, endpoint: bool) -> jax.Array:
-  """Cosine and sine of value [B] at frequencies 1 … 1/10000: [B, features].
+  """Returns the cosine and sine of a scalar at frequencies 1 … 1/10000.
 
-  `endpoint`: the last frequency is exactly 1/10000.
+  Args:
+    value: the scalars, [B].
+    features: the width of the output, even.
+    endpoint: whether the last frequency is exactly 1/10000; if not, it is the
+      one before.
+
+  Returns:
+    The embedding, [B, features].
   """
   ramp = np.arange(features // 2) / (features // 2 - endpoint)
   angle = value[:, None] * jnp.asarray(1e-4**ramp, value.dtype)[None, :]

@@ -12,81 +12,13 @@ import numpy as np
 from ddo_jax import errors
 
 
-class Coefficients(NamedTuple):
-  """Of D(x; σ) = c_skip x + c_out F(c_in x, c_noise); each [B]."""
-
-  c_skip: jax.Array
-  c_out: jax.Array
-  c_in: jax.Array
-  c_noise: jax.Array
-
-
-class Precond(nn.Module):
-  """A denoiser D made of a network F (Karras et al. 2022, eq. 7).
-
-  D(x; σ) = c_skip x + c_out F(c_in x, c_noise, label). A network that also
-  predicts a variance has it in its last channels; they are dropped.
-
-  Attributes:
-    network: F, (x [B,...,C], c_noise [B], label [B]) -> [B,...,≥C].
-  """
-
-  network: nn.Module
-
-  def coefficients(self, sigma: jax.Array) -> Coefficients:
-    """The four functions of sigma [B]."""
-    raise NotImplementedError
-
-  @property
-  def sigma_range(self) -> tuple[float, float]:
-    """Noise levels that D was trained for; samplers stay inside."""
-    return 0.0, np.inf
-
-  def __call__(
-    self, x: jax.Array, sigma: jax.Array, label: jax.Array, **options: Any
-  ) -> jax.Array:
-    """X [B,...,C] noisy, sigma [B], label [B] int -> D [B,...,C].
-
-    Args:
-      x: the noisy image.
-      sigma: its noise level.
-      label: the class; num_classes means "no label".
-      **options: passed on to the network.
-    """
-    c = self.coefficients(sigma)
-    spread = lambda value: value.reshape(-1, *[1] * (x.ndim - 1))
-    residual = self.network(spread(c.c_in) * x, c.c_noise, label, **options)
-    residual = residual[..., : x.shape[-1]]
-    return spread(c.c_skip) * x + spread(c.c_out) * residual
-
-
-class EdmPrecond(Precond):
-  """EDM's preconditioning (Karras et al. 2022, Table 1).
-
-  Attributes:
-    sigma_data: σ_d, the data's standard deviation.
-  """
-
-  sigma_data: float = 0.5
-
-  def coefficients(self, sigma: jax.Array) -> Coefficients:
-    """Unit variance of the network's input and of its target."""
-    total = sigma**2 + self.sigma_data**2
-    return Coefficients(
-      c_skip=self.sigma_data**2 / total,
-      c_out=sigma * self.sigma_data / jnp.sqrt(total),
-      c_in=1 / jnp.sqrt(total),
-      c_noise=jnp.log(sigma) / 4,
-    )
-
-
 class FourierEmbedding(nn.Module):
-  """Sine and cosine of a scalar at fixed, geometrically spaced frequencies.
+  """The sine and cosine of a scalar at geometrically spaced frequencies.
 
   Attributes:
-    features: width of the output, even.
-    lowest: smallest frequency [rad per unit].
-    highest: largest frequency [rad per unit].
+    features: the width of the output, even.
+    lowest: the smallest frequency, in radians per unit of the scalar.
+    highest: the largest frequency, in radians per unit of the scalar.
   """
 
   features: int
@@ -95,58 +27,70 @@ class FourierEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, value: jax.Array) -> jax.Array:
-    """Value [B] -> [B, features]."""
+    """Embeds value [B] as [B, features]."""
     frequency = np.geomspace(self.lowest, self.highest, self.features // 2)
     angle = value[:, None] * jnp.asarray(frequency, value.dtype)[None, :]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def _pad_axis(x: jax.Array, axis: int, amount: int) -> jax.Array:
+  """Pads one axis with `amount` zeros on both sides."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (amount, amount)
+  return jnp.pad(x, widths)
+
+
 def downsample(
   x: jax.Array, taps: Sequence[float], pad: int | None = None
 ) -> jax.Array:
-  """Halves H and W by a separable FIR filter, zeros beyond the border.
+  """Halves H and W by a separable filter; beyond the border there are zeros.
 
   Args:
-    x: [B,H,W,C].
-    taps: symmetric, of even length; scaled to sum 1. (1, 1) averages 2×2.
-    pad: zeros on each side; by default those that make it H/2, W/2.
+    x: the image, [B,H,W,C].
+    taps: the filter, symmetric and of even length. It is scaled to sum 1, so
+      that (1, 1) averages 2×2 pixels.
+    pad: the number of zeros on each side; by default as many as give H/2, W/2.
 
   Returns:
-    [B,H/2,W/2,C] for even H, W and the default `pad`.
+    The smaller image, [B,H/2,W/2,C] for even H, W and the default `pad`.
   """
-  pad = (len(taps) - 1) // 2 if pad is None else pad
+  if pad is None:
+    pad = (len(taps) - 1) // 2
   for axis in (1, 2):
     size = (x.shape[axis] + 2 * pad - len(taps)) // 2 + 1
-    x = jnp.pad(x, [(pad, pad) if a == axis else (0, 0) for a in range(4)])
-    part = lambda k, x=x, axis=axis, size=size: jax.lax.slice_in_dim(
-      x, k, k + 2 * size - 1, 2, axis
-    )
-    x = sum(tap / sum(taps) * part(k) for k, tap in enumerate(taps))
+    x = _pad_axis(x, axis, pad)
+    total = 0
+    for k, tap in enumerate(taps):
+      part = jax.lax.slice_in_dim(x, k, k + 2 * size - 1, stride=2, axis=axis)
+      total += tap / sum(taps) * part
+    x = total
   return x
 
 
 def upsample(
   x: jax.Array, taps: Sequence[float], pad: int | None = None
 ) -> jax.Array:
-  """Doubles H and W: four times the adjoint of `downsample`.
+  """Doubles H and W by a separable filter; four times `downsample`'s adjoint.
 
   Args:
-    x: [B,H,W,C].
-    taps: as for `downsample`. (1, 1) repeats pixels.
-    pad: rows cut off each side; by default those that make it 2H, 2W.
+    x: the image, [B,H,W,C].
+    taps: the filter, as for `downsample`; (1, 1) repeats pixels.
+    pad: the number of rows and columns that are cut off on each side; by
+      default as many as give 2H, 2W.
 
   Returns:
-    [B,2H,2W,C] for the default `pad`.
+    The larger image, [B,2H,2W,C] for the default `pad`.
   """
   length = len(taps)
-  pad = (length - 1) // 2 if pad is None else pad
+  if pad is None:
+    pad = (length - 1) // 2
   for axis in (1, 2):
     size = x.shape[axis] + length // 2 - 1 - pad
-    edge = (length // 2, length // 2)
-    x = jnp.pad(x, [edge if a == axis else (0, 0) for a in range(4)])
+    x = _pad_axis(x, axis, length // 2)
     phases = []
     for phase in (0, 1):
-      # Output 2m + phase sees input m + shift where 2·shift + k = phase + pad.
+      # Tap k of the output 2m + phase multiplies the input m + shift, where
+      # 2·shift + k = phase + pad.
       total = 0
       for k in range((phase + pad) % 2, length, 2):
         start = length // 2 + (phase + pad - k) // 2
@@ -159,21 +103,41 @@ def upsample(
 
 
 def resample(x: jax.Array, mode: str, taps: Sequence[float]) -> jax.Array:
-  """X [B,H,W,C] kept, halved or doubled: mode 'keep', 'down' or 'up'."""
+  """Keeps, halves or doubles H and W of x [B,H,W,C].
+
+  Args:
+    x: the image.
+    mode: 'keep', 'down' or 'up'.
+    taps: the filter, see `downsample`.
+
+  Returns:
+    The image of the new size.
+  """
   if mode == 'keep':
     return x
   return {'down': downsample, 'up': upsample}[mode](x, taps)
 
 
-def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, ...]:
-  """Splits [B,H,W,3C] into q, k, v, each [B,HW,heads,C/heads].
+def split_heads(
+  qkv: jax.Array, heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Splits queries, keys and values, and the heads of each.
 
-  The three are interleaved within a head, as EDM and EDM2 store them: output
-  channel h·3c + 3j + {0: q, 1: k, 2: v}.
+  EDM and EDM2 interleave the three within a head: channel h·3c + 3j + i of the
+  input is channel j of head h, with i = 0 for the queries, 1 for the keys and 2
+  for the values, and c channels in a head.
+
+  Args:
+    qkv: the joint projection, [B,H,W,3C].
+    heads: the number of heads.
+
+  Returns:
+    The queries, the keys and the values, each [B,HW,heads,C/heads].
   """
   batch, height, width, channels = qkv.shape
   shape = (batch, height * width, heads, channels // (3 * heads), 3)
-  return tuple(jnp.moveaxis(qkv.reshape(shape), -1, 0))
+  q, k, v = jnp.moveaxis(qkv.reshape(shape), -1, 0)
+  return q, k, v
 
 
 def apply_training(
@@ -183,38 +147,50 @@ def apply_training(
   rows: dict[str, jax.Array],
   remat: bool,
 ) -> jax.Array:
-  """Applies a module in training mode, each row with its own dropout key.
+  """Applies a module in training mode; every row has a dropout key of its own.
 
-  One key for the batch would tie a row's mask to its place in the batch, and
-  so to the number of devices.
+  A single key for the whole batch would tie a row's dropout mask to the row's
+  place in the batch, and so to the number of devices.
 
   Args:
-    module: of rows and `train` -> [B,...], no row seeing another.
-    params: of the module.
-    keys: [B].
-    rows: arguments by name, arrays [B,...].
-    remat: recompute activations in the backward pass.
+    module: a module whose rows do not see each other. It takes the arguments
+      `rows` and `train`, and returns an array [B,...].
+    params: the module's params.
+    keys: the rows' keys, [B].
+    rows: the module's arguments by name, arrays [B,...].
+    remat: whether activations are recomputed in the backward pass.
 
   Returns:
-    [B,...].
+    The module's output, [B,...].
   """
 
-  def one(key, row):
-    row = jax.tree.map(lambda leaf: leaf[None], row)
-    rngs = {'dropout': key}
-    return module.apply({'params': params}, **row, train=True, rngs=rngs)[0]
+  def apply_row(key, row):
+    batch_of_one = jax.tree.map(lambda leaf: leaf[None], row)
+    output = module.apply(
+      {'params': params}, **batch_of_one, train=True, rngs={'dropout': key}
+    )
+    return output[0]
 
   if remat:
     policy = jax.checkpoint_policies.dots_saveable
-    one = jax.checkpoint(one, policy=policy)
+    apply_row = jax.checkpoint(apply_row, policy=policy)
   with jax.default_matmul_precision('highest'):
-    return jax.vmap(one)(keys, rows)
+    return jax.vmap(apply_row)(keys, rows)
 
 
 def check_levels(
   image_shape: Sequence[int], channel_mult: Sequence[int]
 ) -> None:
-  """Raises UserError where an image cannot be halved level by level."""
+  """Checks that an image can be halved at each level of a U-Net but the last.
+
+  Args:
+    image_shape: (H, W, C) of the image.
+    channel_mult: the widths of the levels.
+
+  Raises:
+    errors.UserError: the image is not square, or its side cannot be halved as
+      often as that.
+  """
   halvings = len(channel_mult) - 1
   height, width, _ = image_shape
   if height != width or height % 2**halvings:
@@ -229,11 +205,12 @@ class Step(NamedTuple):
   """One block of a U-Net.
 
   Attributes:
-    name: '16x16_block0'; the number is the level's resolution.
-    channels: of its output.
+    name: the block's name, such as '16x16_block0'; the number before the first
+      underscore is the resolution.
+    channels: the width of the block's output.
     resample: 'keep', 'down' or 'up'.
-    attention: whether self-attention follows.
-    joins: whether the input is joined with a skip from the encoder.
+    attention: whether the block has self-attention.
+    joins: whether the block's input is joined with a skip from the encoder.
   """
 
   name: str
@@ -249,10 +226,16 @@ def encoder_steps(
   num_blocks: int,
   attention: Sequence[int],
 ) -> list[Step]:
-  """The encoder after its first convolution, `widths` level by level.
+  """Lists the blocks of a U-Net's encoder after its first convolution.
 
-  Each block's output, and that of the convolution, is kept for the decoder.
-  Attention stands in every block at the resolutions of `attention`.
+  The outputs of the first convolution and of every block are kept as skips.
+
+  Args:
+    resolution: the side of the image.
+    widths: the width of each level, from the image down.
+    num_blocks: the number of blocks in a level, a resampling block not counted.
+    attention: the resolutions at which every block has self-attention, but for
+      the resampling blocks.
   """
   steps = []
   for level, width in enumerate(widths):
@@ -271,10 +254,17 @@ def decoder_steps(
   attention: Sequence[int],
   last_only: bool = False,
 ) -> list[Step]:
-  """The decoder up to its last convolution, from the deepest level up.
+  """Lists the blocks of a U-Net's decoder before its last convolution.
 
-  Each level has one block more than the encoder's, and every one of these
-  takes a skip. `last_only`: attention in a level's last block alone.
+  The decoder goes from the deepest level up. Each of its levels has one block
+  more than the encoder's, and every one of these takes a skip.
+
+  Args:
+    resolution: the side of the image.
+    widths: the width of each level, from the image down.
+    num_blocks: the number of blocks in a level of the encoder.
+    attention: the resolutions at which blocks have self-attention.
+    last_only: whether only the last block of such a level has it.
   """
   steps = []
   for level in reversed(range(len(widths))):
@@ -285,8 +275,15 @@ def decoder_steps(
     else:
       steps.append(Step(f'{r}x{r}_up', widths[level + 1], 'up'))
     for i in range(num_blocks + 1):
-      attends = r in attention and (i == num_blocks or not last_only)
+      has_attention = r in attention
+      if last_only and i < num_blocks:
+        has_attention = False
       steps.append(
-        Step(f'{r}x{r}_block{i}', widths[level], 'keep', attends, True)
+        Step(
+          f'{r}x{r}_block{i}',
+          widths[level],
+          attention=has_attention,
+          joins=True,
+        )
       )
   return steps

@@ -7,13 +7,15 @@ from ddo_jax import errors
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 
-_SMALL = edm.EdmConfig()  # CIFAR-10, unconditional, DDPM++
+# DDPM++ for unconditional CIFAR-10.
+_SMALL = edm.EdmConfig()
 _LARGE = edm.EdmConfig(
   image_shape=(64, 64, 3), channel_mult=(1, 2, 2, 2), augment=0.15
 )
 _replace = dataclasses.replace
 
-# 'vp' and 've' name the network here; the preconditioning is EDM's in all.
+# In these names 'vp' and 've' stand for the networks DDPM++ and NCSN++. The
+# preconditioning of all of them is EDM's.
 EDM = {
   'edm-cifar10-32x32-uncond-vp': _SMALL,
   'edm-cifar10-32x32-uncond-ve': _replace(_SMALL, network='ncsnpp'),
@@ -69,10 +71,10 @@ EDM2 = {
 
 
 def get(name: str) -> edm.EdmConfig | edm2.Edm2Config:
-  """A copy of the config of a released model.
+  """Returns a copy of the config of a released model.
 
   Raises:
-    errors.UserError: no such name; lists the known ones.
+    errors.UserError: there is no model of that name.
   """
   known = EDM | EDM2
   if name not in known:

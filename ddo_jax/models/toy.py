@@ -1,6 +1,7 @@
 """Small denoisers for small images: a residual MLP and a small U-Net."""
 
 import dataclasses
+import functools
 
 from flax import linen as nn
 import jax
@@ -12,6 +13,7 @@ from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import layers
+from ddo_jax.models import precond
 
 
 @dataclasses.dataclass
@@ -19,13 +21,15 @@ class ToyConfig(likelihood.ModelConfig):
   """A denoiser that trains in seconds.
 
   Attributes:
-    network: 'mlp' (images as flat vectors) or 'unet' (convolutions).
-    hidden: width of the MLP, or channels of the U-Net's first level.
-    blocks: residual blocks (the U-Net: a level).
-    image_shape: (H, W, C) of the data; the U-Net halves H, W once.
-    num_classes: classes of the data; 0 for an unconditional model.
-    sigma_data: σ_d, the data's standard deviation in [−1, 1] units.
-    pixel_values: pixel values are 0 .. pixel_values−1.
+    network: 'mlp', which sees an image as one vector, or 'unet', which has
+      convolutions.
+    hidden: the width of the MLP, or of the U-Net at full resolution.
+    blocks: the number of residual blocks of the MLP, or of the U-Net at each
+      resolution.
+    image_shape: the shape (H, W, C) of the data. The U-Net halves H and W once.
+    num_classes: the number of classes; 0 for an unconditional model.
+    sigma_data: σ_d, the standard deviation of the data in [−1, 1] units.
+    pixel_values: the number of values of a pixel, 0 … pixel_values−1.
   """
 
   network: str = 'mlp'
@@ -60,7 +64,7 @@ class ToyConfig(likelihood.ModelConfig):
     )
     network = networks[self.network](self.hidden, self.blocks, self.num_classes)
     return diffusion.Diffusion(
-      denoiser=layers.EdmPrecond(network, self.sigma_data),
+      denoiser=precond.EdmPrecond(network, self.sigma_data),
       example_shape=tuple(self.image_shape),
       num_classes=self.num_classes,
       weight=noise_lib.EdmWeight(self.sigma_data),
@@ -71,22 +75,33 @@ class ToyConfig(likelihood.ModelConfig):
 
 
 class Condition(nn.Module):
-  """Noise level [B] and label [B] to one vector [B, features]."""
+  """Embeds the noise level and the label as one vector.
+
+  Attributes:
+    features: the width of the embedding.
+    num_classes: the number of classes.
+  """
 
   features: int
   num_classes: int
 
   @nn.compact
   def __call__(self, c_noise: jax.Array, label: jax.Array) -> jax.Array:
-    """Returns the embedding, [B, features]."""
+    """Embeds c_noise [B] and label [B] as [B, features]."""
     h = layers.FourierEmbedding(32)(c_noise)
     h = nn.Dense(self.features)(nn.silu(nn.Dense(self.features)(h)))
-    # One row more than classes: the last is "no label".
+    # There is one row more than classes; the last means "no label".
     return nn.silu(h + nn.Embed(self.num_classes + 1, self.features)(label))
 
 
 class ResidualMLP(nn.Module):
-  """Pre-norm residual MLP whose norms are scaled and shifted by (σ, label)."""
+  """A residual MLP; noise level and label scale and shift its norms.
+
+  Attributes:
+    hidden: the width of every layer.
+    blocks: the number of residual blocks.
+    num_classes: the number of classes.
+  """
 
   hidden: int
   blocks: int
@@ -96,7 +111,7 @@ class ResidualMLP(nn.Module):
   def __call__(
     self, x: jax.Array, c_noise: jax.Array, label: jax.Array
   ) -> jax.Array:
-    """X [B,H,W,C], c_noise [B], label [B] -> F [B,H,W,C]."""
+    """Returns F [B,H,W,C] of x [B,H,W,C], c_noise [B] and label [B]."""
     condition = Condition(self.hidden, self.num_classes)(c_noise, label)
     flat = x.reshape(x.shape[0], -1)
     h = nn.Dense(self.hidden)(flat)
@@ -111,26 +126,41 @@ class ResidualMLP(nn.Module):
 
 
 class ConvBlock(nn.Module):
-  """Pre-norm residual block of two 3×3 convolutions, conditioned by a shift."""
+  """A residual block of two 3×3 convolutions; the condition is added to it.
+
+  Attributes:
+    channels: the width of the output.
+  """
 
   channels: int
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-    """X [B,H,W,C], condition [B,E] -> [B,H,W,channels]."""
-    # The fast variance loses everything where the mean is large.
-    norm = lambda: nn.GroupNorm(8, epsilon=1e-5, use_fast_variance=False)
-    h = nn.Conv(self.channels, (3, 3))(nn.silu(norm()(x)))
-    h = h + nn.Dense(self.channels)(condition)[:, None, None, :]
+    """Returns [B,H,W,channels] of x [B,H,W,C] and condition [B,E]."""
+    # The fast variance loses all its digits where the mean is large.
+    norm = functools.partial(
+      nn.GroupNorm, 8, epsilon=1e-5, use_fast_variance=False
+    )
     zeros = nn.initializers.zeros
-    h = nn.Conv(self.channels, (3, 3), kernel_init=zeros)(nn.silu(norm()(h)))
+    h = nn.silu(norm()(x))
+    h = nn.Conv(self.channels, (3, 3))(h)
+    h = h + nn.Dense(self.channels)(condition)[:, None, None, :]
+    h = nn.silu(norm()(h))
+    h = nn.Conv(self.channels, (3, 3), kernel_init=zeros)(h)
     if x.shape[-1] != self.channels:
       x = nn.Conv(self.channels, (1, 1))(x)
     return x + h
 
 
 class SmallUNet(nn.Module):
-  """A U-Net of two resolutions."""
+  """A U-Net of two resolutions.
+
+  Attributes:
+    hidden: the width at full resolution, a multiple of 8; it is doubled at the
+      lower one.
+    blocks: the number of residual blocks at full resolution, on each side.
+    num_classes: the number of classes.
+  """
 
   hidden: int
   blocks: int
@@ -140,7 +170,10 @@ class SmallUNet(nn.Module):
   def __call__(
     self, x: jax.Array, c_noise: jax.Array, label: jax.Array
   ) -> jax.Array:
-    """X [B,H,W,C] with even H, W; c_noise [B]; label [B] -> F [B,H,W,C]."""
+    """Returns F [B,H,W,C] of x [B,H,W,C], c_noise [B] and label [B].
+
+    H and W must be even.
+    """
     condition = Condition(4 * self.hidden, self.num_classes)(c_noise, label)
     h = nn.Conv(self.hidden, (3, 3))(x)
     skips = []
@@ -152,7 +185,6 @@ class SmallUNet(nn.Module):
       h = ConvBlock(2 * self.hidden)(h, condition)
     h = nn.ConvTranspose(self.hidden, (2, 2), strides=(2, 2))(h)
     while skips:
-      h = ConvBlock(self.hidden)(
-        jnp.concatenate([h, skips.pop()], axis=-1), condition
-      )
+      h = jnp.concatenate([h, skips.pop()], axis=-1)
+      h = ConvBlock(self.hidden)(h, condition)
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros)(h)

@@ -1,8 +1,8 @@
 """The autoencoder behind latent diffusion: Stable Diffusion's AutoencoderKL.
 
-Rombach et al. 2022 (arXiv 2112.10752), with the names of the public weights
-`stabilityai/sd-vae-ft-mse` (83,653,863 numbers): a dot before a number there
-is an underscore here.
+It is the model of Rombach et al. 2022 (arXiv 2112.10752). Submodules have the
+names of the public weights `stabilityai/sd-vae-ft-mse` (83,653,863 numbers),
+with an underscore for each dot that comes before a number.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,31 @@ import jax.numpy as jnp
 
 
 def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:
-  # The fast variance loses everything where the mean is large.
-  return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)(
-    x
-  )
+  """Adds a group norm to the calling module and applies it."""
+  # The fast variance loses all its digits where the mean is large.
+  norm = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)
+  return norm(x)
 
 
 def _conv(x: jax.Array, features: int, name: str, size: int = 3) -> jax.Array:
+  """Adds a convolution of side `size` to the calling module and applies it."""
   return nn.Conv(features, (size, size), name=name)(x)
 
 
 class Resnet(nn.Module):
-  """Two convolutions and a shortcut; C becomes `features`."""
+  """A residual block of two convolutions.
+
+  Attributes:
+    features: the width of the output.
+    groups: the number of groups of the norms.
+  """
 
   features: int
   groups: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> [B,H,W,features]."""
+    """Maps x [B,H,W,C] to [B,H,W,features]."""
     h = nn.silu(_norm(x, self.groups, 'norm1'))
     h = _conv(h, self.features, 'conv1')
     h = nn.silu(_norm(h, self.groups, 'norm2'))
@@ -43,48 +49,54 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention over all positions, one head, and a skip."""
+  """Self-attention over all pixels, with one head, added to its input.
+
+  Attributes:
+    groups: the number of groups of the norm.
+  """
 
   groups: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> the same shape."""
+    """Returns an array of the shape of x [B,H,W,C]."""
     channels = x.shape[-1]
     h = _norm(x, self.groups, 'group_norm').reshape(len(x), -1, channels)
-    q, k, v = (nn.Dense(channels, name=f'to_{part}')(h) for part in 'qkv')
+    q = nn.Dense(channels, name='to_q')(h)
+    k = nn.Dense(channels, name='to_k')(h)
+    v = nn.Dense(channels, name='to_v')(h)
     logits = jnp.einsum('bqc,bkc->bqk', q, k) / math.sqrt(channels)
     h = jnp.einsum('bqk,bkc->bqc', nn.softmax(logits), v)
     return x + nn.Dense(channels, name='to_out_0')(h).reshape(x.shape)
 
 
 class Downsample(nn.Module):
-  """Halves H and W; the zeros beyond the border are right and below only."""
+  """Halves H and W by a convolution, padded at the right and bottom only."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> [B,H/2,W/2,C]."""
+    """Maps x [B,H,W,C] to [B,H/2,W/2,C]."""
     pad = ((0, 1), (0, 1))
     return nn.Conv(x.shape[-1], (3, 3), 2, padding=pad, name='conv')(x)
 
 
 class Upsample(nn.Module):
-  """Doubles H and W: repeats pixels, then a convolution."""
+  """Doubles H and W by repeating pixels, and convolves the result."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> [B,2H,2W,C]."""
+    """Maps x [B,H,W,C] to [B,2H,2W,C]."""
     x = x.repeat(2, axis=1).repeat(2, axis=2)
     return _conv(x, x.shape[-1], 'conv')
 
 
 class Level(nn.Module):
-  """The blocks of one resolution, and the way to the next one.
+  """The blocks of one resolution, and the resampling to the next one.
 
   Attributes:
-    features: width.
-    blocks: number of them.
-    groups: of the norms.
+    features: the width of the blocks.
+    blocks: the number of blocks.
+    groups: the number of groups of the norms.
     resample: 'down', 'up', or '' at the last level.
   """
 
@@ -95,7 +107,7 @@ class Level(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> [B,H',W',features]."""
+    """Maps x [B,H,W,C] to [B,H',W',features]."""
     for i in range(self.blocks):
       x = Resnet(self.features, self.groups, name=f'resnets_{i}')(x)
     if self.resample == 'down':
@@ -106,27 +118,32 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-  """Two blocks at the lowest resolution, attention between them."""
+  """Two blocks at the lowest resolution with attention between them.
+
+  Attributes:
+    groups: the number of groups of the norms.
+  """
 
   groups: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> the same shape."""
+    """Returns an array of the shape of x [B,H,W,C]."""
     x = Resnet(x.shape[-1], self.groups, name='resnets_0')(x)
     x = Attention(self.groups, name='attentions_0')(x)
     return Resnet(x.shape[-1], self.groups, name='resnets_1')(x)
 
 
 class Coder(nn.Module):
-  """The encoder, or with `up` the decoder.
+  """The encoder, or the decoder if `up` is set.
 
   Attributes:
-    widths: of the levels, in the order in which they are passed.
-    blocks: of each level.
-    groups: of the norms.
-    channels: of the output.
-    up: the middle comes first, and H, W are doubled between levels.
+    widths: the widths of the levels, in the order in which x passes them.
+    blocks: the number of blocks in each level.
+    groups: the number of groups of the norms.
+    channels: the number of channels of the output.
+    up: whether the middle comes before the levels, and H and W are doubled
+      between levels; if not, it comes after them, and they are halved.
   """
 
   widths: Sequence[int]
@@ -137,7 +154,7 @@ class Coder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> [B,H',W',channels]."""
+    """Maps x [B,H,W,C] to [B,H',W',channels]."""
     way = 'up' if self.up else 'down'
     middle = Middle(self.groups, name='mid_block')
     x = _conv(x, self.widths[0], 'conv_in')
@@ -154,16 +171,18 @@ class Coder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-  """Images to the moments of latents 8 times smaller, and latents to images.
+  """Encodes images as latents whose side is 8 times smaller, and decodes them.
 
-  Units are those of the weights' user: EDM2 has images in [0, 1] on both sides
-  and latents unscaled, Stable Diffusion has them in [−1, 1].
+  The units depend on who uses the weights. EDM2 has images in [0, 1] on both
+  sides and does not scale the latents; Stable Diffusion has images in [−1, 1].
 
   Attributes:
-    widths: of the encoder's levels; each but the last halves H and W.
-    blocks: of an encoder level; the decoder's have one more.
-    latent_channels: of a latent.
-    groups: of the norms; must divide every width.
+    widths: the widths of the encoder's levels. Each level but the last halves H
+      and W.
+    blocks: the number of blocks in a level of the encoder; a level of the
+      decoder has one more.
+    latent_channels: the number of channels of a latent.
+    groups: the number of groups of the norms; it must divide every width.
   """
 
   widths: Sequence[int] = (128, 256, 512, 512)
@@ -172,22 +191,45 @@ class AutoencoderKL(nn.Module):
   groups: int = 32
 
   def setup(self):
-    size, up = 2 * self.latent_channels, tuple(self.widths)[::-1]
-    self.encoder = Coder(self.widths, self.blocks, self.groups, size, False)
-    self.decoder = Coder(up, self.blocks + 1, self.groups, 3, True)
-    self.quant_conv = nn.Conv(size, (1, 1))
+    moments = 2 * self.latent_channels
+    self.encoder = Coder(
+      widths=self.widths,
+      blocks=self.blocks,
+      groups=self.groups,
+      channels=moments,
+      up=False,
+    )
+    self.decoder = Coder(
+      widths=tuple(self.widths)[::-1],
+      blocks=self.blocks + 1,
+      groups=self.groups,
+      channels=3,
+      up=True,
+    )
+    self.quant_conv = nn.Conv(moments, (1, 1))
     self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1))
 
   def encode_moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images [B,H,W,3] -> mean and standard deviation [B,h,w,latent]."""
+    """Encodes images as distributions of latents.
+
+    Args:
+      images: the images, [B,H,W,3].
+
+    Returns:
+      The mean and the standard deviation, each [B,h,w,latent_channels].
+    """
     moments = self.quant_conv(self.encoder(images))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)
 
   def decode(self, latents: jax.Array) -> jax.Array:
-    """Latents [B,h,w,latent] -> images [B,H,W,3], unclipped."""
+    """Decodes latents [B,h,w,latent_channels] as unclipped images [B,H,W,3]."""
     return self.decoder(self.post_quant_conv(latents))
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Images to their mean latents and back; `init` makes all params."""
-    return self.decode(self.encode_moments(images)[0])
+    """Encodes images and decodes their mean latents.
+
+    It touches every param, so that `init` makes all of them.
+    """
+    mean, _ = self.encode_moments(images)
+    return self.decode(mean)

@@ -1,9 +1,9 @@
 """VAR: next-scale prediction (Tian et al. 2024), as a Flax module.
 
-A class-conditional transformer over the tokens of all scales. Tokens of one
-scale are predicted together, from all coarser scales: log p(x) is the sum of
-log p(token | coarser scales). Submodules bear the released names; the
-parameters of all blocks are stacked, [depth, ...], and scanned over.
+VAR is a class-conditional transformer over the tokens of all scales. The tokens
+of one scale are predicted together, from all coarser scales, so that log p(x)
+is the sum of log p(token | coarser scales). Submodules have the released names.
+The params of all blocks are stacked, [depth, ...], and scanned over.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ from ddo_jax.method import likelihood
 from ddo_jax.models import var_layers
 from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import contract
 
-_FREE = (  # parts of names without weight decay, beside biases
+# Params whose path has one of these names do not decay; nor do biases.
+_UNDECAYED = (
   'pos_start',
   'pos_1LC',
   'lvl_embed',
@@ -35,32 +36,39 @@ _FREE = (  # parts of names without weight decay, beside biases
 
 
 def scale_of_token(patch_nums: Sequence[int]) -> np.ndarray:
-  """[L] the scale of each token."""
+  """Returns the number of the scale of each token, [L]."""
   return np.repeat(np.arange(len(patch_nums)), np.square(patch_nums))
 
 
 def mask(patch_nums: Sequence[int]) -> np.ndarray:
-  """[L,L] bool: token i sees token j of its own or of a coarser scale."""
+  """Returns which token i sees which token j, [L,L] bool.
+
+  A token sees those of its own scale and of coarser ones.
+  """
   scale = scale_of_token(patch_nums)
   return scale[:, None] >= scale[None, :]
 
 
 def decay_mask(params: Any) -> Any:
-  """Which leaves VAR decays: all but biases, positions, scales of attention.
+  """Returns which leaves decay, a tree of bool like params.
 
-  By name, since stacking gives every leaf of a block one axis more.
+  Biases, positions and attention scales do not decay. They are told by name,
+  because stacking gives every leaf of a block one axis more.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: (
       not path[-1].key.endswith('bias')
-      and not {entry.key for entry in path} & set(_FREE)
+      and not {entry.key for entry in path} & set(_UNDECAYED)
     ),
     params,
   )
 
 
 def cast(params: Any) -> Any:
-  """Which leaves the blocks convert to `Var.dtype`: those of the products."""
+  """Returns which leaves the blocks convert to `Var.dtype`, a tree of bool.
+
+  These are the weights and biases of the matrix products.
+  """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: (
       bool({entry.key for entry in path} & {'attn', 'ffn'})
@@ -71,22 +79,25 @@ def cast(params: Any) -> Any:
 
 
 class Var(nn.Module):
-  """The transformer. Embeddings, norms and logits are in the params' type.
+  """The transformer.
+
+  Embeddings, norms and logits have the type of the params.
 
   Attributes:
-    patch_nums: side n of each scale.
-    vocab: V, number of tokens.
-    num_classes: the label of this number means "no label".
-    width: C.
-    depth: number of blocks.
-    heads: of the attention.
-    mlp_ratio: hidden width of the feed-forward layers, in C.
+    patch_nums: the side n of each scale.
+    vocab: V, the number of different tokens.
+    num_classes: the number of classes; the label of this number means "no
+      label".
+    width: C, the width of the transformer.
+    depth: the number of blocks.
+    heads: the number of attention heads.
+    mlp_ratio: the hidden width of the feed-forward layers, in units of C.
     l2_norm: see `var_layers.Attention`.
-    shared_modulation: see `var_layers.Block`.
+    shared_modulation: see `shared` of `var_layers.Block`.
     gate_init: see `var_layers.Block`.
-    dtype: of the blocks' matrix products; None for the params'.
-    remat: recompute each block's activations in the backward pass.
-    chunk: tokens whose logits are held at once by `token_log_prob`.
+    dtype: the type of the blocks' matrix products; None for the params' type.
+    remat: whether each block's activations are recomputed in the backward pass.
+    chunk: the number of tokens whose logits `token_log_prob` holds at once.
   """
 
   patch_nums: tuple[int, ...]
@@ -105,10 +116,12 @@ class Var(nn.Module):
 
   def setup(self):
     init = var_layers.normal(self.width)
-    embed = lambda size: nn.Embed(size, self.width, embedding_init=init)
     length = sum(n * n for n in self.patch_nums)
-    self.class_emb = embed(self.num_classes + 1)
-    self.lvl_embed = embed(len(self.patch_nums))
+    scales = len(self.patch_nums)
+    self.class_emb = nn.Embed(
+      self.num_classes + 1, self.width, embedding_init=init
+    )
+    self.lvl_embed = nn.Embed(scales, self.width, embedding_init=init)
     self.pos_start = self.param('pos_start', init, (1, 1, self.width))
     self.pos_1LC = self.param('pos_1LC', init, (1, length, self.width))
     self.word_embed = nn.Dense(self.width, kernel_init=init)
@@ -120,39 +133,40 @@ class Var(nn.Module):
     self.head = nn.Dense(self.vocab, kernel_init=fresh)
 
   def _stack(self) -> nn.Module:
-    """The blocks, one after the other."""
+    """Returns a module that applies all blocks, one after the other."""
     block = var_layers.Block
     if self.remat:
       block = nn.remat(block, prevent_cse=False)
-    return nn.scan(
+    scanned = nn.scan(
       block,
       variable_axes={'params': 0, 'intermediates': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, nn.broadcast, 0),
       length=self.depth,
-    )(
-      self.heads,
-      round(self.mlp_ratio * self.width),
-      self.depth,
-      self.l2_norm,
-      self.shared_modulation,
-      self.gate_init,
-      self.dtype,
+    )
+    return scanned(
+      heads=self.heads,
+      hidden=round(self.mlp_ratio * self.width),
+      depth=self.depth,
+      l2_norm=self.l2_norm,
+      shared=self.shared_modulation,
+      gate_init=self.gate_init,
+      dtype=self.dtype,
     )
 
   def embed(
     self, cond: jax.Array, inputs: jax.Array, begin: int = 0
   ) -> jax.Array:
-    """What the first block reads.
+    """Returns what the first block reads.
 
     Args:
-      cond: [B,C] embedding of the class.
-      inputs: [B,K,c] interpolated f̂, for K tokens.
-      begin: number of the first token; the very first has no input of its
-        own but the class.
+      cond: the embedding of the class, [B,C].
+      inputs: f̂ averaged down to the scale of each token, for K tokens, [B,K,c].
+      begin: the number of the first token. Token 0 has no input, and reads the
+        class instead.
 
     Returns:
-      [B,K,C]; [B,K+1,C] where `begin` is 0.
+      The embedded tokens, [B,K,C]; or [B,K+1,C] if `begin` is 0.
     """
     x = self.word_embed(inputs)
     if not begin:
@@ -162,7 +176,18 @@ class Var(nn.Module):
     return x + scale[None] + self.pos_1LC[:, span]
 
   def _trunk(self, label, inputs, begin, mask, past):
-    """The normalised input of the head, and keys and values."""
+    """Applies all but the head.
+
+    Args:
+      label: see `predict`.
+      inputs: see `embed`.
+      begin: see `embed`.
+      mask: see `var_layers.Attention`.
+      past: see `predict`.
+
+    Returns:
+      The input of the head, [B,K,C], and the keys and values of these tokens.
+    """
     cond = self.class_emb(label)
     modulation = cond
     if self.shared_modulation:
@@ -173,70 +198,64 @@ class Var(nn.Module):
     return self.head_nm(x, cond), new
 
   def _forced(self, label: jax.Array, inputs: jax.Array) -> jax.Array:
-    """[B,L,C] before the head, under teacher forcing."""
+    """Returns the input of the head for all tokens at once, [B,L,C]."""
     length = sum(n * n for n in self.patch_nums)
     chex.assert_shape(inputs, (*label.shape, length - 1, None))
     return self._trunk(label, inputs, 0, mask(self.patch_nums), None)[0]
 
   def __call__(self, label: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Logits of all tokens at once, under teacher forcing.
+    """Predicts all tokens at once, under teacher forcing.
 
     Args:
-      label: [B] int; num_classes means "no label".
-      inputs: [B,L−1,c] of `vqvae.Vqvae.teacher_input`.
+      label: the classes, [B] int; num_classes means "no label".
+      inputs: what `vqvae.Vqvae.teacher_input` returns, [B,L−1,c].
 
     Returns:
-      [B,L,V].
+      The logits, [B,L,V].
     """
     return self.head(self._forced(label, inputs))
 
   def token_log_prob(
     self, label: jax.Array, inputs: jax.Array, ids: jax.Array
   ) -> jax.Array:
-    """Each log p(token | coarser scales, label), [B,L] nats.
+    """Returns log p(token | coarser scales, label) of each token, in nats.
 
-    A scan over runs of `chunk` tokens, logits recomputed in the backward
-    pass: never are there more of them than [B,chunk,V].
+    It scans over runs of `chunk` tokens and recomputes their logits in the
+    backward pass, so that no more than [B,chunk,V] logits are held at once.
 
     Args:
-      label: [B] int; num_classes means "no label".
-      inputs: [B,L−1,c], of the same tokens.
-      ids: [B,L] int tokens.
+      label: the classes, [B] int; num_classes means "no label".
+      inputs: what `vqvae.Vqvae.teacher_input` returns of the tokens, [B,L−1,c].
+      ids: the tokens, [B,L] int.
+
+    Returns:
+      The log-probabilities, [B,L].
     """
     h = self._forced(label, inputs)
     rows, length = ids.shape
     count = -(-length // self.chunk)
 
-    def runs(x):
-      spare = [(0, 0), (0, count * self.chunk - length)]
-      x = jnp.pad(x, spare + [(0, 0)] * (x.ndim - 2))
+    def split_runs(x):
+      """Pads x [B,L,...] and splits it into runs, [count,B,chunk,...]."""
+      widths = [(0, 0)] * x.ndim
+      widths[1] = (0, count * self.chunk - length)
+      x = jnp.pad(x, widths)
       x = x.reshape(rows, count, self.chunk, *x.shape[2:])
       return jnp.moveaxis(x, 1, 0)
 
-    def run(module, carry, part):
-      logits = module.head(part[0])
-      chosen = jnp.take_along_axis(logits, part[1][:, :, None], axis=-1)
+    def run_log_prob(module, carry, run):
+      run_h, run_ids = run
+      logits = module.head(run_h)
+      chosen = jnp.take_along_axis(logits, run_ids[:, :, None], axis=-1)
       return carry, chosen[:, :, 0] - jax.nn.logsumexp(logits, axis=-1)
 
     scan = nn.scan(
-      nn.remat(run, prevent_cse=False),
+      nn.remat(run_log_prob, prevent_cse=False),
       variable_broadcast='params',
       split_rngs={'params': False},
     )
-    _, parts = scan(self, None, (runs(h), runs(ids)))
+    _, parts = scan(self, None, (split_runs(h), split_runs(ids)))
     return jnp.moveaxis(parts, 0, 1).reshape(rows, -1)[:, :length]
-
-  def log_prob(
-    self, label: jax.Array, inputs: jax.Array, ids: jax.Array
-  ) -> jax.Array:
-    """Row sums of `token_log_prob`: log p(image | label), [B] nats."""
-    return jnp.sum(self.token_log_prob(label, inputs, ids), axis=1)
-
-  def cross_entropy(
-    self, label: jax.Array, inputs: jax.Array, ids: jax.Array
-  ) -> jax.Array:
-    """[B] nats a token: VAR's pretraining loss."""
-    return -jnp.mean(self.token_log_prob(label, inputs, ids), axis=1)
 
   def predict(
     self,
@@ -245,22 +264,74 @@ class Var(nn.Module):
     inputs: jax.Array,
     past: var_layers.Past | None,
   ) -> tuple[jax.Array, var_layers.Past]:
-    """Logits of one scale, given keys and values of the coarser ones.
+    """Predicts the tokens of one scale from those of the coarser scales.
 
     Args:
-      scale: static number of the scale.
-      label: [B] int; num_classes means "no label".
-      inputs: [B,n²,c] interpolated f̂; [B,0,c] at scale 0.
-      past: as returned at the scale before; None at scale 0.
+      scale: the number of the scale, static.
+      label: the classes, [B] int; num_classes means "no label".
+      inputs: f̂ averaged down to this scale, [B,n²,c]; [B,0,c] at scale 0.
+      past: the keys and values of the coarser scales, as returned at the scale
+        before; None at scale 0.
 
     Returns:
-      [B,n²,V], and keys and values of all scales so far.
+      The logits [B,n²,V], and the keys and values of all scales so far.
     """
     begin = sum(n * n for n in self.patch_nums[:scale])
-    h, new = self._trunk(label, inputs, begin, None, past)
+    h, (keys, values) = self._trunk(label, inputs, begin, None, past)
     if past is not None:
-      new = jax.tree.map(lambda *p: jnp.concatenate(p, axis=2), past, new)
-    return self.head(h), new
+      past_keys, past_values = past
+      keys = jnp.concatenate([past_keys, keys], axis=2)
+      values = jnp.concatenate([past_values, values], axis=2)
+    return self.head(h), (keys, values)
+
+
+def stages(
+  transformer: nn.Module,
+  tokenizer: nn.Module,
+  params: Any,
+  tokenizer_params: Any,
+) -> contract.Stages:
+  """Binds a transformer and its tokenizer for sampling, one scale a stage.
+
+  The model reads f̂, the image so far, averaged down to the next scale. The past
+  is the blocks' keys and values, which grow from scale to scale. The canvas is
+  f̂ [B,h,w,C], ready for the tokenizer's decoder.
+
+  Args:
+    transformer: a `Var`.
+    tokenizer: a `vqvae.Vqvae`, or its `vqvae.Quantizer` alone.
+    params: the transformer's params.
+    tokenizer_params: the tokenizer's params.
+  """
+  variables = {'params': params}
+  tokenizer_variables = {'params': tokenizer_params}
+  codebook = jnp.asarray(tokenizer.apply(tokenizer_variables, method='vectors'))
+  channels = codebook.shape[1]
+  size = transformer.patch_nums[-1]
+
+  def begin(rows):
+    inputs = jnp.zeros((rows, 0, channels), codebook.dtype)
+    canvas = jnp.zeros((rows, size, size, channels), codebook.dtype)
+    return inputs, None, canvas
+
+  def predict(stage, label, inputs, past):
+    return transformer.apply(
+      variables, stage, label, inputs, past, method='predict'
+    )
+
+  def advance(stage, vectors, canvas):
+    return tokenizer.apply(
+      tokenizer_variables, stage, vectors, canvas, method='advance'
+    )
+
+  return contract.Stages(
+    sizes=tuple(n * n for n in transformer.patch_nums),
+    none=transformer.num_classes,
+    codebook=codebook,
+    begin=begin,
+    predict=predict,
+    advance=advance,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,9 +404,9 @@ class NextScale:
 
   def stages(
     self, params: likelihood.Params, frozen: likelihood.Frozen
-  ) -> scalewise.Stages:
+  ) -> contract.Stages:
     """Returns the scales, as a sampler drives them."""
-    return scalewise.bind(
+    return stages(
       self.transformer, self.tokenizer, params, self.codec.weights(frozen)
     )
 
@@ -345,17 +416,19 @@ class VarConfig(likelihood.ModelConfig):
   """A VAR and its tokenizer; `var_presets` has the released ones.
 
   Attributes:
-    tokenizer: see `vqvae.VqvaeConfig`; its scales and tokens are VAR's.
-    num_classes: number of classes; VAR always has some.
-    depth: number of blocks.
-    width: C; 64 times the depth as published.
-    heads: of the attention; as many as blocks as published.
-    mlp_ratio: hidden width of the feed-forward layers, in C.
-    l2_norm: attend by cosines; without, by products.
-    shared_modulation: one adaptive norm for all blocks.
-    gate_init: factor of the fresh gates.
-    dtype: 'float32' or 'bfloat16', of the blocks' matrix products.
-    chunk: tokens whose logits are held at once in training.
+    tokenizer: the tokenizer, whose scales and tokens are VAR's.
+    num_classes: the number of classes; VAR always has some.
+    depth: the number of blocks.
+    width: C, the width of the transformer; the released models have 64 times
+      the depth.
+    heads: the number of attention heads; the released models have as many as
+      blocks.
+    mlp_ratio: the hidden width of the feed-forward layers, in units of C.
+    l2_norm: whether attention goes by cosines; if not, by products.
+    shared_modulation: whether all blocks share one adaptive norm.
+    gate_init: the factor on the initial weights of the gates.
+    dtype: the type of the blocks' matrix products, 'float32' or 'bfloat16'.
+    chunk: the number of tokens whose logits are held at once in training.
   """
 
   tokenizer: vqvae.VqvaeConfig = dataclasses.field(
@@ -398,11 +471,15 @@ class VarConfig(likelihood.ModelConfig):
 
 
 def transformer(config: VarConfig, remat: bool = False) -> Var:
-  """The transformer of a config.
+  """Returns the transformer of a config.
+
+  Args:
+    config: the settings.
+    remat: whether activations are recomputed in the backward pass.
 
   Raises:
     errors.UserError: a number is not positive, the heads do not divide the
-      width, or the type is another.
+      width, or there is no type of that name.
   """
   for name in ('num_classes', 'depth', 'width', 'heads', 'mlp_ratio', 'chunk'):
     value = getattr(config, name)
@@ -418,11 +495,18 @@ def transformer(config: VarConfig, remat: bool = False) -> Var:
       f'config.model.dtype is {config.dtype!r}; it must be one of'
       f' {sorted(dtypes)}'
     )
-  names = {field.name for field in dataclasses.fields(config)}
-  options = {name: getattr(config, name) for name in names - {'tokenizer'}}
   return Var(
     patch_nums=tuple(config.tokenizer.patch_nums),
     vocab=config.tokenizer.vocab,
+    num_classes=config.num_classes,
+    width=config.width,
+    depth=config.depth,
+    heads=config.heads,
+    mlp_ratio=config.mlp_ratio,
+    l2_norm=config.l2_norm,
+    shared_modulation=config.shared_modulation,
+    gate_init=config.gate_init,
+    dtype=dtypes[config.dtype],
     remat=remat,
-    **options | {'dtype': dtypes[config.dtype]},
+    chunk=config.chunk,
   )

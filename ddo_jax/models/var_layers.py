@@ -1,4 +1,4 @@
-"""Blocks of VAR's transformer: adaptive norms, attention over past scales."""
+"""The blocks of VAR's transformer: adaptive norms, attention to the past."""
 
 import functools
 import math
@@ -9,19 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Past = tuple[jax.Array, jax.Array]  # keys and values, each [...,B,T,H,D]
+# The keys and the values of earlier tokens, each [...,B,T,H,D].
+Past = tuple[jax.Array, jax.Array]
 
-EPSILON = 1e-6
-# exp(scale) of normalised attention is at most 100; float32's log of that.
+EPSILON = 1e-6  # ε of the layer norms
+# The scale of normalised attention is at most 100; this is ln 100 in float32.
 _MAX_LOG_SCALE = 4.605170249938965
 
 
 def convert(x: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-  """X in another type; None for its own.
+  """Converts x to another type, and rounds it even where XLA would not.
 
-  Left to itself, XLA drops a rounding if the type is changed back at once: then
-  a network is not that of its weights in that type, see
-  `autoregressive.Autoregressive.reduced`.
+  XLA drops a rounding if the type is changed back at once. The network would
+  then differ from the one whose weights are stored in that type, which a
+  reference of reduced precision must equal.
+
+  Args:
+    x: the array, or None.
+    dtype: the type; None for that of x.
   """
   if dtype is None or x is None:
     return x
@@ -30,24 +35,34 @@ def convert(x: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
 
 
 def _promoted(*arrays, dtype, inexact=True):
-  """What `nn.Dense` does with its inputs and weights."""
-  arrays = (convert(x, dtype) for x in arrays)
-  return dtypes.promote_dtype(*arrays, dtype=dtype, inexact=inexact)
+  """Converts the inputs and the weights of an `nn.Dense` to one type."""
+  converted = [convert(x, dtype) for x in arrays]
+  return dtypes.promote_dtype(*converted, dtype=dtype, inexact=inexact)
 
 
 Dense = functools.partial(nn.Dense, promote_dtype=_promoted)
 
 
 def normal(width: int, factor: float = 1.0) -> nn.initializers.Initializer:
-  """Fresh weights: normal, √(1/3C) times a factor.
+  """Returns the initialiser of a width C: normal numbers times √(1/3C).
 
-  The original cuts the distribution at ±2 absolute: so far out as not to.
+  The original cuts the distribution at ±2, which is so far out that it makes no
+  difference.
+
+  Args:
+    width: C.
+    factor: a further factor.
   """
   return nn.initializers.normal(math.sqrt(1 / (3 * width)) * factor)
 
 
 def _modulation_init(width: int, gate: float) -> nn.initializers.Initializer:
-  """As `normal`; scales and shifts at half, gates at next to nothing."""
+  """Returns the initialiser of a modulation: `normal` times a factor.
+
+  Args:
+    width: C.
+    gate: the factor on the gates; that on scales and shifts is ½.
+  """
   factor = np.repeat([gate, 0.5], [2 * width, 4 * width])
 
   def init(key, shape, dtype=jnp.float32):
@@ -58,7 +73,7 @@ def _modulation_init(width: int, gate: float) -> nn.initializers.Initializer:
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
-  """X [...,C] at mean 0 and variance 1 over C, without parameters."""
+  """Scales x [...,C] to mean 0 and variance 1 over C, without parameters."""
   norm = nn.LayerNorm(
     EPSILON, use_bias=False, use_scale=False, use_fast_variance=False
   )
@@ -66,19 +81,24 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """X [...,D] over its length, at least 1e-12; finite slope at 0."""
+  """Divides x [...,D] by its length, or by 1e-12 if it is shorter.
+
+  The gradient is finite at 0.
+  """
   square = jnp.sum(x**2, axis=-1, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(square, 1e-24))
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; keys have no bias.
+  """Multi-head self-attention; the keys have no bias.
 
   Attributes:
-    heads: number of heads.
-    depth: of the whole transformer; fresh weights shrink with it.
-    l2_norm: attend by cosine times a learned scale a head.
-    dtype: of the products; None for the inputs'.
+    heads: the number of heads.
+    depth: the number of blocks of the whole transformer; the initial weights of
+      the last layer shrink with it.
+    l2_norm: whether attention goes by the cosine, times a scale that each head
+      learns; if not, by the product.
+    dtype: the type of the products; None for the type of the inputs.
   """
 
   heads: int
@@ -93,18 +113,21 @@ class Attention(nn.Module):
     """Attends to the past and, where the mask allows it, to x.
 
     Args:
-      x: [B,L,C].
-      mask: [L,L] bool, or None where all of x is visible.
-      past: keys and values [B,T,H,D] of earlier tokens.
+      x: the tokens, [B,L,C].
+      mask: which token sees which, [L,L] bool; None if all of x is visible.
+      past: the keys and the values of earlier tokens, each [B,T,H,D]; None if
+        there are none.
 
     Returns:
-      [B,L,C], and the keys and values of x.
+      The output [B,L,C], and the keys and the values of x.
     """
     width = x.shape[-1]
     q, k, v = self._qkv(x)
     new = (k, v)
     if past is not None:
-      k, v = (jnp.concatenate(p, axis=1) for p in zip(past, new, strict=True))
+      past_keys, past_values = past
+      k = jnp.concatenate([past_keys, k], axis=1)
+      v = jnp.concatenate([past_values, v], axis=1)
     wide = jnp.promote_types(v.dtype, jnp.float32)
     logits = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=wide)
     if mask is not None:
@@ -116,7 +139,7 @@ class Attention(nn.Module):
     return proj(y), new
 
   def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scaled queries, keys and values, each [B,L,H,D]."""
+    """Returns the scaled queries, the keys and the values, each [B,L,H,D]."""
     width = x.shape[-1]
     qkv = Dense(
       3 * width,
@@ -125,14 +148,14 @@ class Attention(nn.Module):
       kernel_init=normal(width),
       name='mat_qkv',
     )(x)
-    biases = [
-      self.param(f'{name}_bias', nn.initializers.zeros, (width,))
-      for name in 'qv'
-    ]
-    bias = jnp.concatenate([biases[0], jnp.zeros_like(biases[0]), biases[1]])
+    q_bias = self.param('q_bias', nn.initializers.zeros, (width,))
+    v_bias = self.param('v_bias', nn.initializers.zeros, (width,))
+    bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
     qkv = qkv + convert(bias, self.dtype)[None, None, :]
     qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
-    q, k, v = (qkv[:, :, i] for i in range(3))
+    q = qkv[:, :, 0]
+    k = qkv[:, :, 1]
+    v = qkv[:, :, 2]
     if not self.l2_norm:
       return q * (0.25 / math.sqrt(width // self.heads)), k, v
     log_four = nn.initializers.constant(math.log(4))
@@ -140,19 +163,20 @@ class Attention(nn.Module):
     scale = self.param('scale_mul_1H11', log_four, shape)
     scale = jnp.exp(jnp.minimum(scale, _MAX_LOG_SCALE))
     scale = scale.reshape(1, 1, self.heads, 1)
-    # The lengths in full precision, whatever that of the products.
+    # Lengths have full precision, whatever the type of the products.
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    q, k = _unit(q.astype(wide)) * scale, _unit(k.astype(wide))
+    q = _unit(q.astype(wide)) * scale
+    k = _unit(k.astype(wide))
     return q.astype(v.dtype), k.astype(v.dtype), v
 
 
 class FeedForward(nn.Module):
-  """Two linear layers around a GELU (tanh form).
+  """Two linear layers with a GELU (in its tanh form) between them.
 
   Attributes:
-    hidden: width between the two.
-    depth: as for `Attention`.
-    dtype: as for `Attention`.
+    hidden: the width between the two layers.
+    depth: see `Attention`.
+    dtype: see `Attention`.
   """
 
   hidden: int
@@ -161,26 +185,27 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,L,C] -> the same."""
+    """Returns an array of the shape of x [B,L,C]."""
     width = x.shape[-1]
-    wide, small = normal(width), normal(width, 1 / math.sqrt(2 * self.depth))
-    dense = lambda size, init, name: Dense(
-      size, dtype=self.dtype, kernel_init=init, name=name
+    small = normal(width, 1 / math.sqrt(2 * self.depth))
+    first = Dense(
+      self.hidden, dtype=self.dtype, kernel_init=normal(width), name='fc1'
     )
-    x = nn.gelu(dense(self.hidden, wide, 'fc1')(x), approximate=True)
-    return dense(width, small, 'fc2')(x)
+    second = Dense(width, dtype=self.dtype, kernel_init=small, name='fc2')
+    return second(nn.gelu(first(x), approximate=True))
 
 
 class Block(nn.Module):
-  """Attention and feed-forward layer between gates and adaptive norms.
+  """Attention and a feed-forward layer, each with an adaptive norm and a gate.
 
   Attributes:
     heads: see `Attention`.
     hidden: see `FeedForward`.
     depth: see `Attention`.
     l2_norm: see `Attention`.
-    shared: whether one modulation, plus an own offset, serves all blocks.
-    gate_init: factor of the fresh gates.
+    shared: whether one modulation serves all blocks, each with an offset of its
+      own; if not, every block computes its modulation from the class.
+    gate_init: the factor on the initial weights of the gates.
     dtype: see `Attention`.
   """
 
@@ -200,33 +225,40 @@ class Block(nn.Module):
     mask: jax.Array | None,
     past: Past | None,
   ) -> tuple[jax.Array, Past | None]:
-    """One block.
+    """Applies the block.
 
     Args:
-      x: [B,L,C].
-      cond: the class's embedding [B,C], or the shared modulation [B,6,C].
-      mask: of teacher forcing, see `Attention`.
-      past: of decoding, see `Attention`.
+      x: the tokens, [B,L,C].
+      cond: the embedding of the class [B,C], or the shared modulation [B,6,C].
+      mask: see `Attention`; teacher forcing has one.
+      past: see `Attention`; decoding has one.
 
     Returns:
-      [B,L,C], and keys and values of x; with a mask, nothing will ask for
-      them: None.
+      The tokens [B,L,C], and the keys and the values of x; None under a mask,
+      because teacher forcing does not ask for them.
     """
     gates, scales, shifts = jnp.split(self._modulation(cond), 3, axis=1)
-    at = lambda m, i: m[:, i, None, :]
-    branches = (
-      Attention(self.heads, self.depth, self.l2_norm, self.dtype, name='attn'),
-      FeedForward(self.hidden, self.depth, self.dtype, name='ffn'),
+    attention = Attention(
+      heads=self.heads,
+      depth=self.depth,
+      l2_norm=self.l2_norm,
+      dtype=self.dtype,
+      name='attn',
     )
-    h = layer_norm(x) * (1 + at(scales, 0)) + at(shifts, 0)
-    y, new = branches[0](h, mask, past)
-    x = x + y * at(gates, 0)
-    h = layer_norm(x) * (1 + at(scales, 1)) + at(shifts, 1)
-    x = x + branches[1](h) * at(gates, 1)
-    return x, new if mask is None else None
+    feed_forward = FeedForward(
+      hidden=self.hidden, depth=self.depth, dtype=self.dtype, name='ffn'
+    )
+    h = layer_norm(x) * (1 + scales[:, 0, None, :]) + shifts[:, 0, None, :]
+    y, new = attention(h, mask, past)
+    x = x + y * gates[:, 0, None, :]
+    h = layer_norm(x) * (1 + scales[:, 1, None, :]) + shifts[:, 1, None, :]
+    x = x + feed_forward(h) * gates[:, 1, None, :]
+    if mask is not None:
+      new = None
+    return x, new
 
   def _modulation(self, cond: jax.Array) -> jax.Array:
-    """[B,6,C]: two gates, two scales, two shifts."""
+    """Returns two gates, two scales and two shifts, [B,6,C]."""
     width = cond.shape[-1]
     if self.shared:
       offset = self.param('ada_gss', self._offset_init, (1, 1, 6, width))
@@ -236,6 +268,7 @@ class Block(nn.Module):
     return linear(nn.silu(cond)).reshape(-1, 6, width)
 
   def _offset_init(self, key, shape):
+    """Returns a block's initial offset from the shared modulation."""
     value = jax.random.normal(key, shape) / math.sqrt(shape[-1])
     factor = jnp.asarray([self.gate_init] * 2 + [0.5] * 4)
     return value * factor[None, None, :, None]
@@ -246,7 +279,7 @@ class HeadNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-    """X [B,L,C], cond [B,C] -> [B,L,C]."""
+    """Normalises x [B,L,C] by the embedding cond [B,C] of the class."""
     width = x.shape[-1]
     linear = nn.Dense(2 * width, kernel_init=normal(width, 0.5), name='ada_lin')
     scale, shift = jnp.split(linear(nn.silu(cond))[:, None, :], 2, axis=-1)

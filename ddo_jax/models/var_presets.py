@@ -12,6 +12,7 @@ _512 = vqvae.VqvaeConfig(
 
 
 def _sized(depth: int, gate_init: float, **options) -> var.VarConfig:
+  """Returns the config of a depth, which sets the width and the heads."""
   return var.VarConfig(
     depth=depth, width=64 * depth, heads=depth, gate_init=gate_init, **options
   )
@@ -22,16 +23,16 @@ VAR = {
   'var_d20': _sized(20, 1e-3),
   'var_d24': _sized(24, 1e-4),
   'var_d30': _sized(30, 1e-5),
-  # Its fresh gates are not published: those of d30.
+  # The gates' initial weights are not published; these are those of d30.
   'var_d36': _sized(36, 1e-5, tokenizer=_512, shared_modulation=True),
 }
 
 
 def get(name: str) -> var.VarConfig:
-  """A copy of the config of a released model.
+  """Returns a copy of the config of a released model.
 
   Raises:
-    errors.UserError: no such name; lists the known ones.
+    errors.UserError: there is no model of that name.
   """
   if name not in VAR:
     raise errors.UserError(

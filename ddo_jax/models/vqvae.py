@@ -1,9 +1,11 @@
 """VAR's tokenizer: a residual VQVAE over scales (Tian et al. 2024, §3.2).
 
-An image's features f [h,w,C] are approximated scale by scale: what is left of
-f is averaged down to n×n, each vector is replaced by the nearest of the
-codebook, and the interpolation of that, through a convolution φ, is taken
-off. An image is the tokens of all scales, n² each, row-major, coarse first.
+The features f [h,w,C] of an image are approximated scale by scale. What is left
+of f is averaged down to n×n vectors, and each of them is replaced by the
+nearest vector of the codebook. These are interpolated to h×w, pass a
+convolution φ, and are subtracted from f before the next scale. Their sum over
+the scales is f̂. An image becomes the tokens of all scales, n² each, in
+row-major order, the coarsest scale first.
 """
 
 import dataclasses
@@ -18,13 +20,14 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.models import vqvae_layers
 
-PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 256 px
-_CUBIC = -0.75  # of the bicubic kernel; jax.image's 'cubic' has −0.5
-_RESIDUAL = 0.5  # share of the convolution in φ
-_COMMITMENT = 0.25  # of the features to the vectors, in training
-_CONVOLUTIONS = 4  # φ, shared by the scales
-# Which of them serves a scale. For ten scales, two lie midway and
-# are decided by rounding in the original program: a table is exact.
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # for images of 256 pixels
+_CUBIC = -0.75  # a of the bicubic kernel; jax.image's 'cubic' has −0.5
+_RESIDUAL = 0.5  # the share of the convolution in φ
+_COMMITMENT = 0.25  # the weight of the features' distance to the vectors
+_CONVOLUTIONS = 4  # the number of convolutions φ, which the scales share
+# Which convolution serves each scale, by the number of scales. With ten scales,
+# two lie midway between convolutions, and the original program decides them by
+# rounding; the table is exact.
 _PHI = {
   4: (0, 1, 2, 3),
   10: (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
@@ -34,22 +37,31 @@ _PHI = {
 
 @functools.lru_cache
 def area_matrix(size: int, n: int) -> np.ndarray:
-  """[n,size] float64: averages over bins i·size/n … (i+1)·size/n.
+  """Returns the matrix that averages `size` pixels down to n, float64.
 
-  Bins are widened to whole pixels, so they overlap where n does not divide.
+  Bin i covers the pixels from i·size/n to (i+1)·size/n, widened to whole
+  pixels, so that bins overlap if n does not divide the size.
+
+  Returns:
+    The matrix, [n,size].
   """
   matrix = np.zeros((n, size))
   for i in range(n):
-    start, end = i * size // n, -(-(i + 1) * size // n)
+    start = i * size // n
+    end = -(-(i + 1) * size // n)
     matrix[i, start:end] = 1 / (end - start)
   return matrix
 
 
 @functools.lru_cache
 def bicubic_matrix(n: int, size: int) -> np.ndarray:
-  """[size,n] float64: cubic convolution, a = −0.75, borders repeated.
+  """Returns the matrix of bicubic interpolation from n pixels to `size`.
 
-  Pixel centres are aligned (half-pixel), no antialiasing.
+  It is cubic convolution with a = −0.75. Pixel centres are aligned (half-pixel
+  offsets), the border is repeated, and there is no antialiasing.
+
+  Returns:
+    The matrix, [size,n] float64.
   """
 
   def weight(x):
@@ -68,13 +80,17 @@ def bicubic_matrix(n: int, size: int) -> np.ndarray:
 
 
 def resize(x: jax.Array, matrix: np.ndarray) -> jax.Array:
-  """Applies a matrix [m,n] to both axes of x [B,n,n,C] -> [B,m,m,C]."""
+  """Applies a matrix [m,n] to both axes of x [B,n,n,C]; returns [B,m,m,C]."""
   matrix = jnp.asarray(matrix, x.dtype)
   return jnp.einsum('ih,bhwc,jw->bijc', matrix, x, matrix, precision='highest')
 
 
 def phi_index(scales: int) -> tuple[int, ...]:
-  """Which of the convolutions φ serves each scale: the nearest in depth."""
+  """Returns the number of the convolution φ that serves each scale.
+
+  The convolutions are spread evenly over the scales, and each scale is served
+  by the nearest one.
+  """
   if scales in _PHI:
     return _PHI[scales]
   ticks = np.linspace(1 / 12, 11 / 12, _CONVOLUTIONS)
@@ -84,14 +100,15 @@ def phi_index(scales: int) -> tuple[int, ...]:
 
 
 class Quantizer(nn.Module):
-  """Features to tokens of all scales, and back.
+  """Turns features into the tokens of all scales, and back.
 
-  float32 with exact products throughout: a rounding can flip a token.
+  Everything is float32 with exact products, because a rounding error can turn
+  one token into another.
 
   Attributes:
-    patch_nums: side n of each scale; the last is that of f.
-    vocab: V, vectors in the codebook.
-    channels: C, of a vector.
+    patch_nums: the side n of each scale; the last is the side of f.
+    vocab: V, the number of vectors in the codebook.
+    channels: C, the width of a vector.
   """
 
   patch_nums: tuple[int, ...]
@@ -106,11 +123,14 @@ class Quantizer(nn.Module):
     ]
 
   def vectors(self) -> jax.Array:
-    """[V,C] the codebook."""
+    """Returns the codebook, [V,C]."""
     return self.embedding.embedding
 
   def nearest(self, z: jax.Array) -> jax.Array:
-    """Z [...,C] -> [...] int32, the nearest vector; the first of equals."""
+    """Returns the number [...] int32 of the vector nearest to each z [...,C].
+
+    Of equally near vectors it is the first.
+    """
     codebook = self.vectors()
     products = jnp.einsum('...c,vc->...v', z, codebook, precision='highest')
     squares = jnp.sum(codebook**2, axis=1)
@@ -119,8 +139,9 @@ class Quantizer(nn.Module):
     return jnp.argmin(total - 2 * products, axis=-1).astype(jnp.int32)
 
   def upscale(self, scale: int, vectors: jax.Array) -> jax.Array:
-    """Vectors [B,n²,C] of a scale to its share of f̂, [B,h,w,C]."""
-    n, size = self.patch_nums[scale], self.patch_nums[-1]
+    """Returns a scale's share of f̂ [B,h,w,C], of its vectors [B,n²,C]."""
+    n = self.patch_nums[scale]
+    size = self.patch_nums[-1]
     h = vectors.reshape(len(vectors), n, n, self.channels)
     if scale < len(self.patch_nums) - 1:
       h = resize(h, bicubic_matrix(n, size))
@@ -128,12 +149,14 @@ class Quantizer(nn.Module):
     return (1 - _RESIDUAL) * h + _RESIDUAL * phi(h)
 
   def __call__(self, f: jax.Array) -> jax.Array:
-    """Features [B,h,w,C] to tokens [B,L] int32."""
+    """Turns features f [B,h,w,C] into tokens [B,L] int32."""
     size = self.patch_nums[-1]
     chex.assert_shape(f, (None, size, size, self.channels))
     tokens = []
     for scale, n in enumerate(self.patch_nums):
-      z = f if n == size else resize(f, area_matrix(size, n))
+      z = f
+      if n != size:
+        z = resize(f, area_matrix(size, n))
       ids = self.nearest(z).reshape(len(f), n * n)
       f = f - self.upscale(scale, self.embedding(ids))
       tokens.append(ids)
@@ -142,24 +165,36 @@ class Quantizer(nn.Module):
   def advance(
     self, scale: int, vectors: jax.Array, f_hat: jax.Array
   ) -> tuple[jax.Array, jax.Array | None]:
-    """Adds a scale's vectors [B,n²,C] to f̂ [B,h,w,C].
+    """Adds the vectors of a scale to f̂.
+
+    Args:
+      scale: the number of the scale, static.
+      vectors: the vectors of its tokens, [B,n²,C].
+      f_hat: the sum over all coarser scales, [B,h,w,C].
 
     Returns:
-      f̂, and what the transformer reads at the next scale, [B,m²,C]; None
-      after the last.
+      The new f̂, and what the transformer reads at the next scale, which is f̂
+      averaged down to m×m, [B,m²,C]; None after the last scale.
     """
     f_hat = f_hat + self.upscale(scale, vectors)
     if scale == len(self.patch_nums) - 1:
       return f_hat, None
-    m, size = self.patch_nums[scale + 1], self.patch_nums[-1]
-    following = f_hat if m == size else resize(f_hat, area_matrix(size, m))
+    m = self.patch_nums[scale + 1]
+    size = self.patch_nums[-1]
+    following = f_hat
+    if m != size:
+      following = resize(f_hat, area_matrix(size, m))
     return f_hat, following.reshape(len(f_hat), m * m, self.channels)
 
   def accumulate(self, ids: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """Tokens [B,L] to f̂ after each scale, and the teacher-forcing input.
+    """Sums up the vectors of given tokens, scale by scale.
+
+    Args:
+      ids: the tokens of all scales, [B,L].
 
     Returns:
-      S times [B,h,w,C]; and [B,L−1,C], the inputs of the tokens but the first.
+      f̂ after each scale, a list of [B,h,w,C]; and what the transformer reads
+      under teacher forcing, the inputs [B,L−1,C] of all tokens but the first.
     """
     ends = np.cumsum(np.square(self.patch_nums))
     chex.assert_shape(ids, (None, int(ends[-1])))
@@ -167,7 +202,8 @@ class Quantizer(nn.Module):
     size = self.patch_nums[-1]
     shape = (len(ids), size, size, self.channels)
     f_hat = jnp.zeros(shape, parts[0].dtype)
-    sums, inputs = [], []
+    sums = []
+    inputs = []
     for scale, vectors in enumerate(parts):
       f_hat, following = self.advance(scale, vectors, f_hat)
       sums.append(f_hat)
@@ -179,15 +215,15 @@ class Quantizer(nn.Module):
 
 
 class Vqvae(nn.Module):
-  """The tokenizer.
+  """The tokenizer: an encoder, a quantizer and a decoder.
 
   Attributes:
     patch_nums: see `Quantizer`.
     vocab: see `Quantizer`.
-    channels: C, of a latent vector.
-    base: unit of width of encoder and decoder.
-    mult: width of each level, in units.
-    image_channels: of the image.
+    channels: see `Quantizer`.
+    base: the unit of width of encoder and decoder.
+    mult: the width of each level, in units of `base`.
+    image_channels: the number of channels of an image.
   """
 
   patch_nums: tuple[int, ...]
@@ -207,59 +243,73 @@ class Vqvae(nn.Module):
     self.post_quant_conv = nn.Conv(self.channels, (3, 3), padding=1)
 
   def __call__(self, image: jax.Array) -> jax.Array:
-    """Image [B,H,W,3] -> its reconstruction; touches every parameter."""
+    """Reconstructs an image [B,H,W,C] from its tokens.
+
+    It touches every param, so that `init` makes all of them.
+    """
     sums, _ = self.quantize.accumulate(self.encode(image))
     return self.decode(sums[-1])
 
   def features(self, image: jax.Array) -> jax.Array:
-    """Image [B,H,W,3] in [−1, 1] -> f [B,h,w,C]."""
+    """Returns the features f [B,h,w,C] of an image [B,H,W,3] in [−1, 1]."""
     with jax.default_matmul_precision('highest'):
       return self.quant_conv(self.encoder(image))
 
   def encode(self, image: jax.Array) -> jax.Array:
-    """Image [B,H,W,3] in [−1, 1] -> tokens [B,L] int32."""
+    """Returns the tokens [B,L] int32 of an image [B,H,W,3] in [−1, 1]."""
     return self.quantize(self.features(image))
 
   def losses(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What training the tokenizer minimises, for images [B,H,W,3].
+    """Returns what training the tokenizer minimises.
+
+    The gradient of the reconstruction passes from f̂ to f as if they were equal.
+
+    Args:
+      image: the images, [B,H,W,3] in [−1, 1].
 
     Returns:
-      [B] mean squared error of the reconstruction, and [B] the distance of
-      features and vectors after each scale, which the vectors make up for in
-      full and the features in a quarter; gradients pass the rounding straight.
+      The mean squared error of the reconstruction, [B]; and the mean squared
+      distance of f and f̂, averaged over the scales, [B]. The latter moves the
+      vectors towards the features with weight 1, and the features towards the
+      vectors with weight ¼.
     """
-    f = self.features(image)
-    sums, _ = self.quantize.accumulate(self.quantize(jax.lax.stop_gradient(f)))
-    mean = lambda x: jnp.mean(x**2, axis=(1, 2, 3))
     stop = jax.lax.stop_gradient
-    distances = [
-      _COMMITMENT * mean(f - stop(f_hat)) + mean(stop(f) - f_hat)
-      for f_hat in sums
-    ]
+
+    def mean_square(x):
+      return jnp.mean(x**2, axis=(1, 2, 3))
+
+    f = self.features(image)
+    sums, _ = self.quantize.accumulate(self.quantize(stop(f)))
+    distance = 0
+    for f_hat in sums:
+      commitment = _COMMITMENT * mean_square(f - stop(f_hat))
+      distance += commitment + mean_square(stop(f) - f_hat)
     straight = f + stop(sums[-1] - f)
     error = self.decoder(self.post_quant_conv(straight)) - image
-    return mean(error), sum(distances) / len(distances)
+    return mean_square(error), distance / len(sums)
 
   def teacher_input(self, ids: jax.Array) -> jax.Array:
-    """Tokens [B,L] -> what the transformer reads, [B,L−1,C]."""
-    return self.quantize.accumulate(ids)[1]
+    """Returns what the transformer reads of tokens [B,L], [B,L−1,C]."""
+    _, inputs = self.quantize.accumulate(ids)
+    return inputs
 
   def f_hat(self, ids: jax.Array) -> jax.Array:
-    """Tokens [B,L] -> f̂ [B,h,w,C], the sum of all scales."""
-    return self.quantize.accumulate(ids)[0][-1]
+    """Returns f̂ [B,h,w,C] of tokens [B,L], the sum over all scales."""
+    sums, _ = self.quantize.accumulate(ids)
+    return sums[-1]
 
   def decode(self, f_hat: jax.Array) -> jax.Array:
-    """f̂ [B,h,w,C] -> image [B,H,W,3], clamped to [−1, 1]."""
+    """Returns the image [B,H,W,3] of f̂ [B,h,w,C], clamped to [−1, 1]."""
     return jnp.clip(self.decoder(self.post_quant_conv(f_hat)), -1, 1)
 
   def vectors(self) -> jax.Array:
-    """[V,C] the codebook."""
+    """Returns the codebook, [V,C]."""
     return self.quantize.vectors()
 
   def advance(
     self, scale: int, vectors: jax.Array, f_hat: jax.Array
   ) -> tuple[jax.Array, jax.Array | None]:
-    """See `Quantizer.advance`."""
+    """Adds the vectors of a scale to f̂; see `Quantizer.advance`."""
     return self.quantize.advance(scale, vectors, f_hat)
 
 
@@ -268,15 +318,16 @@ class VqvaeConfig:
   """VAR's tokenizer; the defaults are the released one.
 
   Attributes:
-    image_shape: (H, W, C), H = W.
-    patch_nums: side of each scale, 1 first; the last times the reduction
-      2 ** (levels − 1) is the image's side.
-    vocab: vectors in the codebook.
-    channels: of a latent vector.
-    base: unit of width, a multiple of 32.
-    mult: width of each level, in units.
-    pixel_values: pixel values are 0 .. pixel_values−1.
-    nearest: see `encoders.Pixels`.
+    image_shape: the shape (H, W, C) of an image, with H = W.
+    patch_nums: the side of each scale, rising from 1. The last one times
+      2 ** (levels − 1) is the side of the image.
+    vocab: the number of vectors in the codebook.
+    channels: the width of a vector.
+    base: the unit of width, a multiple of 32.
+    mult: the width of each level, in units of `base`.
+    pixel_values: the number of values of a pixel, 0 … pixel_values−1.
+    nearest: whether decoding rounds to the nearest pixel value, see
+      `codec.Pixels`.
   """
 
   image_shape: tuple[int, int, int] = (256, 256, 3)
@@ -290,18 +341,20 @@ class VqvaeConfig:
 
 
 def build(config: VqvaeConfig) -> Vqvae:
-  """The tokenizer of a config.
+  """Returns the tokenizer of a config.
 
   Raises:
-    errors.UserError: the scales do not fit the image, or the width the norms,
-      or a number is not positive.
+    errors.UserError: the scales do not fit the image, the width does not fit
+      the norms, or a number is not positive.
   """
   for name in ('vocab', 'channels', 'base'):
     value = getattr(config, name)
     name = f'model.tokenizer.{name}'
     errors.require(value > 0, name, value, 'a positive integer')
   scales = tuple(config.patch_nums)
-  side = scales[-1] * 2 ** (len(config.mult) - 1) if scales else 0
+  side = 0
+  if scales:
+    side = scales[-1] * 2 ** (len(config.mult) - 1)
   rising = scales[:1] == (1,) and sorted(set(scales)) == list(scales)
   shape = tuple(config.image_shape)
   if not rising or len(shape) != 3 or shape[:2] != (side, side):

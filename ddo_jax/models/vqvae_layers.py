@@ -1,68 +1,91 @@
 """The convolutional encoder and decoder of VAR's tokenizer.
 
-The LDM / VQGAN family (Esser et al. 2021): residual blocks level by level,
-self-attention on the lowest one. Submodules bear the released names, with '_'
-for the dots within a level.
+They are of the LDM and VQGAN family (Esser et al. 2021): residual blocks level
+by level, with self-attention at the lowest resolution. Submodules have the
+released names, with '_' for the dots within a level.
 """
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-GROUPS = 32  # of every GroupNorm
+GROUPS = 32  # the number of groups of every group norm
 
 
 def _norm(name: str) -> nn.GroupNorm:
+  """Returns a new group norm of the calling module."""
   return nn.GroupNorm(GROUPS, epsilon=1e-6, use_fast_variance=False, name=name)
 
 
 def _conv3(features: int, name: str) -> nn.Conv:
+  """Returns a new 3×3 convolution of the calling module."""
   return nn.Conv(features, (3, 3), padding=1, name=name)
 
 
 class ResBlock(nn.Module):
-  """x + conv(SiLU(GN(conv(SiLU(GN(x)))))), 1×1 shortcut where widths differ.
+  """A residual block: x + conv(SiLU(GN(conv(SiLU(GN(x)))))).
+
+  If the width changes, x passes a 1×1 convolution before the sum.
 
   Attributes:
-    features: width of the output.
+    features: the width of the output.
   """
 
   features: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> [B,H,W,features]."""
-    h = _conv3(self.features, 'conv1')(nn.silu(_norm('norm1')(x)))
-    h = _conv3(self.features, 'conv2')(nn.silu(_norm('norm2')(h)))
+    """Maps x [B,H,W,C] to [B,H,W,features]."""
+    h = nn.silu(_norm('norm1')(x))
+    h = _conv3(self.features, 'conv1')(h)
+    h = nn.silu(_norm('norm2')(h))
+    h = _conv3(self.features, 'conv2')(h)
     if x.shape[-1] != self.features:
       x = nn.Conv(self.features, (1, 1), name='nin_shortcut')(x)
     return x + h
 
 
 class AttnBlock(nn.Module):
-  """Single-head self-attention over all pixels, added to its input."""
+  """Self-attention over all pixels, with one head, added to its input."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,C] -> the same."""
+    """Returns an array of the shape of x [B,H,W,C]."""
     batch, height, width, channels = x.shape
-    qkv = nn.Conv(3 * channels, (1, 1), name='qkv')(_norm('norm')(x))
+    h = _norm('norm')(x)
+    qkv = nn.Conv(3 * channels, (1, 1), name='qkv')(h)
     qkv = qkv.reshape(batch, height * width, 3, channels)
-    q, k, v = (qkv[:, :, i] for i in range(3))
+    q = qkv[:, :, 0]
+    k = qkv[:, :, 1]
+    v = qkv[:, :, 2]
     logits = jnp.einsum('bqc,bkc->bqk', q, k) * channels**-0.5
     y = jnp.einsum('bqk,bkc->bqc', jax.nn.softmax(logits), v)
     return x + nn.Conv(channels, (1, 1), name='proj_out')(y.reshape(x.shape))
 
 
 def _middle(x: jax.Array) -> jax.Array:
-  """The blocks between the levels and the latents; call inside a module."""
+  """Adds the blocks between levels and latents to the calling module."""
   width = x.shape[-1]
-  x = AttnBlock(name='mid_attn_1')(ResBlock(width, name='mid_block_1')(x))
+  x = ResBlock(width, name='mid_block_1')(x)
+  x = AttnBlock(name='mid_attn_1')(x)
   return ResBlock(width, name='mid_block_2')(x)
 
 
-def _level(x: jax.Array, name: str, width: int, blocks: int, attend: bool):
-  """The residual blocks of one level; call inside a module."""
+def _level(
+  x: jax.Array, name: str, width: int, blocks: int, attend: bool
+) -> jax.Array:
+  """Adds the blocks of one level to the calling module and applies them.
+
+  Args:
+    x: the activations, [B,H,W,C].
+    name: the first part of the blocks' names.
+    width: the width of the blocks.
+    blocks: the number of residual blocks.
+    attend: whether self-attention follows each of them.
+
+  Returns:
+    The activations, [B,H,W,width].
+  """
   for i in range(blocks):
     x = ResBlock(width, name=f'{name}_block_{i}')(x)
     if attend:
@@ -71,13 +94,13 @@ def _level(x: jax.Array, name: str, width: int, blocks: int, attend: bool):
 
 
 class Encoder(nn.Module):
-  """Images to features, smaller by 2 ** (levels − 1).
+  """Turns images into features, whose side is smaller by 2 ** (levels − 1).
 
   Attributes:
-    features: channels of the output.
-    base: unit of width.
-    mult: width of each level, in units.
-    blocks: residual blocks a level.
+    features: the number of channels of the output.
+    base: the unit of width.
+    mult: the width of each level, in units of `base`.
+    blocks: the number of residual blocks in a level.
   """
 
   features: int
@@ -87,14 +110,14 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,H,W,3] in [−1, 1] -> [B,h,w,features]."""
+    """Maps images [B,H,W,C] in [−1, 1] to [B,h,w,features]."""
     last = len(self.mult) - 1
     x = _conv3(self.base, 'conv_in')(x)
     for level, mult in enumerate(self.mult):
       width = self.base * mult
       x = _level(x, f'down_{level}', width, self.blocks, level == last)
       if level != last:
-        # Padded at the right and at the bottom alone.
+        # The padding is at the right and at the bottom only.
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
         name = f'down_{level}_downsample_conv'
         x = nn.Conv(width, (3, 3), 2, padding='VALID', name=name)(x)
@@ -103,13 +126,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Features to images, larger by 2 ** (levels − 1).
+  """Turns features into images, whose side is larger by 2 ** (levels − 1).
 
   Attributes:
-    channels: of the image.
-    base: unit of width.
-    mult: width of each level of the encoder, in units.
-    blocks: residual blocks a level.
+    channels: the number of channels of an image.
+    base: the unit of width.
+    mult: the width of each level of the encoder, in units of `base`.
+    blocks: the number of residual blocks in a level.
   """
 
   channels: int
@@ -119,7 +142,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """X [B,h,w,C] -> [B,H,W,channels], not clamped."""
+    """Maps features [B,h,w,C] to images [B,H,W,channels], not clamped."""
     last = len(self.mult) - 1
     x = _middle(_conv3(self.base * self.mult[-1], 'conv_in')(x))
     for level in range(last, -1, -1):

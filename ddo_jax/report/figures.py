@@ -1,8 +1,8 @@
-"""Figures of a run's records, as PNG bytes for `report`.
+"""Figures of a run's records, as PNG bytes for the page.
 
-They are drawn from stages, {folder name: its records of metrics.jsonl in
+Figures are drawn from stages, {folder name: its records of metrics.jsonl, in
 order}, and are None where these hold nothing to draw. Colours mean the same in
-all: blue real, vermilion fake, and for each round one of its own.
+all of them: blue is real, vermilion is fake, and each round has its own.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,12 @@ from ddo_jax.method import ddo
 
 Stages = dict[str, list[dict[str, Any]]]
 
-REAL, FAKE = '#0072b2', '#d55e00'  # Okabe & Ito's, safe for the colour-blind
-GRID = 468  # CSS pixels, the place of a sample grid
-WIDTH = 9.6  # inches, shown as 960 CSS pixels
-DPI = 200  # two pixels for a CSS pixel
+# Okabe & Ito's colours, which the colour-blind can tell apart.
+REAL = '#0072b2'
+FAKE = '#d55e00'
+GRID = 468  # width of the place for a sample grid, in CSS pixels
+WIDTH = 9.6  # width of a figure in inches, shown as 960 CSS pixels
+DPI = 200  # gives two pixels for a CSS pixel
 _IMAGES = 'real images seen in the round'
 _STYLE = {
   'font.size': 9,
@@ -42,7 +44,8 @@ _STYLE = {
   'legend.frameon': False,
   'lines.linewidth': 1.4,
 }
-# Record field, title, and what to compare with: a field or a constant.
+# The record's field, the title, and what to compare with: another field, a
+# constant or nothing.
 _DIAGNOSTICS = (
   ('loss', 'loss (dotted: at chance)', 'chance_loss'),
   ('accuracy', 'accuracy (dotted: at chance)', 0.5),
@@ -55,13 +58,13 @@ _DIAGNOSTICS = (
 
 
 def _as_png(draw: Callable[..., Any]) -> Callable[..., bytes | None]:
-  """Makes a function that returns a matplotlib Figure return its PNG."""
+  """Wraps a function that returns a matplotlib Figure to return its PNG."""
 
   @functools.wraps(draw)
   def png(*args, **kwargs):
     import matplotlib
 
-    # Figures without pyplot: no window, no state shared with a notebook.
+    # Without pyplot there is no window, and no state shared with a notebook.
     with matplotlib.rc_context(_STYLE):
       figure = draw(*args, **kwargs)
       if figure is None:
@@ -76,23 +79,32 @@ def _as_png(draw: Callable[..., Any]) -> Callable[..., bytes | None]:
 def _panels(
   count: int, columns: int, height: float, down: float = 0.88, **share: Any
 ) -> Any:
-  """A figure and `count` axes: rows of `columns`, `height` inches high each.
+  """Returns a figure and `count` axes in rows.
 
-  `down` inches lie between the rows, room for titles and x labels.
+  Args:
+    count: the number of axes.
+    columns: the number of axes in a row.
+    height: the height of each, in inches.
+    down: the room between the rows for titles and x labels, in inches.
+    **share: which axes matplotlib is to share: `sharex`, `sharey`.
   """
   import matplotlib.figure
 
   rows = -(-count // columns)
-  # Fixed margins [inches]: an automatic layout would take half of the time.
-  left, right, top, bottom, across = 0.65, 0.12, 0.32, 0.52, 0.62
+  # Margins [inches] are fixed: an automatic layout would take half of the time.
+  left = 0.65
+  right = 0.12
+  top = 0.32
+  bottom = 0.52
+  across = 0.62
   wide = (WIDTH - left - right - across * (columns - 1)) / columns
-  size = (WIDTH, rows * height + (rows - 1) * down + top + bottom)
-  figure = matplotlib.figure.Figure(size)
+  high = rows * height + (rows - 1) * down + top + bottom
+  figure = matplotlib.figure.Figure((WIDTH, high))
   figure.subplots_adjust(
-    left=left / size[0],
-    right=1 - right / size[0],
-    bottom=bottom / size[1],
-    top=1 - top / size[1],
+    left=left / WIDTH,
+    right=1 - right / WIDTH,
+    bottom=bottom / high,
+    top=1 - top / high,
     wspace=across / wide,
     hspace=down / height,
   )
@@ -103,34 +115,43 @@ def _panels(
 
 
 def _round_colors(count: int) -> np.ndarray:
-  """RGBA [count, 4], dark to light in the order of the rounds."""
+  """Returns RGBA [count, 4], from dark to light in the order of the rounds."""
   import matplotlib
 
   return matplotlib.colormaps['viridis'](np.linspace(0.08, 0.72, count))
 
 
 def _label(stage: str) -> str:
-  """'round_003' -> 'round 3'."""
+  """Maps a folder's name to a label: 'round_003' to 'round 3'."""
   return f'round {int(stage.removeprefix("round_"))}'
 
 
 def _series(
   stage: list[dict[str, Any]], kind: str, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(images, values) [N] float64 of records that hold a field; null is NaN."""
+  """Returns the curve of a field.
+
+  Args:
+    stage: the records of a stage.
+    kind: the kind of records to take, 'train' or 'eval'.
+    name: the field; records without it are left out.
+
+  Returns:
+    (images, values), each [N] float64; null in a record becomes NaN.
+  """
   rows = [r for r in stage if r['kind'] == kind and name in r]
   images = np.array([r['images'] for r in rows], float)
   return images, np.array([r[name] for r in rows], float)
 
 
 def _holds(stages: Stages, kind: str, name: str) -> bool:
-  """Whether any record of the kind has a number in the field."""
+  """Returns whether any record of the kind has a number in the field."""
   values = [_series(stage, kind, name)[1] for stage in stages.values()]
   return any(np.isfinite(v).any() for v in values)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-  """Running mean over a tenth of the curve; NaN takes no part."""
+  """Returns the running mean over a tenth of a curve; NaN takes no part."""
   window = np.ones(min(len(values), 2 * (len(values) // 20) + 1))
   known = np.isfinite(values)
   total = np.convolve(np.where(known, values, 0), window, 'same')
@@ -139,7 +160,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _scale(axes: Any, xlabel: str) -> None:
-  """Images as 20k, 1.5M; y of all logarithmic where the curves span far."""
+  """Sets the scales of axes that are to be compared.
+
+  Numbers of images read 20k or 1.5M. All y axes are logarithmic where the
+  curves together span more than a factor of four.
+  """
   import matplotlib.ticker as ticker
 
   values = [line.get_ydata() for axis in axes for line in axis.lines]
@@ -167,16 +192,16 @@ def evaluations(
   promoted: dict[str, int],
   control: Stages,
 ) -> Any:
-  """Scores of the in-round evaluations against images, a panel a metric.
+  """Draws the scores of the in-round evaluations, a panel for each metric.
 
   Args:
-    rounds: of the run.
-    metrics: score names; those without a number are left out.
-    promoted: {stage: step} to ring.
-    control: the rounds of another run, dashed; {} for none.
+    rounds: the stages of the run's rounds.
+    metrics: the names of scores; those without a number are left out.
+    promoted: the step to ring in each stage.
+    control: the stages of another run's rounds, drawn dashed; {} for none.
   """
   both = rounds | {f'control {k}': v for k, v in control.items()}
-  metrics = [m for m in metrics if _holds(both, 'eval', m)]
+  metrics = [metric for metric in metrics if _holds(both, 'eval', metric)]
   if not metrics:
     return None
   figure, axes = _panels(len(metrics), len(metrics), 2.7)
@@ -201,6 +226,7 @@ def evaluations(
 
 
 def _draw_histogram(axis: Any, record: dict[str, Any], edges: Any) -> None:
+  """Draws the shares of a record's real and fake logits."""
   for kind, color in (('real', REAL), ('fake', FAKE)):
     counts = np.array(record[f'logit_{kind}_histogram'], float)
     share = 100 * counts / counts.sum()
@@ -211,7 +237,7 @@ def _draw_histogram(axis: Any, record: dict[str, Any], edges: Any) -> None:
 
 @_as_png
 def histograms(rounds: Stages) -> Any:
-  """Logits β·r of real and fake at start, middle and end, a row a round."""
+  """Draws logits β·r of real and fake rows: start, middle and end of rounds."""
   rows = {}
   for stage, stage_records in rounds.items():
     held = [r for r in stage_records if 'logit_real_histogram' in r]
@@ -219,8 +245,9 @@ def histograms(rounds: Stages) -> Any:
       rows[stage] = [held[0], held[len(held) // 2], held[-1]]
   if not rows:
     return None
-  edges, width = ddo.HISTOGRAM_EDGES, np.diff(ddo.HISTOGRAM_EDGES)[0]
-  edges = np.concatenate([[edges[0] - width], edges, [edges[-1] + width]])
+  inner = ddo.HISTOGRAM_EDGES
+  width = inner[1] - inner[0]
+  edges = np.concatenate([[inner[0] - width], inner, [inner[-1] + width]])
   figure, axes = _panels(3 * len(rows), 3, 1.3, down=0.48, sharex=True)
   counts = sum(
     np.array(record[f'logit_{kind}_histogram'], float)
@@ -229,7 +256,8 @@ def histograms(rounds: Stages) -> Any:
     for kind in ('real', 'fake')
   )
   used = np.flatnonzero(counts)
-  limits = min(-1, edges[used[0]]), max(1, edges[used[-1] + 1])
+  low = min(-1, edges[used[0]])
+  high = max(1, edges[used[-1] + 1])
   for row, (stage, chosen) in enumerate(rows.items()):
     for column, record in enumerate(chosen):
       axis = axes[3 * row + column]
@@ -239,43 +267,49 @@ def histograms(rounds: Stages) -> Any:
       axis.set_title(title)
     axes[3 * row].set_ylabel('rows [%]')
   for axis in axes:
-    axis.set_xlim(*limits)
+    axis.set_xlim(low, high)
   for axis in axes[-3:]:
     axis.set_xlabel('logit βr')
   axes[0].legend()
   return figure
 
 
+def _by_noise_level(record: dict[str, Any], kind: str) -> list[float] | None:
+  """Returns a record's mean log-ratios by noise level; None without them."""
+  name = f'log_ratio_{kind}_by_noise_level'
+  # Earlier versions had a shorter name.
+  return record.get(name, record.get(f'log_ratio_{kind}_by_level'))
+
+
 @_as_png
-def by_level(rounds: Stages) -> Any:
-  """Mean log-ratio in each noise bin, from the last record of each round."""
-  name = 'log_ratio_{}_by_level'.format
-  last = {
-    stage: [r for r in stage_records if name('real') in r][-1:]
-    for stage, stage_records in rounds.items()
-  }
-  last = {stage: held[0] for stage, held in last.items() if held}
+def by_noise_level(rounds: Stages) -> Any:
+  """Draws the mean log-ratio by noise level, from each round's last record."""
+  last = {}
+  for stage, stage_records in rounds.items():
+    held = [r for r in stage_records if _by_noise_level(r, 'real')]
+    if held:
+      last[stage] = held[-1]
   if not last:
     return None
   figure, axes = _panels(len(last), min(3, max(2, len(last))), 1.9, sharey=True)
   for axis, (stage, record) in zip(axes, last.items(), strict=False):
     for kind, color in (('real', REAL), ('fake', FAKE)):
-      values = np.array(record[name(kind)], float)
-      level = np.arange(1, len(values) + 1)
-      axis.plot(level, values, '-o', color=color, ms=3.5, label=kind)
+      values = np.array(_by_noise_level(record, kind), float)
+      bins = np.arange(1, len(values) + 1)
+      axis.plot(bins, values, '-o', color=color, ms=3.5, label=kind)
     axis.axhline(0, color='#555555', lw=0.7, ls=':')
     axis.set_title(f'{_label(stage)}, {record["images"]:,} images')
     axis.set_xlabel('bin of ln σ: little noise → much')
-    axis.set_xticks(level)
+    axis.set_xticks(bins)
   axes[0].set_ylabel('mean log-ratio r [nats]')
   axes[0].legend()
   return figure
 
 
 def _draw_curve(axis: Any, curve: Any, color: Any, label: str = '') -> None:
-  """A running mean over the values themselves, which stay visible."""
+  """Draws a running mean over the values themselves, which stay visible."""
   images, values = curve
-  if not len(values):  # a round just begun
+  if not len(values):  # the round has just begun
     return
   axis.plot(images, values, color=color, lw=0.8, alpha=0.3)
   marker = 'o' if len(images) == 1 else ''
@@ -284,7 +318,12 @@ def _draw_curve(axis: Any, curve: Any, color: Any, label: str = '') -> None:
 
 @_as_png
 def diagnostics(rounds: Stages, pretrain: list[dict[str, Any]]) -> Any:
-  """What the train records tell, a panel each; last the pretraining's loss."""
+  """Draws the diagnostics of training, a panel for each field.
+
+  Args:
+    rounds: the stages of the run's rounds.
+    pretrain: the records of the pretraining, whose loss is the last panel.
+  """
   shown = [p for p in _DIAGNOSTICS if _holds(rounds, 'train', p[0])]
   before = {'pretrain': pretrain}
   has_pretrain = _holds(before, 'train', 'loss')
@@ -313,11 +352,11 @@ def diagnostics(rounds: Stages, pretrain: list[dict[str, Any]]) -> Any:
 
 
 def sample_grid(path: pathlib.Path) -> tuple[bytes | None, bool]:
-  """A grid's picture, reduced to twice `GRID` if it is wider.
+  """Returns a grid's picture, reduced to twice `GRID` if it is wider.
 
   Returns:
-    (PNG or JPEG, whether it fits into `GRID` as it is); None for the bytes if
-    the file is missing or still being written.
+    (the bytes of a PNG or JPEG, whether it fits into `GRID` as it is). The
+    bytes are None if the file is missing or still being written.
   """
   try:
     with Image.open(path) as image:

@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import datetime
 import html
-import itertools
 import json
 import math
 import pathlib
@@ -13,32 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ddo_jax import config as config_lib
 from ddo_jax import errors
+from ddo_jax.evaluation.metrics import meanings
 from ddo_jax.report import figures
 from ddo_jax.runtime import records
 
-_LOWER = ('lower is better', lambda v: v)
-_HIGHER = ('higher is better', lambda v: -v)
-# Metric: (what is good, its cost: less is better, what it measures).
-_METRICS = {
-  'fd_train': (*_LOWER, 'Fréchet distance of samples to the training images'),
-  'fd_test': (*_LOWER, 'Fréchet distance of samples to held-out images'),
-  'accuracy': (*_HIGHER, 'Share of samples classified as the class asked for'),
-  'precision': (*_HIGHER, 'Share of samples that lie among the real images'),
-  'recall': (*_HIGHER, 'Share of real images that lie among the samples'),
-  'nn_ratio': (
-    'near 1 is better: below, samples are copies; above, off the data',
-    lambda v: abs(v - 1),
-    'Distance to the nearest training image, over that of held-out images',
-  ),
-  # By definition 0.02 of the held-out images: to have fewer is no merit.
-  'memorised': (
-    'up to 0.02 is good',
-    lambda v: max(v - 0.02, 0),
-    'Share of samples nearer to a training image than 98 % of held-out images',
-  ),
-}
 _CSS = f"""
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
   max-width: 960px; margin: 2.5rem auto 4rem; padding: 0 1.25rem; }}
@@ -69,19 +47,33 @@ img {{ max-width: 100%; height: auto; }}
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """What is on disk: results of rounds that are done, records by stage."""
+  """What a run's folder holds.
+
+  Attributes:
+    folder: the workdir.
+    config: the recorded config, by dotted names.
+    summary: summary.json; {} while the run is unfinished.
+    rounds: the results of the rounds that are done.
+    columns: the scores of the first reference, then those after each round.
+    stages: the records of each round, done or not.
+    pretrain: the records of the pretraining.
+  """
 
   folder: pathlib.Path
   config: dict[str, Any]
   summary: dict[str, Any]
   rounds: list[dict[str, Any]]
-  columns: list[dict[str, Any]]  # scores of the reference, then after rounds
-  stages: figures.Stages  # of the rounds, done or not
+  columns: list[dict[str, Any]]
+  stages: figures.Stages
   pretrain: list[dict[str, Any]]
 
 
 def _read(workdir: pathlib.Path) -> _Run:
-  """Reads a run's folder, finished or not; UserError if it is none."""
+  """Reads a run's folder, finished or not.
+
+  Raises:
+    errors.UserError: the folder holds no run, or a file of it is damaged.
+  """
   config = records.read_json(workdir / 'config.json')
   if not isinstance(config, dict) or 'evaluation.metric' not in config:
     raise errors.UserError(
@@ -95,7 +87,8 @@ def _read(workdir: pathlib.Path) -> _Run:
     result = records.read_json(path)
     rounds[result['round']] = result
   rounds = [rounds[index] for index in sorted(rounds)]
-  columns = [r['before'] for r in rounds[:1]] + [r['after'] for r in rounds]
+  columns = [result['before'] for result in rounds[:1]]
+  columns += [result['after'] for result in rounds]
   stages = collections.defaultdict(list)
   for record in records.read_log(workdir):
     stages[record['stage']].append(record)
@@ -105,8 +98,11 @@ def _read(workdir: pathlib.Path) -> _Run:
 
 
 def _table(head: list[str], rows: list[list[str]], css: str = '') -> str:
-  """A table of cells that are HTML already."""
-  row = lambda cells, tag: ''.join(f'<{tag}>{c}</{tag}>' for c in cells)
+  """Returns a table of cells that are HTML already."""
+
+  def row(cells: list[str], tag: str) -> str:
+    return ''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)
+
   body = ''.join(f'<tr>{row(cells, "td")}</tr>\n' for cells in rows)
   return (
     f'<table class="{css}"><thead><tr>{row(head, "th")}</tr></thead>\n'
@@ -115,7 +111,7 @@ def _table(head: list[str], rows: list[list[str]], css: str = '') -> str:
 
 
 def _figure(content: bytes | None, note: str, size: str = 'width="960"') -> str:
-  """A picture under a line on how to read it; '' if there is none."""
+  """Returns a picture under a line on how to read it; '' without a picture."""
   if content is None:
     return ''
   kind = 'png' if content.startswith(b'\x89PNG') else 'jpeg'
@@ -127,25 +123,36 @@ def _figure(content: bytes | None, note: str, size: str = 'width="960"') -> str:
 
 
 def _decimals(scores: list[dict[str, Any]], digits: int) -> int:
-  """Decimals that show so many digits of the typical standard deviation."""
-  sizes = [s['sd'] for s in scores if s['sd']]
+  """Returns decimals that show so many digits of the standard deviation."""
+  sizes = [score['sd'] for score in scores if score['sd']]
   if not sizes:  # a single seed: digits of the value itself
-    sizes, digits = [abs(s['mean']) for s in scores if s['mean']], digits + 2
-  return max(0, digits - 1 - math.floor(math.log10(np.median(sizes or [1]))))
+    sizes = [abs(score['mean']) for score in scores if score['mean']]
+    digits += 2
+  typical = np.median(sizes or [1])
+  return max(0, digits - 1 - math.floor(math.log10(typical)))
 
 
 def _text(score: dict[str, Any], decimals: int) -> str:
+  """Returns a score as it is printed.
+
+  That is mean ± standard deviation, after the minimum where published numbers
+  are minima.
+  """
   if score['mean'] is None:
     return '–'
   sd = '' if score['sd'] is None else f' ± {score["sd"]:.{decimals}f}'
-  return f'{score["mean"]:.{decimals}f}{sd}'
+  mean = f'{score["mean"]:.{decimals}f}{sd}'
+  if score.get('headline') == 'minimum' and score['sd'] is not None:
+    return f'{score["minimum"]:.{decimals}f} (mean {mean})'
+  return mean
 
 
 def _mark(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
   """Says better or worse where all seeds do; one seed says nothing."""
   pairs = list(zip(before['values'], after['values'], strict=False))
-  if name in _METRICS and len(pairs) > 1 and None not in sum(pairs, ()):
-    cost = _METRICS[name][1]
+  known = all(None not in pair for pair in pairs)
+  if name in meanings.MEANINGS and len(pairs) > 1 and known:
+    cost = meanings.MEANINGS[name].cost
     if all(cost(old) > cost(new) for old, new in pairs):
       return '<span class="mark better" title="better">✓</span>'
     if all(cost(old) < cost(new) for old, new in pairs):
@@ -154,18 +161,21 @@ def _mark(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _headline(run: _Run) -> str:
-  """The selection metric, from the reference on."""
+  """Returns the path of the selection metric, from the first reference on."""
   metric = run.config['evaluation.metric']
   scores = [column[metric] for column in run.columns if metric in column]
   if not scores:
     return f'0 of {run.config["rounds"]} rounds done'
-  decimals, count = _decimals(scores, 1), len(run.rounds)
+  decimals = _decimals(scores, 1)
   path = ' → '.join(_text(score, decimals) for score in scores)
-  return f'{html.escape(metric)} {path} in {count} round{"s" * (count != 1)}'
+  count = len(run.rounds)
+  rounds = 'round' if count == 1 else 'rounds'
+  return f'{html.escape(metric)} {path} in {count} {rounds}'
 
 
 def _header(run: _Run) -> str:
-  config, alert = run.config, ''
+  config = run.config
+  alert = ''
   if not run.summary or len(run.rounds) < config['rounds']:
     alert = f'Unfinished: {len(run.rounds)} of {config["rounds"]} rounds done.'
     logs = [run.pretrain, *run.stages.values()]
@@ -174,12 +184,13 @@ def _header(run: _Run) -> str:
   now = datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
   about = (
     f'data {config["data.source"]} · model {config["model.type"]} · objective'
-    f' {config["ddo.objective"]} · page written {now}'
+    f' {_objective(config)} · page written {now}'
   )
   if run.rounds:
     made = run.rounds[-1]['environment']
     about += f' · run on {made["devices"]} with jax {made["jax"]}'
-    if origin := run.rounds[-1]['provenance']:
+    origin = run.rounds[-1]['provenance']
+    if origin:
       about += f' · from {origin["file"]}, {origin["licence"]}'
   return (
     f'<h1>{html.escape(config["name"])}</h1>\n'
@@ -189,46 +200,102 @@ def _header(run: _Run) -> str:
   )
 
 
+def _score_row(name: str, scores: list[dict[str, Any]]) -> list[str]:
+  """Returns the cells of one score: what it is, then its value by column."""
+  meaning = meanings.MEANINGS.get(name)
+  note = 'A score; not judged.'
+  if meaning:
+    note = f'{meaning.measures}; {meaning.wish}.'
+  cells = [f'{html.escape(name)}<span class="note">{note}</span>']
+  decimals = _decimals(scores, 2)
+  before = None
+  for score in scores:
+    mark = _mark(name, before, score) if before else ''
+    cells.append(f'{_text(score, decimals)} {mark}')
+    before = score
+  return cells
+
+
+def _sizes(run: _Run) -> str:
+  """Returns 'seeds × samples', as they were really used."""
+  result = run.rounds[0]
+  any_score = next(iter(result['before'].values()))
+  seeds = len(any_score['values'])
+  # Rounds of earlier versions do not say; the config may have left it open.
+  samples = result.get('samples', run.config['evaluation.samples'])
+  return f'{seeds} × {samples:,} samples' if samples else f'{seeds} seeds'
+
+
 def _scores(run: _Run) -> str:
   if not run.columns:
     return ''
-  rows = []
-  for name in run.columns[0]:
-    wish, _, meaning = _METRICS.get(name, ('not judged', None, 'A score'))
-    scores = [column[name] for column in run.columns]
-    decimals = _decimals(scores, 2)
-    marks = ['', *(_mark(name, *pair) for pair in itertools.pairwise(scores))]
-    cells = [_text(score, decimals) for score in scores]
-    rows.append(
-      [f'{html.escape(name)}<span class="note">{meaning}; {wish}.</span>']
-      + [f'{c} {mark}' for c, mark in zip(cells, marks, strict=True)]
-    )
-  head = ['', 'reference'] + [f'after round {r["round"]}' for r in run.rounds]
-  seeds, samples = (run.config[f'evaluation.{k}'] for k in ('seeds', 'samples'))
+  rows = [
+    _score_row(name, [column[name] for column in run.columns])
+    for name in run.columns[0]
+  ]
+  head = ['', 'reference']
+  head += [f'after round {result["round"]}' for result in run.rounds]
   return _table(head, rows) + (
-    f'<p class="note">{seeds} × {samples:,} samples: mean ± standard deviation'
-    ' over the seeds, none of which chose a checkpoint. <span class="better">✓'
-    '</span> better, <span class="worse">✗</span> worse than the column before'
-    ' with every seed, the same seeds in all columns.</p>\n'
+    f'<p class="note">{_sizes(run)}: mean ± standard deviation over the seeds,'
+    ' none of which chose a checkpoint. <span class="better">✓</span> better,'
+    ' <span class="worse">✗</span> worse than the column before with every'
+    ' seed, the same seeds in all columns.</p>\n'
   )
+
+
+def _objective(config: dict[str, Any]) -> str:
+  """Returns the name of the rounds' objective."""
+  # Earlier versions recorded a word, such as 'ddo', in the place of an object.
+  return config.get('ddo.objective.type') or config['ddo.objective']
+
+
+def _numbers(config: dict[str, Any], index: int) -> dict[str, float]:
+  """Returns the numbers that a round was played with.
+
+  They are those of the objective, and the peak learning rate. A config records
+  one entry a round, of which the last repeats.
+  """
+  names = [name for name in config if name.startswith('ddo.objective.')]
+  names.append('ddo.optimizer.learning_rate')
+  # Earlier versions recorded all numbers of a phase side by side.
+  if config.get('ddo.objective') == 'ddo':
+    names += ['ddo.alpha', 'ddo.beta']
+  names.append('ddo.learning_rate')
+  numbers = {}
+  for name in names:
+    values = config.get(name)
+    if isinstance(values, list):
+      last = len(values) - 1
+      numbers[name.split('.')[-1]] = values[min(index, last)]
+  return numbers
+
+
+def _round_note(run: _Run, result: dict[str, Any]) -> str:
+  """Says what a round promoted, and with which numbers it was played."""
+  chosen = result['promoted']
+  note = 'the reference stays: no evaluation was better'
+  if chosen['step']:
+    note = (
+      f'step {chosen["step"]} promoted ({chosen["images"]:,} images,'
+      f' {chosen["profile"]})'
+    )
+  for name, value in _numbers(run.config, result['round']).items():
+    note += f', {name} {value:g}'
+  return note
 
 
 def _grids(run: _Run) -> str:
   parts = []
-  for r in run.rounds:
-    folder, chosen = run.folder / f'round_{r["round"]:03d}', r['promoted']
-    note = 'the reference stays: no evaluation was better'
-    if chosen['step']:
-      note = f'step {chosen["step"]} promoted ({chosen["images"]:,} images'
-      note += f', {chosen["profile"]})'
-    names = ('alpha', 'beta', 'learning_rate')
-    for name in names if run.config['ddo.objective'] == 'ddo' else names[2:]:
-      value = config_lib.pick(run.config[f'ddo.{name}'], r['round'])
-      note += f', {name} {value:g}'
-    note = f'<span class="note">{html.escape(note)}</span>'
-    parts.append(f'<h3>Round {r["round"]} {note}</h3>\n<div class="pair">')
+  for result in run.rounds:
+    index = result['round']
+    note = html.escape(_round_note(run, result))
+    parts.append(
+      f'<h3>Round {index} <span class="note">{note}</span></h3>\n'
+      '<div class="pair">'
+    )
     for name in ('before', 'after'):
-      picture, small = figures.sample_grid(folder / f'{name}.png')
+      path = run.folder / f'round_{index:03d}' / f'{name}.png'
+      picture, small = figures.sample_grid(path)
       size = 'class="pixels"' if small else ''
       parts.append(_figure(picture, f'{name.title()}.', size))
     parts.append('</div>\n')
@@ -237,53 +304,77 @@ def _grids(run: _Run) -> str:
 
 def _curves(run: _Run, control: _Run | None) -> str:
   metric = run.config['evaluation.metric']
-  note = f'One seed for all evaluations; {metric} chooses what is promoted.'
-  note = html.escape(note)
+  note = html.escape(
+    f'One seed for all evaluations; {metric} chooses what is promoted.'
+  )
   if control:
-    who = (
-      f'{control.config["name"]}, objective {control.config["ddo.objective"]}'
+    name = html.escape(control.config['name'])
+    objective = html.escape(_objective(control.config))
+    note += (
+      f' Dashed: the control {name}, objective {objective};'
+      f' {_headline(control)}.'
     )
-    note += f' Dashed: the control {html.escape(who)}; {_headline(control)}.'
+  metrics = [metric]
+  metrics += [name for name in ('fd_train', 'fd_test') if name != metric]
+  promoted = {}
+  for result in run.rounds:
+    promoted[f'round_{result["round"]:03d}'] = result['promoted']['step']
   png = figures.evaluations(
-    run.stages,
-    list(dict.fromkeys([metric, 'fd_train', 'fd_test'])),
-    {f'round_{r["round"]:03d}': r['promoted']['step'] for r in run.rounds},
-    control.stages if control else {},
+    run.stages, metrics, promoted, control.stages if control else {}
   )
   return _figure(png, note)
 
 
 def _warnings(run: _Run) -> str:
-  lines = [(r['round'], line) for r in run.rounds for line in r['warnings']]
-  return ''.join(
-    f'<p class="alert">Round {index}: {html.escape(line)}.</p>\n'
-    for index, line in lines
-  )
+  parts = []
+  for result in run.rounds:
+    for line in result['warnings']:
+      text = f'Round {result["round"]}: {html.escape(line)}.'
+      parts.append(f'<p class="alert">{text}</p>\n')
+  return ''.join(parts)
+
+
+def _pretraining_seconds(run: _Run) -> float | None:
+  """Returns how long the pretraining took; None if it has not ended."""
+  done = run.folder / 'pretrain' / 'done.json'
+  seconds = run.summary.get('seconds', {})
+  if 'pretrain' in seconds:
+    return seconds['pretrain']
+  return records.read_json(done)['seconds'] if done.exists() else None
 
 
 def _seconds(run: _Run) -> str:
-  """Where the time went, a row a stage."""
-  stages, spent = ('fakes', 'train', 'evaluate'), {}
-  pretrain = run.summary.get('seconds', {}).get('pretrain')
-  done = run.folder / 'pretrain' / 'done.json'
-  if pretrain is None and done.exists():
-    pretrain = records.read_json(done)['seconds']
+  """Returns a table of where the time went, a row a stage."""
+  stages = ('fakes', 'train', 'evaluate')
+  spent = {}
+  pretrain = _pretraining_seconds(run)
   if pretrain is not None:
     spent['pretraining'] = [0, pretrain, 0]
-  for r in run.rounds:
-    spent[f'round {r["round"]}'] = [r['seconds'][stage] for stage in stages]
+  for result in run.rounds:
+    seconds = [result['seconds'][stage] for stage in stages]
+    spent[f'round {result["round"]}'] = seconds
   if not spent:
     return ''
   spent['all'] = np.sum(list(spent.values()), axis=0).tolist()
-  text = lambda values: [f'{v:,.1f}' if v else '' for v in values]
-  rows = [[name, *text([*v, sum(v)])] for name, v in spent.items()]
+  rows = []
+  for name, seconds in spent.items():
+    values = [*seconds, sum(seconds)]
+    cells = [f'{value:,.1f}' if value else '' for value in values]
+    rows.append([name, *cells])
   return _table(['seconds', *stages, 'all'], rows)
 
 
+def _config(run: _Run) -> str:
+  rows = [
+    [html.escape(name), html.escape(json.dumps(value))]
+    for name, value in run.config.items()
+  ]
+  table = _table(['field', 'value'], rows, 'plain')
+  return f'<details><summary>All fields</summary>{table}</details>\n'
+
+
 def _sections(run: _Run, control: _Run | None) -> dict[str, str]:
-  """HTML by heading, in the order of the page; '' where nothing is yet."""
-  fields = [(name, json.dumps(value)) for name, value in run.config.items()]
-  config = [list(map(html.escape, field)) for field in fields]
+  """Returns HTML by heading, in the order of the page; '' where nothing is."""
   return {
     'Scores': _scores(run),
     'Samples': _grids(run),
@@ -298,15 +389,13 @@ def _sections(run: _Run, control: _Run | None) -> dict[str, str]:
       'Thin: one batch a record. Thick: their running mean.',
     ),
     'Log-ratio by noise level': _figure(
-      figures.by_level(run.stages),
+      figures.by_noise_level(run.stages),
       'One batch, the last record of each round. Equal bins of ln σ over its'
       ' mean ± 2 standard deviations; the outer ones are open.',
     ),
     'Warnings': _warnings(run) or '<p class="note">None.</p>\n',
     'Time': _seconds(run),
-    'Config': '<details><summary>All fields</summary>'
-    + _table(['field', 'value'], config, 'plain')
-    + '</details>\n',
+    'Config': _config(run),
   }
 
 
@@ -315,12 +404,12 @@ def write(
 ) -> pathlib.Path:
   """Writes report.html: one page, viewed without a network.
 
-  An unfinished run gives a page of what exists. JAX starts, to name the device:
-  beside a run in progress, set JAX_PLATFORMS=cpu.
+  An unfinished run gives a page of what exists so far.
 
   Args:
-    workdir: of a run.
-    control: of a run with the objective 'mle', drawn beside the curves.
+    workdir: the folder of a run.
+    control: the folder of a run whose objective is MLE, whose curve is drawn
+      beside.
 
   Returns:
     The path of the page.
@@ -328,13 +417,17 @@ def write(
   Raises:
     errors.UserError: a folder holds no run, or a file of it is damaged.
   """
-  run, other = _read(workdir), _read(control) if control else None
-  sections = _sections(run, other).items()
-  body = ''.join(f'<h2>{name}</h2>\n{part}' for name, part in sections if part)
+  run = _read(workdir)
+  other = _read(control) if control else None
+  body = ''
+  for name, part in _sections(run, other).items():
+    if part:
+      body += f'<h2>{name}</h2>\n{part}'
+  title = html.escape(run.config['name'])
   path = workdir / 'report.html'
   path.write_text(
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-    f'<title>{html.escape(run.config["name"])}</title>\n<style>{_CSS}</style>'
+    f'<title>{title}</title>\n<style>{_CSS}</style>'
     f'</head><body>\n{_header(run)}{body}</body></html>\n',
     encoding='utf-8',
   )

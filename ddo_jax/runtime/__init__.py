@@ -1,1 +1,1 @@
-"""Plumbing: devices, checkpoints, records."""
+"""Plumbing: devices, checkpoints and records."""

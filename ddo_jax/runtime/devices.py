@@ -1,7 +1,9 @@
 """The only file that knows devices: meshes, pmap, shardings, processes."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -13,22 +15,63 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from ddo_jax import config as config_lib
 from ddo_jax import errors
 
 AXIS = 'batch'
+KINDS = ('pmap', 'fsdp')
+
+# Under FSDP a leaf of fewer elements than this stays whole on every device.
+# Each split leaf is gathered in every pass, which takes some ten microseconds
+# whatever its size, and what the split of a small leaf saves is nothing: of
+# EDM's 417 leaves, 284 are smaller than this and hold 0.2 % of its params, and
+# the small leaves of all the published networks take less than 0.4 MB a copy.
+SMALLEST_SPLIT = 2**14
+
+
+@dataclasses.dataclass
+class ExecutorConfig:
+  """How a step runs on the devices; never changes what it computes."""
+
+  # 'pmap': data parallelism; 'fsdp': the state is split over the devices too.
+  kind: str = dataclasses.field(default='pmap', metadata={'science': False})
+  # Microbatches a step.
+  accumulate: int = dataclasses.field(default=1, metadata={'science': False})
+  # Whether activations are recomputed in the backward pass.
+  remat: bool = dataclasses.field(default=False, metadata={'science': False})
+  # Images a call of the sampler.
+  sample_batch: int = dataclasses.field(
+    default=1_000, metadata={'science': False}
+  )
+
+  def check(self, name: str = 'executor') -> None:
+    """Raises UserError, naming the field, where a value makes no sense.
+
+    Args:
+      name: where this stands in the config, without the leading "config.".
+    """
+    errors.require(
+      self.kind in KINDS, f'{name}.kind', self.kind, f'one of {KINDS}'
+    )
+    for field in ('accumulate', 'sample_batch'):
+      value = getattr(self, field)
+      errors.require(value > 0, f'{name}.{field}', value, 'a positive integer')
 
 
 class Executor:
-  """Places arrays and compiles the pure step, one way or the other.
+  """Places arrays and compiles the pure step, in one of two ways.
 
-  'pmap': data parallelism, the state whole on every device. 'fsdp': jit with
-  NamedSharding, state and reference split over the devices. A state of one
-  resumes under the other, for both are ordinary global arrays.
+  'pmap' is data parallelism: the state is whole on every device. 'fsdp' is jit
+  with NamedSharding: the state and the reference are split over the devices.
+  Both hold a state in ordinary global arrays, so what was saved under one
+  resumes under the other.
+
+  Attributes:
+    kind: 'pmap' or 'fsdp'.
+    num_devices: the number of devices, over all processes.
   """
 
-  def __init__(self, config: config_lib.Executor, num_devices: int = 0):
-    """Takes the first `num_devices` devices, or all."""
+  def __init__(self, config: ExecutorConfig, num_devices: int = 0):
+    """Takes the first `num_devices` devices; 0 takes all."""
     devices = jax.devices()[: num_devices or None]
     self.kind = config.kind
     self.num_devices = len(devices)
@@ -39,74 +82,116 @@ class Executor:
     self._whole = NamedSharding(self._mesh, PartitionSpec())
     self._compiled = {}
 
-  def check_batch(self, batch_size: int, accumulate: int) -> None:
-    """Raises UserError unless every microbatch divides over the devices."""
+  def check_batch(
+    self, batch_size: int, accumulate: int, name: str = 'batch_size'
+  ) -> None:
+    """Raises UserError unless every microbatch divides over the devices.
+
+    Args:
+      batch_size: real rows a step, over all devices.
+      accumulate: microbatches a step.
+      name: what the error calls the batch size, e.g. 'config.ddo.batch_size'.
+    """
     unit = self.num_devices * accumulate
     if batch_size % unit:
       near = max(unit, round(batch_size / unit) * unit)
       raise errors.UserError(
-        f'batch_size {batch_size} is not divisible by {self.num_devices}'
-        f' devices × {accumulate} microbatches; try {near}'
+        f'{name} {batch_size} is not divisible by {self.num_devices} devices'
+        f' × {accumulate} microbatches = {unit}; try {near}'
       )
 
   def _state_sharding(self, leaf: Any) -> NamedSharding:
-    """FSDP: the largest axis that divides over the devices is split."""
-    if self.kind == 'fsdp':
-      for axis in sorted(range(len(leaf.shape)), key=lambda a: -leaf.shape[a]):
-        if leaf.shape[axis] % self.num_devices == 0:
-          spec = [None] * len(leaf.shape)
-          spec[axis] = AXIS
-          return NamedSharding(self._mesh, PartitionSpec(*spec))
-    return self._whole
+    """How one leaf of a state, or of params, lies on the devices.
+
+    Under FSDP a large leaf is split along its largest axis that divides over
+    the devices. A small one, and one without such an axis, stays whole.
+    """
+    if self.kind != 'fsdp' or math.prod(leaf.shape) < SMALLEST_SPLIT:
+      return self._whole
+    divisible = [
+      axis
+      for axis, size in enumerate(leaf.shape)
+      if size % self.num_devices == 0
+    ]
+    if not divisible:
+      return self._whole
+    largest = max(divisible, key=lambda axis: leaf.shape[axis])
+    spec = [None] * len(leaf.shape)
+    spec[largest] = AXIS
+    return NamedSharding(self._mesh, PartitionSpec(*spec))
 
   def state_shardings(self, tree: Any) -> Any:
-    """Shardings of a state, or of params such as the reference."""
+    """Returns the sharding of each leaf of a state, or of params."""
     return jax.tree.map(self._state_sharding, tree)
 
   def make_state(self, make: Callable[..., Any], *args: Any) -> Any:
-    """Puts `make(*args)`, a state or params, on the devices at once."""
+    """Computes `make(*args)`, a state or params, where it is to lie."""
     shardings = self.state_shardings(jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
 
   def place_state(self, tree: Any) -> Any:
     """Puts a state or params on the devices, in new buffers."""
+
     # A jitted copy: device_put may alias, and what is donated must not be.
-    return self.make_state(lambda t: jax.tree.map(jnp.copy, t), tree)
+    def copy(tree):
+      return jax.tree.map(jnp.copy, tree)
+
+    return self.make_state(copy, tree)
 
   def replicate(self, tree: Any) -> Any:
     """Puts small arrays whole on every device."""
     return jax.device_put(tree, self._whole)
 
   def place_batch(self, rows: Any) -> Any:
-    """Puts this process's rows (numpy, leading axis) on its devices."""
-    stack = self.num_devices // jax.process_count()
+    """Puts this process's rows on its devices, split along their first axis.
+
+    Args:
+      rows: a tree of numpy arrays [b,...], where b is the process's share.
+
+    Returns:
+      A tree of arrays: [B,...] under FSDP, [devices,B/devices,...] under pmap.
+    """
+    own_devices = self.num_devices // jax.process_count()
+
+    def stack(leaf):
+      return leaf.reshape(own_devices, -1, *leaf.shape[1:])
+
+    def distribute(leaf):
+      return jax.make_array_from_process_local_data(self._split, leaf)
+
     if self.kind == 'pmap':
-      rows = jax.tree.map(
-        lambda leaf: leaf.reshape(stack, -1, *leaf.shape[1:]), rows
-      )
-    if jax.process_count() == 1:  # one call for all leaves: half the time
+      rows = jax.tree.map(stack, rows)
+    if jax.process_count() == 1:
+      # One call for all leaves takes half the time.
       return jax.device_put(rows, self._split)
-    return jax.tree.map(
-      lambda leaf: jax.make_array_from_process_local_data(self._split, leaf),
-      rows,
-    )
+    return jax.tree.map(distribute, rows)
 
   def no_implicit_transfers(self) -> contextlib.AbstractContextManager:
     """Inside, an array that nobody placed on the devices is an error."""
     return jax.transfer_guard_host_to_device('disallow')
 
   def compile_step(self, step: Callable[..., Any], **static: Any) -> Callable:
-    """Compiles `train_step.train_step`; once for equal static arguments."""
+    """Compiles a training step; once for equal static arguments.
+
+    Args:
+      step: `step.train_step`, or a function of the same arguments.
+      **static: its keyword arguments, all hashable.
+
+    Returns:
+      A function of the step's positional arguments. The state, the first of
+      them, is donated.
+    """
     cache_key = tuple(sorted(static.items(), key=lambda item: item[0]))
     if cache_key not in self._compiled:
       self._compiled[cache_key] = self._compile(step, static)
     return self._compiled[cache_key]
 
-  def _compile(self, step, static):
+  def _compile(
+    self, step: Callable[..., Any], static: dict[str, Any]
+  ) -> Callable:
     if self.kind == 'pmap':
-      bound = functools.partial(step, axis_name=AXIS, **static)
       call = jax.pmap(
-        bound,
+        functools.partial(step, axis_name=AXIS, **static),
         axis_name=AXIS,
         in_axes=(None, None, None, 0, 0, None, None, None),
         out_axes=None,
@@ -114,32 +199,42 @@ class Executor:
       )
     else:
       call = self._compile_fsdp(functools.partial(step, **static))
-    simulated = jax.default_backend() == 'cpu' and self.num_devices > 1
 
     def run(*args):
       state, metrics = call(*args)
-      if simulated:
-        # Simulated devices share one thread pool: a second step in flight
-        # can take the threads that the first one's all-reduce waits for.
-        jax.block_until_ready(metrics)
+      self._wait_if_simulated(metrics)
       return state, metrics
 
     return run
 
-  def _compile_fsdp(self, step):
+  def _compile_fsdp(self, step: Callable[..., Any]) -> Callable:
     def sharded(state, *args):
       state, metrics = step(state, *args)
       state = jax.lax.with_sharding_constraint(
         state, self.state_shardings(state)
       )
-      return state, jax.lax.with_sharding_constraint(metrics, self._whole)
+      metrics = jax.lax.with_sharding_constraint(metrics, self._whole)
+      return state, metrics
 
     return jax.jit(sharded, donate_argnums=0)
 
+  def _wait_if_simulated(self, arrays: Any) -> None:
+    """Keeps one computation in flight where the devices are simulated.
+
+    Simulated devices share one thread pool: a second computation in flight
+    can take the threads that an all-reduce of the first one waits for.
+    """
+    if jax.default_backend() == 'cpu' and self.num_devices > 1:
+      jax.block_until_ready(arrays)
+
   def map_rows(
     self, fn: Callable[..., Any], params: Any, rows: Any, batch: int
-  ) -> Any:
-    """Runs `fn(params, rows) -> [B,...]` over rows in calls of one size.
+  ) -> Iterator[np.ndarray]:
+    """Yields `fn(params, rows) -> [B,...]` over rows, in calls of one size.
+
+    A call is dispatched before the result of the call before it is fetched, so
+    that the devices compute while the host copies and the caller works. Two
+    results are on the devices at most.
 
     Args:
       fn: jitted and row-wise: a row's result depends on that row alone.
@@ -147,27 +242,33 @@ class Executor:
       rows: tree of numpy arrays [N,...], whole on every process.
       batch: rows a call; rounded up to a multiple of the devices.
 
-    Returns:
-      A generator of numpy results, in order, N rows in all.
+    Yields:
+      Numpy results [b,...] in order, N rows in all.
     """
     total = len(jax.tree.leaves(rows)[0])
     batch = math.ceil(batch / self.num_devices) * self.num_devices
+    pending = None
     for start in range(0, total, batch):
+      # The last call repeats the last row, so that all calls are of one size.
       index = np.minimum(np.arange(start, start + batch), total - 1)
-      part = jax.device_put(
-        jax.tree.map(lambda leaf, i=index: leaf[i], rows), self._split
-      )
-      yield fetch(fn(params, part))[: total - start]
+      part = jax.tree.map(lambda leaf, index=index: leaf[index], rows)
+      result = fn(params, jax.device_put(part, self._split))
+      self._wait_if_simulated(result)
+      if pending is not None:
+        yield fetch(pending)
+      pending = result
+    if pending is not None:
+      yield fetch(pending)[: total - start]
 
 
 def environment() -> dict[str, str]:
-  """What a number was measured with: {'jax', 'devices'}."""
+  """Returns what a number was measured with: {'jax', 'devices'}."""
   kind = jax.devices()[0].device_kind
   return {'jax': jax.__version__, 'devices': f'{jax.device_count()} × {kind}'}
 
 
 def fetch(tree: Any) -> Any:
-  """Global arrays to numpy, on every process."""
+  """Copies global arrays to numpy, on every process."""
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 

@@ -1,4 +1,4 @@
-"""The files of a run that people read: JSON values and metrics.jsonl."""
+"""The records of a run that people read: JSON files and metrics.jsonl."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def read_json(path: pathlib.Path) -> Any:
   """Reads a JSON file.
 
   Raises:
-    errors.UserError: it is missing or damaged.
+    errors.UserError: the file is missing or damaged.
   """
   try:
     return json.loads(path.read_text())
@@ -32,11 +32,11 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-  """Arrays and numbers to JSON values; an undefined number becomes null."""
+  """Returns a JSON value for an array or a number; null for NaN and Inf."""
   if hasattr(value, 'tolist'):
     value = value.tolist()
   if isinstance(value, list):
-    return [_plain(v) for v in value]
+    return [_plain(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
@@ -45,22 +45,32 @@ def _plain(value: Any) -> Any:
 def read_log(
   workdir: pathlib.Path, stage: str | None = None
 ) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl, of one stage or all, in order."""
+  """Returns the records of metrics.jsonl, in order.
+
+  Args:
+    workdir: the run's folder.
+    stage: the stage whose records are wanted; None: all.
+  """
   path = workdir / 'metrics.jsonl'
+  if not path.exists():
+    return []
   records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for line in path.read_text().splitlines():
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except ValueError:
-      break  # cut off while writing: what follows is made again
-  return [r for r in records if stage in (None, r['stage'])]
+      break  # it was cut off while it was written, and will be made again
+    if stage in (None, record['stage']):
+      records.append(record)
+  return records
 
 
 class MetricsLog:
-  """metrics.jsonl: one JSON object a line, TensorBoard beside if installed.
+  """Writes metrics.jsonl, one JSON object a line.
 
   Every record holds `stage` (the folder's name), `kind` ('train' or 'eval'),
-  `step` and `images`. It is the one record of in-round evaluations.
+  `step` and `images`. In-round evaluations are recorded here and nowhere else.
+  If tensorboardX is installed, numbers go to TensorBoard as well.
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -75,26 +85,29 @@ class MetricsLog:
       self._board = None
 
   def read(self, stage: str | None = None) -> list[dict[str, Any]]:
-    """See `read_log`."""
+    """Returns the records, as `read_log` does."""
     return read_log(self.path.parent, stage)
 
   def rewind(self, stage: str, step: int) -> None:
-    """Drops what a stage that resumes at `step` will write again."""
+    """Drops the records that a stage which resumes at `step` writes again."""
 
-    def stays(record):
+    def is_kept(record):
       if record['stage'] != stage:
         return True
-      # At `step` the evaluation was logged before the save, the step was not.
-      end = step + (record['kind'] == 'eval')
-      return record['step'] < end
+      if record['kind'] == 'eval':
+        return record['step'] <= step  # evaluated and logged before the save
+      return record['step'] < step
 
-    kept = [json.dumps(r) + '\n' for r in self.read() if stays(r)]
+    kept = []
+    for record in self.read():
+      if is_kept(record):
+        kept.append(json.dumps(record) + '\n')
     partial = self.path.with_suffix('.partial')
     partial.write_text(''.join(kept))
     os.replace(partial, self.path)
 
   def write(self, record: dict[str, Any]) -> None:
-    """Appends a record of numbers, strings and vectors."""
+    """Appends a record of numbers, text and vectors."""
     plain = {name: _plain(value) for name, value in record.items()}
     with self.path.open('a') as file:
       file.write(json.dumps(plain, allow_nan=False) + '\n')

@@ -1,39 +1,37 @@
-"""Guidance by a second, weaker denoiser."""
-
-from collections.abc import Callable
+"""Guidance of a denoiser by a second, weaker one."""
 
 import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
-
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+from ddo_jax.samplers import contract
 
 
 def guided(
-  denoise: Denoise,
-  guide: Denoise,
+  denoise: contract.Denoise,
+  guide: contract.Denoise,
   scale: float,
   low: float = 0.0,
   high: float = 1e9,
-) -> Denoise:
+) -> contract.Denoise:
   """Extrapolates from the guide through the model, for σ in (low, high].
 
-  D = D_guide + scale (D_model − D_guide): classifier-free guidance (Ho &
-  Salimans 2022) where the guide ignores the label, autoguidance (Karras et
-  al. 2024) where it is a smaller or less trained model. Scale 1 is the model
-  itself; callers skip the guide then. Outside of the interval (Kynkäänniemi
-  et al. 2024) D is the model's, and the guide is not evaluated.
+  D = D_guide + scale (D_model − D_guide). This is classifier-free guidance (Ho
+  & Salimans 2022) if the guide ignores the label, and autoguidance (Karras et
+  al. 2024) if it is a smaller or less trained model. A scale of 1 gives the
+  model itself; callers then do without the guide. Outside the interval
+  (Kynkäänniemi et al. 2024) D is the model's, and the guide is not evaluated.
 
   Args:
-    denoise: (x [B,...], sigma [B]) -> D.
-    guide: the same, of the weaker model.
-    scale: guidance weight, usually 1 to 3.
+    denoise: the model's denoiser.
+    guide: the weaker model's denoiser.
+    scale: the weight of guidance, usually 1 to 3.
     low: noise levels up to this one are not guided.
-    high: the largest guided noise level.
+    high: the largest noise level that is guided.
 
   Returns:
-    A denoiser that evaluates both at every call where a row is guided.
+    A denoiser. It evaluates the model at every call, and the guide at calls
+    where the noise level of some row is in the interval.
 
   Raises:
     errors.UserError: the interval is empty.

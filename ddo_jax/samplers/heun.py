@@ -1,38 +1,40 @@
 """Heun's second-order sampler of EDM (Karras et al. 2022, Algorithms 1, 2)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax.samplers import guidance as guidance_lib
+from ddo_jax.samplers import contract
 from ddo_jax.samplers import noise as noise_lib
 
 
-# Mutable only so that `--config.sampler.x=v` can write it; hashed once built.
 @dataclasses.dataclass(unsafe_hash=True)
-class Heun:
+class Heun(contract.Sampler):
   """Integrates dx/dσ = (x − D(x; σ))/σ from sigma_max to 0.
 
-  One sampler for EDM and EDM2. Their programs differ in the type of the grid
-  (float64; float32) and in whether noise is also drawn where none is added.
-  Here the grid is float64, rounded once to the type of x, and a step's noise
-  does not depend on what other steps drew.
+  EDM and EDM2 share this sampler. Their programs differ in the type of the
+  noise levels (float64 and float32) and in whether they also draw noise at
+  steps that add none. Here the levels are float64, rounded once to the type of
+  x, and the noise of a step does not depend on what other steps drew.
 
   Attributes:
-    num_steps: N; the network is called 2N − 1 times (nfe).
-    sigma_min: smallest noise level before 0.
-    sigma_max: noise level of the start.
-    rho: exponent of the time grid.
+    num_steps: N, the number of steps; the network is called 2N − 1 times (nfe).
+    sigma_min: the smallest noise level before 0.
+    sigma_max: the noise level of the start.
+    rho: ρ, the exponent of the grid of noise levels.
     churn: S_churn of Algorithm 2; 0 is deterministic.
-    churn_min: S_min, smallest σ that is churned.
-    churn_max: S_max, largest σ that is churned.
-    churn_noise: S_noise, standard deviation of the fresh noise.
-    guidance: weight of guidance, see `guidance.guided`; 1 is none.
-    guidance_min: guides only where σ is larger than this.
-    guidance_max: largest σ that is guided.
+    churn_min: S_min, the smallest noise level at which noise is added.
+    churn_max: S_max, the largest noise level at which noise is added.
+    churn_noise: S_noise, the standard deviation of the fresh noise.
+    guidance: the weight of guidance, see `guidance.guided`; 1 is none.
+    guidance_min: noise levels up to this one are not guided.
+    guidance_max: the largest noise level that is guided.
   """
+
+  reads: ClassVar[str] = 'denoise'
 
   num_steps: int = 18
   sigma_min: float = 0.002
@@ -46,61 +48,67 @@ class Heun:
   guidance_min: float = 0.0
   guidance_max: float = 1e9
 
-  reads = 'denoise'
-
-  def unguided(self) -> 'Heun':
-    """Without guidance."""
-    return dataclasses.replace(self, guidance=1.0)
-
   def sigmas(self) -> np.ndarray:
-    """[N+1] float64 noise levels, sigma_max … sigma_min, 0 (eq. 5)."""
-    levels = noise_lib.levels(
-      self.num_steps, self.sigma_min, self.sigma_max, self.rho
-    )
-    return np.append(levels, 0.0)
-
-  def __call__(
-    self,
-    denoise: guidance_lib.Denoise,
-    shape: tuple[int, ...],
-    keys: jax.Array,
-  ) -> jax.Array:
-    """Draws one sample a key.
-
-    Args:
-      denoise: (x [B,...], sigma [B]) -> D [B,...].
-      shape: of one sample.
-      keys: [B] a row's own key: its sample depends on nothing else.
-
-    Returns:
-      x [B, *shape], in the denoiser's units.
+    """Returns the noise levels sigma_max … sigma_min, 0 (eq. 5), [N+1] float64.
 
     Raises:
       errors.UserError: the settings make no grid.
     """
+    above_zero = noise_lib.noise_levels(
+      self.num_steps, self.sigma_min, self.sigma_max, self.rho
+    )
+    return np.append(above_zero, 0.0)
+
+  def unguided(self) -> 'Heun':
+    """Returns the sampler of the model itself, without guidance."""
+    return dataclasses.replace(self, guidance=1.0)
+
+  def __call__(
+    self,
+    denoise: contract.Denoise,
+    shape: tuple[int, ...],
+    keys: jax.Array,
+  ) -> jax.Array:
+    """Draws one sample for each key.
+
+    Args:
+      denoise: the denoiser, (x [B,...], sigma [B]) -> D [B,...].
+      shape: the shape of one sample.
+      keys: the rows' keys, [B]; a sample depends on its own key only.
+
+    Returns:
+      The samples [B, *shape], in the denoiser's units.
+
+    Raises:
+      errors.UserError: the settings make no grid of noise levels.
+    """
     start = noise_lib.normal(keys, shape, 'start')
-    noise = lambda step: noise_lib.normal(keys, shape, 'churn', step)
+
+    def noise(step):
+      return noise_lib.normal(keys, shape, 'churn', step)
+
     return self.integrate(denoise, start, noise)
 
   def integrate(
     self,
-    denoise: guidance_lib.Denoise,
+    denoise: contract.Denoise,
     start: jax.Array,
     noise: noise_lib.Noise,
   ) -> jax.Array:
-    """The integrator alone, a pure function of the random numbers given.
+    """Integrates from given random numbers, as a pure function of them.
 
     Args:
-      denoise: (x [B,...], sigma [B]) -> D [B,...].
-      start: [B,...] unit normal; x starts at sigma_max times it.
-      noise: step -> [B,...] unit normal; unused without churn, and times 0
-        where σ is outside of [churn_min, churn_max].
+      denoise: the denoiser, (x [B,...], sigma [B]) -> D [B,...].
+      start: unit normal numbers [B,...]; x starts at sigma_max times these.
+      noise: the unit normal numbers [B,...] of a step. It is not called without
+        churn. Outside [churn_min, churn_max] its numbers are multiplied by 0.
 
     Returns:
-      x [B,...].
+      The samples x [B,...].
     """
     sigmas = self.sigmas()
-    sigma, following = sigmas[:-1], sigmas[1:]
+    sigma = sigmas[:-1]
+    following = sigmas[1:]
     hat = noise_lib.churned(sigma, self.churn, self.churn_min, self.churn_max)
     x = start * float(sigma[0])
     grid = noise_lib.table(
@@ -112,20 +120,24 @@ class Heun:
     )
     grid['step'] = jnp.arange(self.num_steps)
 
-    def churned(x, now):
-      return x + now['fresh'] * noise(now['step']) if self.churn else x
+    def add_noise(x, now):
+      if not self.churn:
+        return x
+      return x + now['fresh'] * noise(now['step'])
 
     def slope(x, sigma):
       return (x - denoise(x, jnp.full(x.shape[:1], sigma))) / sigma
 
     def heun_step(x, now):
-      x = churned(x, now)
+      x = add_noise(x, now)
       d = slope(x, now['hat'])
       euler = x + now['change'] * d
       average = (d + slope(euler, now['following'])) / 2
       return x + now['change'] * average, None
 
-    x, _ = jax.lax.scan(heun_step, x, jax.tree.map(lambda c: c[:-1], grid))
-    # The last step lands on σ = 0, where Euler gives D itself.
-    last = jax.tree.map(lambda c: c[-1], grid)
-    return denoise(churned(x, last), jnp.full(x.shape[:1], last['hat']))
+    all_but_last = jax.tree.map(lambda column: column[:-1], grid)
+    x, _ = jax.lax.scan(heun_step, x, all_but_last)
+    # The last step goes to σ = 0, where Euler's method gives D itself.
+    last = jax.tree.map(lambda column: column[-1], grid)
+    x = add_noise(x, last)
+    return denoise(x, jnp.full(x.shape[:1], last['hat']))

@@ -1,6 +1,8 @@
-"""Noise schedules of the baselines: σ(t), its slope σ'(t) and its inverse.
+"""Noise schedules of EDM's baselines: σ(t), its slope and its inverse.
 
-Each has `sigma(t)`, `slope(t)` and `time(sigma)`, float64 arrays in and out.
+Every schedule has three methods, which take and return float64 arrays:
+`sigma(t)` is the noise level σ(t) at time t, `slope(t)` its derivative σ'(t),
+and `time(sigma)` the time at which the noise level is σ.
 """
 
 from typing import NamedTuple
@@ -9,7 +11,14 @@ import numpy as np
 
 
 class VP(NamedTuple):
-  """σ(t)² = exp(β_d t²/2 + β_min t) − 1, t in [ε_s, 1] (Song et al. 2021)."""
+  """Variance preserving (Song et al. 2021), for t from ε_s to 1.
+
+  σ(t)² = exp(β_d t²/2 + β_min t) − 1.
+
+  Attributes:
+    beta_d: β_d, the slope of the rate at which noise is added.
+    beta_min: β_min, that rate at t = 0.
+  """
 
   beta_d: float = 19.9
   beta_min: float = 0.1
@@ -27,7 +36,7 @@ class VP(NamedTuple):
 
 
 class VE(NamedTuple):
-  """σ(t) = √t (Song et al. 2021)."""
+  """Variance exploding (Song et al. 2021): σ(t) = √t."""
 
   def sigma(self, t: np.ndarray) -> np.ndarray:
     return np.sqrt(t)
@@ -40,7 +49,7 @@ class VE(NamedTuple):
 
 
 class Linear(NamedTuple):
-  """σ(t) = t (DDIM, EDM)."""
+  """The schedule of DDIM and EDM: σ(t) = t."""
 
   def sigma(self, t: np.ndarray) -> np.ndarray:
     return t
@@ -56,22 +65,31 @@ Schedule = VP | VE | Linear
 
 
 def fitted_vp(sigma_min: float, sigma_max: float, epsilon_s: float) -> VP:
-  """The VP schedule with σ(ε_s) = sigma_min and σ(1) = sigma_max."""
-  low, high = np.log1p(sigma_min**2), np.log1p(sigma_max**2)
+  """Returns the VP schedule with σ(ε_s) = sigma_min and σ(1) = sigma_max."""
+  low = np.log1p(sigma_min**2)
+  high = np.log1p(sigma_max**2)
   beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
   return VP(beta_d, high - beta_d / 2)
 
 
-def iddpm_levels(steps: int, c_1: float, c_2: float) -> np.ndarray:
-  """[steps] float64, iDDPM's noise levels u_0 > … > u_{steps−1} > 0.
+def iddpm_sigmas(steps: int, c_1: float, c_2: float) -> np.ndarray:
+  """Returns iDDPM's noise levels u_0 > … > u_{steps−1} > 0, [steps] float64.
 
-  u_{j−1}² = (u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, c_1) − 1 from u_steps = 0, with
-  ᾱ_j = sin²(π j / (2 steps (1 + c_2))) (Nichol & Dhariwal 2021).
+  They follow u_{j−1}² = (u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, c_1) − 1 from
+  u_steps = 0, with ᾱ_j = sin²(π j / (2 steps (1 + c_2))) (Nichol & Dhariwal
+  2021).
+
+  Args:
+    steps: the number of noise levels.
+    c_1: the smallest ratio of successive ᾱ.
+    c_2: the offset of the cosine schedule.
   """
-  # ᾱ in float32 as in the original: near ᾱ = 1 its rounding is 5e-4 of u.
+  # ᾱ is float32, as in the original: where it is near 1, that rounding changes
+  # u by 5e-4 of its value.
   j = np.arange(steps + 1, dtype=np.float32)
   angle = np.float32(np.pi / 2) * j / np.float32(steps) / np.float32(1 + c_2)
-  # numpy's float32 sine is an ulp off here and there; this one is not.
+  # The sine is taken in float64 and then rounded, because the last bit of
+  # NumPy's float32 sine is wrong here and there.
   alpha_bar = np.sin(angle.astype(np.float64)).astype(np.float32) ** 2
   ratio = np.maximum(alpha_bar[:-1] / alpha_bar[1:], np.float32(c_1))
   u = np.zeros(steps + 1)

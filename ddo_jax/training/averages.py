@@ -21,51 +21,52 @@ _WIDEST = 12**-0.5  # relative width of a uniform average: exponent 0
 def halflife_weight(
   halflife: float, batch_size: int, images_seen: jax.Array, rampup: float
 ) -> jax.Array:
-  """[] weight of the new params in an exponential average.
+  """Returns the weight [] of the new params in an exponential average.
 
   Args:
-    halflife: of an image's weight [images].
+    halflife: the images after which an image's weight has halved.
     batch_size: images a step.
-    images_seen: [] before the step.
+    images_seen: [] images before the step.
     rampup: the half-life is at most this share of `images_seen` (EDM: 0.05);
-      0 for no such limit.
+      0 sets no such limit.
   """
   if rampup:
     halflife = jnp.minimum(halflife, jnp.maximum(images_seen * rampup, 1e-8))
-  # expm1: 1 − 0.5^x loses all digits of a long average in float32.
+  # With expm1, for 1 − 0.5^x loses all digits of a long average in float32.
   return -jnp.expm1(-np.log(2.0) * batch_size / halflife)
 
 
 def power_weight(
   width: float, batch_size: int, images_seen: jax.Array
 ) -> jax.Array:
-  """[] weight of the new params in a power-function average.
+  """Returns the weight [] of the new params in a power-function average.
 
-  The average weighs the params at image t by t^γ: β = (1 − batch/n)^(γ+1), n
-  the images seen after the step; the first step takes the params as they are.
+  The average weighs the params at image t by t^γ: it keeps (1 − batch/n)^(γ+1)
+  of itself, where n is the number of images seen after the step. The first step
+  takes the params as they are.
 
   Args:
-    width: relative standard deviation σ_rel of the profile, EDM2's "length".
+    width: σ_rel, the relative standard deviation of the profile.
     batch_size: images a step.
-    images_seen: [] after the step.
+    images_seen: [] images after the step.
   """
   power = float(exponent(width)) + 1
   return -jnp.expm1(power * jnp.log1p(-batch_size / images_seen))
 
 
 def update(average: Params, params: Params, weight: jax.Array) -> Params:
-  """The average moved by `weight` in [0, 1] towards params.
+  """Returns the average, moved by `weight` in [0, 1] towards params.
 
-  A leaf equal to the params' stays as it is, to the bit: constants that stand
+  A leaf that equals the params' stays as it is, to the bit, so that constants
   among the params do not drift.
   """
   return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
 
 
 def exponent(width: float | np.ndarray) -> np.ndarray:
-  """γ of a relative width σ_rel in (0, 12^−½), float64.
+  """Returns the exponent γ of a relative width σ_rel in (0, 12^−½), float64.
 
-  σ_rel² = (γ+1) / ((γ+2)² (γ+3)): the largest real root of a cubic.
+  σ_rel² = (γ+1) / ((γ+2)² (γ+3)), of which γ is the largest real root.
 
   Raises:
     ValueError: no γ ≥ 0 has this width.
@@ -80,15 +81,20 @@ def exponent(width: float | np.ndarray) -> np.ndarray:
 
 
 def relative_width(gamma: float | np.ndarray) -> np.ndarray:
-  """σ_rel of an exponent γ; inverts `exponent`."""
+  """Returns the relative width σ_rel of an exponent γ; inverts `exponent`."""
   gamma = np.asarray(gamma, np.float64)
   return np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 def profile(images: np.ndarray, end: float, width: float) -> np.ndarray:
-  """Weight density at `images` of an average of this width, taken at `end`.
+  """Returns the weight that an average gives to each image.
 
-  p(t) = (γ+1) t^γ / end^(γ+1) up to `end`, 0 after; its integral is 1.
+  p(t) = (γ+1) t^γ / end^(γ+1) up to `end`, and 0 after; its integral is 1.
+
+  Args:
+    images: where the density is wanted.
+    end: images seen where the average was taken.
+    width: the average's relative width.
   """
   gamma = exponent(width)
   images = np.asarray(images, np.float64)
@@ -99,15 +105,16 @@ def profile(images: np.ndarray, end: float, width: float) -> np.ndarray:
 def correlation(
   end_a: np.ndarray, width_a: np.ndarray, end_b: np.ndarray, width_b: np.ndarray
 ) -> np.ndarray:
-  """[A, B] inner products ∫ p_a p_b of profiles a [A] with profiles b [B].
+  """Returns the inner products ∫ p_a p_b of two sets of profiles, [A, B].
 
   Args:
-    end_a: [A] images seen where each average was taken.
-    width_a: [A] their widths.
-    end_b: [B] as `end_a`.
-    width_b: [B] as `width_a`.
+    end_a: [A] images seen where each average of the first set was taken.
+    width_a: [A] the widths of the first set.
+    end_b: [B] images seen where each average of the second set was taken.
+    width_b: [B] the widths of the second set.
   """
-  end_a, end_b = np.float64(end_a)[:, None], np.float64(end_b)[None, :]
+  end_a = np.asarray(end_a, np.float64)[:, None]
+  end_b = np.asarray(end_b, np.float64)[None, :]
   gamma_a = exponent(width_a)[:, None]
   gamma_b = exponent(width_b)[None, :]
   # Where they overlap, the later profile is seen up to the earlier one's end.
@@ -120,16 +127,16 @@ def correlation(
 def posthoc_coefficients(
   ends: np.ndarray, widths: np.ndarray, end: float, target: np.ndarray
 ) -> np.ndarray:
-  """[S, T] combination of S snapshots nearest to averages of other widths.
+  """Returns how to combine S snapshots into averages of other widths, [S, T].
 
-  Least squares between profiles (float64: it is badly conditioned), scaled so
-  that each column sums to 1.
+  The combination is the least-squares one between profiles, in float64 because
+  it is badly conditioned, scaled so that each column sums to 1.
 
   Args:
     ends: [S] images seen where each snapshot was taken.
-    widths: [S] of the average that it is of.
+    widths: [S] the width of the average that each snapshot is of.
     end: images seen where the wanted averages end.
-    target: [T] their widths.
+    target: [T] the widths of the wanted averages.
   """
   target = np.asarray(target, np.float64)
   gram = correlation(ends, widths, ends, widths)
@@ -141,15 +148,15 @@ def posthoc_coefficients(
 def reconstruct(
   snapshots: Iterable[Params], coefficients: Sequence[float]
 ) -> Params:
-  """The combination of snapshots, one in memory at a time.
+  """Returns a combination of snapshots, with one in memory at a time.
 
   Args:
     snapshots: params, in the order of `coefficients`.
     coefficients: [S], a column of `posthoc_coefficients`.
 
   Returns:
-    Params of the snapshots' dtypes, summed in float64. Constants that stand
-    among the params come out as they are.
+    Params in the snapshots' dtypes, summed in float64. Constants among the
+    params come out as they are.
   """
   total = None
   for snapshot, c in zip(snapshots, coefficients, strict=True):

@@ -21,6 +21,7 @@ import tqdm
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax.data import loader
 from ddo_jax.data import sources
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
@@ -118,7 +119,7 @@ def batches(job: Job, start: int) -> Iterator[Any]:
   phase = job.phase
 
   def rows(source, name):
-    stream = sources.batches(
+    stream = loader.batches(
       source,
       rng.order_seed(job.seed, job.name, name),
       phase.batch_size,

@@ -16,11 +16,11 @@ import numpy as np
 
 from ddo_jax import config as config_lib
 from ddo_jax import rng
-from ddo_jax.data import pool as pool_lib
+from ddo_jax import settings
 from ddo_jax.data import sources
-from ddo_jax.evaluation import evaluator as evaluator_lib
-from ddo_jax.method import generate
+from ddo_jax.evaluation import measure
 from ddo_jax.method import likelihood
+from ddo_jax.report import grid
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
@@ -33,25 +33,23 @@ GRID = 80  # images of a sample grid
 
 def _reference(
   run: workspace.Run, folder: pathlib.Path, origin: pathlib.Path
-) -> tuple[Callable[[], likelihood.Params], dict[str, Any]]:
-  """Copies the round's reference from `origin`.
+) -> tuple[likelihood.Params, Callable[[], likelihood.Params], dict[str, Any]]:
+  """Copies the round's reference from `origin`, unless it is copied.
 
   Returns:
-    A function that reads it, and its metadata.
+    Its params, a function that reads them again, and their metadata.
   """
   copy = folder / 'reference'
-  load = functools.partial(
-    workspace.load_params, model=run.model, executor=run.executor
-  )
-  if not copy.exists():
-    params, meta = load(origin)
-    checkpoint.save_params(copy, params, meta)
+  target = workspace.params_target(run.model, run.executor)
+  params, meta = checkpoint.copy_params(origin, copy, target)
 
   def read():
-    params, _ = load(copy)
-    return params
+    again, _ = workspace.load_params(
+      copy, run.model, run.executor, verify=False
+    )
+    return again
 
-  return read, checkpoint.load_meta(copy)
+  return params, read, meta
 
 
 def _fake_pool(
@@ -68,9 +66,8 @@ def _fake_pool(
     'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
   }
-  pool = pool_lib.Pool(
-    folder=folder / 'fakes',
-    size=run.config.ddo.negatives.size,
+  pool = run.config.ddo.negatives.folder(
+    path=folder / 'fakes',
     shard_size=run.config.executor.sample_batch,
     identity=identity,
   )
@@ -96,7 +93,7 @@ def _promote(
     'stage': folder.name,
     'promoted': chosen,
     'provenance': provenance,
-    'config': config_lib.to_json(run.config),
+    'config': settings.to_json(run.config),
   }
   checkpoint.save_params(folder / 'promoted', promotion.params, meta)
   return chosen
@@ -111,8 +108,13 @@ def _report_scores(
 ) -> dict[str, Any]:
   """Scores the round's start and end and draws their grids: eval.json."""
   generator = run.generator()
+  settings = run.config.evaluation
   scores = functools.partial(
-    evaluator_lib.report_scores, run.evaluator, generator, config=run.config
+    measure.report_scores,
+    run.evaluator,
+    generator,
+    settings=settings,
+    seed=run.config.seed,
   )
   before = before or scores(reference)
   after = scores(promotion.params) if promotion.step else before
@@ -120,8 +122,9 @@ def _report_scores(
     key = rng.stream(run.config.seed, 'grid')
     images, _ = generator.images(params, key, GRID, name)
     path = folder / f'{name}.png'
-    generate.save_grid(path, images, run.real.pixel_values)
-  result = {'before': before, 'after': after}
+    grid.save(path, images, run.real.pixel_values)
+  count = measure.num_images(run.evaluator, settings)
+  result = {'before': before, 'after': after, 'samples': count}
   records.write_json(folder / 'eval.json', result)
   return result
 
@@ -172,7 +175,7 @@ def play_round(
 
   Returns:
     {'round', 'before', 'after', 'promoted', 'provenance', 'warnings',
-    'seconds', 'environment'}.
+    'seconds', 'environment', 'samples'}.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
@@ -185,13 +188,15 @@ def play_round(
   # The evaluator comes first: a missing file of statistics should not cost the
   # pool.
   score = functools.partial(
-    evaluator_lib.selection_scores,
+    measure.selection_scores,
     run.evaluator,
     run.generator(),
-    config=run.config,
+    settings=run.config.evaluation,
+    seed=run.config.seed,
   )
-  start, meta = _reference(run, folder, origin)
-  reference = run.executor.make_state(model.rules.reduce, start())
+  params, start, meta = _reference(run, folder, origin)
+  reference = run.executor.make_state(model.rules.reduce, params)
+  del params
   fake = None
   if phase.objective.contrastive and phase.negatives.needs_pool:
     fake = _fake_pool(run, folder, reference, meta)

@@ -13,6 +13,7 @@ from typing import Any
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.method import likelihood
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
@@ -50,7 +51,7 @@ def _learn(
     fake=None,
   )
   promotion = loop_lib.run(job)
-  meta = {'stage': name, 'config': config_lib.to_json(run.config)}
+  meta = {'stage': name, 'config': settings.to_json(run.config)}
   checkpoint.save_params(params_folder, promotion.params, meta)
   records.write_json(done, {'seconds': time.perf_counter() - begin})
   return params_folder

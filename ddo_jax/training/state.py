@@ -121,7 +121,7 @@ class Optimizer:
     """Returns the optax chain; inside a traced step its peak is traced.
 
     Args:
-      rules: of the model; its decay mask says what decays.
+      rules: the model's; their decay mask says what decays.
       batch_size: real rows a step.
       images: real rows of the whole phase.
     """

@@ -177,7 +177,7 @@ def accumulated(
 
   Args:
     gradient_of: rows -> (metrics, per-row results [B], gradient).
-    rows: of all microbatches.
+    rows: the rows of all microbatches.
     parts: their number.
 
   Returns:
@@ -245,7 +245,8 @@ def train_step(
     key: the key of (seed, stage); a row's key folds in the step and its id.
     sampler: draws fakes inside the step, where the negatives ask for it.
     accumulate: the number of microbatches; it divides the rows of each device.
-    axis_name: of the devices under pmap; None where jit shards the arrays.
+    axis_name: the name of the devices' axis under pmap; None where jit shards
+      the arrays.
 
   Returns:
     The next state, and metrics over the global batch.

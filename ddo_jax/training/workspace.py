@@ -10,9 +10,10 @@ import jax
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
-from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
@@ -31,7 +32,12 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
   path = workdir / 'config.json'
   if path.exists():
     recorded = records.read_json(path)
-    old = [name for name in config_lib.RENAMED if name in recorded]
+    now = settings.to_json(config)
+    old = [
+      name
+      for name in config_lib.RENAMED
+      if name in recorded and name not in now
+    ]
     if old:
       raise errors.UserError(
         f'{workdir} holds a run of an earlier version, where'
@@ -39,13 +45,13 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
         ' version, or start another --workdir from its params with'
         ' --config.init_from'
       )
-    changes = config_lib.science_changes(config, recorded)
+    changes = settings.science_changes(config, recorded)
     if changes:
       raise errors.UserError(
         f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
         ' these changes, or choose another --workdir'
       )
-  records.write_json(path, config_lib.to_json(config))
+  records.write_json(path, settings.to_json(config))
 
 
 def build_model(
@@ -64,15 +70,30 @@ def build_model(
   return model.guided_by(config.guide.build(noise=noise, remat=remat))
 
 
+def params_target(
+  model: likelihood.LikelihoodModel, executor: devices_lib.Executor
+) -> Any:
+  """Returns the shapes, types and placement of a model's params."""
+  shapes = jax.eval_shape(model.init, rng.stream(0))
+  return checkpoint.abstract(shapes, executor.state_shardings(shapes))
+
+
 def load_params(
   folder: pathlib.Path,
   model: likelihood.LikelihoodModel,
   executor: devices_lib.Executor,
+  verify: bool = True,
 ) -> tuple[likelihood.Params, dict[str, Any]]:
-  """Returns the params of a folder, on the devices, and their metadata."""
-  shapes = jax.eval_shape(model.init, rng.stream(0))
-  target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
-  return checkpoint.load_params(folder, target)
+  """Returns the params of a folder, on the devices, and their metadata.
+
+  Args:
+    folder: the folder.
+    model: whose params they are.
+    executor: the devices.
+    verify: whether their hash is compared with the recorded one.
+  """
+  target = params_target(model, executor)
+  return checkpoint.load_params(folder, target, verify)
 
 
 def newest_params(workdir: pathlib.Path) -> pathlib.Path:
@@ -145,19 +166,22 @@ class Run:
     likelihood.check_source(
       model=self.model,
       name=source.name,
-      image_shape=source.image_shape,
+      stored_shape=source.stored_shape,
       num_classes=source.num_classes,
       pixel_values=source.pixel_values,
     )
     return source
 
   @functools.cached_property
-  def evaluator(self) -> evaluator_lib.Measures:
+  def evaluator(self) -> evaluator_lib.Evaluator:
     """The metrics: a protocol's, or those of a classifier that is fitted."""
-    if self.config.evaluation.protocol:
-      return fidelity.Evaluator(self.config, self.real)
-    test = sources.open_source(self.config.data, self.config.data.test_split)
-    return evaluator_lib.Evaluator(self.real, test)
+    data = self.config.data
+    return measure.open_evaluator(
+      settings=self.config.evaluation,
+      seed=self.config.seed,
+      train=self.real,
+      open_test=functools.partial(sources.open_source, data, data.test_split),
+    )
 
   @property
   def tokenizer_folder(self) -> pathlib.Path:

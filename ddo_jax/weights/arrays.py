@@ -1,8 +1,9 @@
-"""Tensors and arrays of foreign files: inert records, checked, then numpy.
+"""Makes numpy arrays of the tensors and arrays in other programs' files.
 
 PyTorch writes a tensor as (storage, offset, size, stride), all counted in
-elements, through the globals of `names`. Bytes are only ever looked at through
-bounds that were checked against the storage's own length.
+elements, through the globals of `names`. They become inert records first, and
+arrays once all is checked: bytes are only ever viewed within bounds that were
+compared with the storage's own length.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 
 from ddo_jax.weights import pickle_machine
 
-# PyTorch's names; the data is little-endian.
+# PyTorch's names of storages; the data is little-endian.
 DTYPES: Mapping[str, np.dtype] = {
   'DoubleStorage': np.dtype('<f8'),
   'FloatStorage': np.dtype('<f4'),
@@ -31,9 +32,7 @@ DTYPES: Mapping[str, np.dtype] = {
   'BoolStorage': np.dtype('?'),
 }
 _NUMPY_CODES = frozenset(
-  f'{kind}{size}'
-  for kind, sizes in {'b': '1', 'i': '1248', 'u': '1248', 'f': '248'}.items()
-  for size in sizes
+  ['b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8']
 )
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _LARGEST = 2**47  # elements; the products below stay far from overflow
@@ -49,7 +48,13 @@ STORAGE_TYPES: pickle_machine.Names = {
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-  """A flat run of numbers; `data` [numel] may be filled in later."""
+  """A flat run of numbers; `data` [numel] may be filled in later.
+
+  Attributes:
+    dtype: the type of the numbers.
+    numel: how many there are.
+    data: the numbers; None until they are there.
+  """
 
   dtype: np.dtype
   numel: int
@@ -69,7 +74,7 @@ class Storage:
 
 @dataclasses.dataclass(eq=False)
 class Tensor:
-  """Where a tensor's numbers lie; offset and stride in elements."""
+  """Where in a storage a tensor's numbers lie; counted in elements."""
 
   storage: Storage
   offset: int
@@ -77,7 +82,7 @@ class Tensor:
   stride: tuple[int, ...]
 
   def array(self, budget: pickle_machine.Budget) -> np.ndarray:
-    """The numbers: a read-only array, contiguous and aligned."""
+    """Returns the numbers as a read-only array, contiguous and aligned."""
     data = self.storage.data
     budget.spend(math.prod(self.size) * data.itemsize)
     if 0 in self.size:
@@ -104,14 +109,17 @@ class Dtype(pickle_machine.Stateful):
     self.dtype = np.dtype(code)
 
   def build(self, state: tuple) -> None:
-    """Checks (version, byte order, no subtype, no names, no fields, ...)."""
+    """Checks (version, byte order, subtype, names, fields, ...).
+
+    The last three must be empty.
+    """
     _, order, *composite = state[:5]
     if order not in ('<', '|') or any(composite):
       raise ValueError('an array of something else than plain numbers')
 
 
 class Array(pickle_machine.Stateful):
-  """A numpy array under construction; a machine fills it by its state."""
+  """A numpy array under construction; its state brings the numbers."""
 
   def __init__(self, budget: pickle_machine.Budget, *_: Any):
     self.budget = budget
@@ -126,11 +134,17 @@ class Array(pickle_machine.Stateful):
 
 @dataclasses.dataclass(eq=False)
 class Record(pickle_machine.Stateful):
-  """An object of a file: the name of its class and its attributes."""
+  """An object in a file, of whatever class.
 
-  name: str  # 'EDMPrecond'
-  state: Any = None  # usually {attribute: value}
-  source: str = dataclasses.field(default='', repr=False)  # text, never run
+  Attributes:
+    name: the name of its class, e.g. 'EDMPrecond'.
+    state: usually {attribute: value}.
+    source: the source text that came with it; it is never run.
+  """
+
+  name: str
+  state: Any = None
+  source: str = dataclasses.field(default='', repr=False)
 
   def build(self, state: Any) -> None:
     """Keeps the attributes."""
@@ -138,7 +152,7 @@ class Record(pickle_machine.Stateful):
 
 
 def _view(raw: Any, dtype: np.dtype) -> np.ndarray:
-  """A 1-D array over bytes, without a copy."""
+  """Returns a 1-D array over bytes, without a copy."""
   if len(raw) == 0:
     return np.empty(0, dtype)
   if dtype.kind == 'b' and np.frombuffer(raw, np.uint8).max() > 1:
@@ -147,7 +161,7 @@ def _view(raw: Any, dtype: np.dtype) -> np.ndarray:
 
 
 def _counts(values: Any) -> tuple[int, ...]:
-  """Checks a shape, or strides: whole numbers from 0."""
+  """Returns a shape, or strides, once all are whole numbers from 0."""
   if not isinstance(values, tuple) or len(values) > _MAX_DIMS:
     raise ValueError('a shape that is no short tuple')
   for value in values:
@@ -159,7 +173,7 @@ def _counts(values: Any) -> tuple[int, ...]:
 def _ndarray(
   budget: pickle_machine.Budget, raw: Any, dtype: Any, shape: Any, order: Any
 ) -> np.ndarray:
-  """A read-only numpy array from its pickled parts."""
+  """Returns a read-only numpy array of its pickled parts."""
   if not isinstance(dtype, Dtype) or not isinstance(raw, bytes | bytearray):
     raise ValueError('an array of something else than plain numbers')
   count = math.prod(_counts(shape))
@@ -167,17 +181,19 @@ def _ndarray(
     raise ValueError(f'{len(raw)} bytes for an array of {count} numbers')
   budget.spend(len(raw))
   array = _view(memoryview(raw).toreadonly(), dtype.dtype)
+  # The file gives the order: anything but 'F' is taken as 'C'.
   return array.reshape(shape, order='F' if order == 'F' else 'C')
 
 
 def _scalar(budget: pickle_machine.Budget, dtype: Any, raw: Any) -> Any:
+  """Returns a numpy scalar of its pickled parts."""
   return _ndarray(budget, raw, dtype, (), 'C')[()]
 
 
 def _tensor(
   storage: Any, offset: Any, size: Any, stride: Any, *_: Any
 ) -> Tensor:
-  """Checks that a tensor stays inside its storage."""
+  """Returns a tensor that is proven to stay inside its storage."""
   if not isinstance(storage, Storage):
     raise ValueError('a tensor without a storage')
   _counts((offset,))
@@ -193,13 +209,14 @@ def _tensor(
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
+  """Returns the tensor of a parameter."""
   if not isinstance(data, Tensor):
     raise ValueError('a parameter that is no tensor')
   return data
 
 
 def _encode(budget: pickle_machine.Budget, text: str, codec: str) -> bytes:
-  """How protocol 2 writes bytes."""
+  """Returns bytes, which protocol 2 writes as text to be encoded."""
   if codec != 'latin1' or not isinstance(text, str):
     raise ValueError('text in another encoding than latin1')
   budget.spend(len(text))
@@ -207,17 +224,26 @@ def _encode(budget: pickle_machine.Budget, text: str, codec: str) -> bytes:
 
 
 def _set(budget: pickle_machine.Budget, items: Any) -> set:
+  """Returns a set of text and numbers."""
   if not isinstance(items, list):
     raise ValueError('a set of something else than a list')
   budget.spend(64 * len(items))
   return set(map(pickle_machine.check_key, items))
 
 
+def _empty_dict() -> dict[str, Any]:
+  return {}
+
+
+def _empty_bytes() -> bytes:
+  return b''
+
+
 def names(budget: pickle_machine.Budget) -> dict[str, Callable | None]:
-  """The globals that state dicts and arrays need."""
-  table = {
-    **STORAGE_TYPES,
-    'collections.OrderedDict': lambda: {},
+  """Returns the table of the globals that state dicts and arrays need."""
+  table = dict(STORAGE_TYPES)
+  table |= {
+    'collections.OrderedDict': _empty_dict,
     '_codecs.encode': functools.partial(_encode, budget),
     'torch.Size': _counts,
     'torch._utils._rebuild_tensor': _tensor,
@@ -226,12 +252,14 @@ def names(budget: pickle_machine.Budget) -> dict[str, Callable | None]:
     'numpy.dtype': Dtype,
     'numpy.ndarray': None,
   }
-  for builtins in ('__builtin__', 'builtins'):  # before and since protocol 3
+  # Python's builtins had the first name until protocol 3.
+  for builtins in ('__builtin__', 'builtins'):
     table |= {
       f'{builtins}.set': functools.partial(_set, budget),
-      f'{builtins}.bytes': lambda: b'',  # how protocol 2 writes no bytes
+      f'{builtins}.bytes': _empty_bytes,  # protocol 2 writes b'' as a call
     }
-  for core in ('numpy.core', 'numpy._core'):  # before and since numpy 2
+  # Numpy's core had the first name until numpy 2.
+  for core in ('numpy.core', 'numpy._core'):
     table |= {
       f'{core}.multiarray.scalar': functools.partial(_scalar, budget),
       f'{core}.multiarray._reconstruct': functools.partial(Array, budget),
@@ -241,10 +269,14 @@ def names(budget: pickle_machine.Budget) -> dict[str, Callable | None]:
 
 
 def storage_of(identity: tuple) -> tuple[str, Storage]:
-  """The (key, empty storage) that a persistent id stands for.
+  """Returns the key and the unfilled storage of a persistent id.
 
   Args:
-    identity: ('storage', type, key, location, numel[, no view]).
+    identity: ('storage', type, key, location, numel), and perhaps a view, which
+      must be None.
+
+  Raises:
+    ValueError: it is something else.
   """
   kind, dtype, key, _, numel, *views = identity
   name = dtype.name if isinstance(dtype, pickle_machine.Global) else ''
@@ -257,7 +289,7 @@ def storage_of(identity: tuple) -> tuple[str, Storage]:
 
 
 def _leaf(value: Any, budget: pickle_machine.Budget) -> Any:
-  """What is no container, as a user shall see it."""
+  """Returns a value that is no container as the caller shall see it."""
   if isinstance(value, Tensor):
     return value.array(budget)
   if isinstance(value, Array) and value.array is not None:
@@ -276,41 +308,46 @@ def resolve(tree: Any, budget: pickle_machine.Budget) -> Any:
 
   Args:
     tree: what a machine returned, its storages filled.
-    budget: arrays are counted against it.
+    budget: the arrays count against it.
 
   Returns:
-    The same containers and records anew; names of types as text. What was
-    shared stays shared.
+    New containers and records of the same content, with the names of types as
+    text. Values that were shared stay shared.
 
   Raises:
-    ValueError: nested too deep, or over budget.
+    ValueError: the tree is nested too deep or over budget.
   """
-  done = {}
+  done = {}  # id of a value -> what it became
 
   def visit(value, depth):
     if id(value) in done:
       return done[id(value)]
     if depth > _MAX_DEPTH:
       raise ValueError(f'containers nested deeper than {_MAX_DEPTH}')
+    if isinstance(value, _PLAIN):
+      return value
+    # A record, a dict or a list may hold itself: what it becomes is noted
+    # before its content is visited.
     if isinstance(value, Record):
-      made = done[id(value)] = Record(value.name, source=value.source)
+      made = Record(value.name, source=value.source)
+      done[id(value)] = made
       made.state = visit(value.state, depth + 1)
     elif isinstance(value, dict):
-      made = done[id(value)] = {}
+      made = {}
+      done[id(value)] = made
       for key, item in value.items():
         made[key] = visit(item, depth + 1)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list):
       made = []
-      if isinstance(value, list):
-        done[id(value)] = made  # a list may hold itself
+      done[id(value)] = made
       for item in value:
         made.append(visit(item, depth + 1))
-      made = tuple(made) if isinstance(value, tuple) else made
+    elif isinstance(value, tuple):
+      made = tuple([visit(item, depth + 1) for item in value])
       done[id(value)] = made
-    elif not isinstance(value, _PLAIN):
-      made = done[id(value)] = _leaf(value, budget)
     else:
-      made = value
+      made = _leaf(value, budget)
+      done[id(value)] = made
     return made
 
   return visit(tree, 0)

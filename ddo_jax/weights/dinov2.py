@@ -31,20 +31,21 @@ _LEAVES = {'kernel': 'weight', 'scale': 'weight'}
 
 
 def key_of(path: tuple[str, ...]) -> str:
-  """The official key of a Flax path: 'blocks.0.attn.qkv.weight'."""
-  parts = [_PLACES.get(part, _LEAVES.get(part, part)) for part in path]
+  """Returns the official key of a Flax path: 'blocks.0.attn.qkv.weight'."""
+  official = _PLACES | _LEAVES
+  parts = [official.get(part, part) for part in path]
   return '.'.join(parts).replace('blocks_', 'blocks.')
 
 
 def to_flax(
   state: Mapping[str, np.ndarray], network: dinov2.DinoV2
 ) -> dict[str, Any]:
-  """The params for `network` of an official state dict.
+  """Returns the params of a network for an official state dict.
 
   Args:
-    state: official key -> tensor, [out, in, h, w] and [out, in]; other keys
-      are ignored, such as the mask token.
-    network: of the state dict's sizes.
+    state: official key -> tensor, [out,in,h,w] and [out,in]. Keys that the
+      network does not use are ignored, such as the mask token.
+    network: the network, of the state dict's sizes.
 
   Returns:
     A tree of float32 numpy arrays.
@@ -74,16 +75,17 @@ def load(
   folder: pathlib.Path = FOLDER,
   network: dinov2.DinoV2 = dinov2.VIT_L14,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-  """The network's params and where they come from.
+  """Returns the network's params and where they come from.
 
   Args:
-    path: the .pth, or a .safetensors of the same names; None: in the folder.
-    folder: where the published file is looked for.
-    network: of the file's sizes; ViT-L/14 is the one that FD-DINOv2 means.
+    path: the .pth, or a .safetensors of the same names; None looks for one in
+      the folder.
+    folder: where published files are looked for.
+    network: the network, of the file's sizes. FD-DINOv2 means ViT-L/14.
 
   Returns:
-    (params for `metrics.dinov2.apply`, float32 numpy arrays; the file's name,
-    sha256, licence and date).
+    (params, float32 numpy arrays, for the network in
+    `evaluation.networks.dinov2`; the file's name, sha256, licence and date).
 
   Raises:
     errors.UserError: there is no file (the line says which to bring and where

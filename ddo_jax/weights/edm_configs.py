@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.data import codec
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import edm_layers
+from ddo_jax.models import vae
 from ddo_jax.weights import pickle_reader
 
 _PRECONDS = {
@@ -17,7 +19,7 @@ _PRECONDS = {
   'VEPrecond': 've',
   'iDDPMPrecond': 'iddpm',
 }
-# What tells DDPM++ from NCSN++.
+# The arguments that tell DDPM++ from NCSN++.
 _STYLES = {
   'ddpmpp': {
     'embedding_type': 'positional',
@@ -34,9 +36,10 @@ _STYLES = {
     'resample_filter': edm_layers.NCSNPP.taps,
   },
 }
-# How it is run, not what it is: the precision, and the sampler's range.
+# These say how a network is run, not what it is: its precision, and the range
+# of its sampler.
 _IGNORED = ('model_type', 'use_fp16', 'sigma_min', 'sigma_max')
-# Arguments that the networks here have fixed, at their published values.
+# Arguments that are constants in the networks here, at their published values.
 _FIXED = {'channel_mult_emb': 4, 'label_dropout': 0}
 _FIXED_EDM2 = {
   'channel_mult_noise': None,
@@ -56,11 +59,12 @@ _FIELDS = (
   'dropout',
   'sigma_data',
 )
-# Arguments that every released network of EDM gives; the rest has defaults.
+# Arguments that every released network of EDM gives; the others have defaults.
 _GIVEN = ('model_channels', 'channel_mult', 'dropout')
 
 
-def _plain(value: Any) -> Any:
+def _tupled(value: Any) -> Any:
+  """Returns a tuple for a list, as the configs have it; else the value."""
   return tuple(value) if isinstance(value, list) else value
 
 
@@ -70,26 +74,30 @@ def _fields(
   names: tuple[str, ...],
   fixed: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The config's fields among a constructor's arguments.
+  """Returns the config's fields among a constructor's arguments.
 
   Args:
     options: the arguments.
-    given: those that must be among them, besides the interface's.
-    names: those that are fields of the config.
-    fixed: those that must have the value that they have here.
+    given: names of arguments that must be there, besides the resolution,
+      the channels and the classes.
+    names: names of arguments that are fields of the config.
+    fixed: arguments that are constants here, and must have that value.
 
   Raises:
     errors.UserError: an argument is missing, or asks for another network.
   """
-  options = {k: _plain(v) for k, v in options.items() if k not in _IGNORED}
+  options = {
+    name: _tupled(value)
+    for name, value in options.items()
+    if name not in _IGNORED
+  }
+  found = {}
   try:
     side = options.pop('img_resolution')
-    shape = (side, side, options.pop('img_channels'))
-    found = {
-      'image_shape': shape,
-      'num_classes': options.pop('label_dim'),
-      **{name: options[name] for name in given},
-    }
+    found['image_shape'] = (side, side, options.pop('img_channels'))
+    found['num_classes'] = options.pop('label_dim')
+    for name in given:
+      found[name] = options.pop(name)
   except KeyError as error:
     raise errors.UserError(
       f'the network inside the file does not say its {error}; wanted the .pkl'
@@ -106,22 +114,27 @@ def _fields(
   return found
 
 
-def _edm(network: pickle_reader.Network) -> edm.EdmConfig:
+def _edm_config(network: pickle_reader.Network) -> edm.EdmConfig:
+  """Returns the config of a network of EDM."""
   options = dict(network.init_kwargs)
-  kind, fixed = 'adm', _FIXED
-  if options.get('model_type') == 'SongUNet':
-    taps = _plain(options.get('resample_filter'))
+  model_type = options.get('model_type')
+  # What the original constructors take where an argument is not given.
+  defaults = {'augment_dim': 0}
+  fixed = _FIXED
+  if model_type == 'SongUNet':
+    taps = _tupled(options.get('resample_filter'))
     kind = 'ncsnpp' if taps == edm_layers.NCSNPP.taps else 'ddpmpp'
     fixed = _FIXED | _STYLES[kind]
-  elif options.get('model_type') != 'DhariwalUNet':
+  elif model_type == 'DhariwalUNet':
+    kind = 'adm'
+    defaults |= {'attn_resolutions': (32, 16, 8), 'num_blocks': 3}
+  else:
     raise errors.UserError(
-      f'the network inside the file is a {options.get("model_type")}; known:'
-      ' SongUNet, DhariwalUNet'
+      f'the network inside the file is a {model_type}; known: SongUNet,'
+      ' DhariwalUNet'
     )
-  found = _fields(options, _GIVEN, (*_FIELDS, 'augment_dim'), fixed)
-  if kind == 'adm':  # its constructor's own
-    found = {'attn_resolutions': (32, 16, 8), 'num_blocks': 3} | found
-  found = {'augment_dim': 0} | found
+  names = (*_FIELDS, 'augment_dim')
+  found = defaults | _fields(options, _GIVEN, names, fixed)
   return edm.EdmConfig(
     network=kind,
     precond=_PRECONDS[network.class_name],
@@ -133,11 +146,11 @@ def _edm(network: pickle_reader.Network) -> edm.EdmConfig:
 def _check_encoder(
   network: pickle_reader.Network, config: edm2.Edm2Config
 ) -> None:
-  """Raises UserError where the file scales latents otherwise than here."""
+  """Raises UserError where the file scales latents otherwise than we do."""
   if not config.latents or network.encoder is None:
     return
   state = network.encoder.state
-  encoder = edm2.build(config, 0.0, 1.0, remat=False).encoder
+  encoder = codec.Latents(vae.AutoencoderKL(), sigma_data=config.sigma_data)
   for name, wanted in zip(('scale', 'bias'), encoder.affine(), strict=True):
     got = state.get(name) if isinstance(state, dict) else None
     numbers = isinstance(got, np.ndarray) and got.shape == (wanted.size,)
@@ -151,20 +164,24 @@ def _check_encoder(
 def config_of(
   network: pickle_reader.Network,
 ) -> edm.EdmConfig | edm2.Edm2Config:
-  """The model's config of a released network.
+  """Returns the model's config of a released network.
 
   Raises:
-    errors.UserError: it is a network that is not built here.
+    errors.UserError: no model here is that network.
   """
   if network.class_name == 'Precond':
-    given, names = ('model_channels',), (*_FIELDS, 'logvar_channels')
-    found = _fields(network.init_kwargs, given, names, _FIXED_EDM2)
+    found = _fields(
+      network.init_kwargs,
+      given=('model_channels',),
+      names=(*_FIELDS, 'logvar_channels'),
+      fixed=_FIXED_EDM2,
+    )
     # No image has four channels, and a file may come without its encoder.
     config = edm2.Edm2Config(latents=found['image_shape'][-1] == 4, **found)
     _check_encoder(network, config)
     return config
   if network.class_name in _PRECONDS:
-    return _edm(network)
+    return _edm_config(network)
   raise errors.UserError(
     f'the file holds a {network.class_name[:80]}; known:'
     f' {", ".join(_PRECONDS)}, Precond (EDM2)'
@@ -172,8 +189,12 @@ def config_of(
 
 
 def taps_of(config: edm.EdmConfig | edm2.Edm2Config) -> tuple[int, ...]:
-  """Of the resampling filter that the model's state dict stores."""
+  """Returns the taps of the resampling filter that the state dict stores.
+
+  EDM2's state dicts store none: ().
+  """
   if not isinstance(config, edm.EdmConfig):
     return ()
-  ncsnpp = config.network == 'ncsnpp'
-  return (edm_layers.NCSNPP if ncsnpp else edm_layers.DDPMPP).taps
+  if config.network == 'ncsnpp':
+    return edm_layers.NCSNPP.taps
+  return edm_layers.DDPMPP.taps

@@ -1,10 +1,13 @@
-"""Official names and layouts of EDM's and EDM2's tensors, to Flax and back.
+"""Names and layouts of EDM's and EDM2's official tensors, to Flax and back.
 
-The networks in `models` name their submodules after the checkpoints, so a
-rule suffices. Official: 'model.enc.8x8_block0.qkv.weight' (EDM) and
-'unet.enc.…' (EDM2); convolutions [out, in, h, w], linear layers [out, in].
-Flax: ('network', 'enc_8x8_block0', 'qkv', 'kernel'); [h, w, in, out] and
-[in, out]. Nothing but the layout changes.
+The networks in `models` name their submodules after the checkpoints, so that a
+rule suffices in place of a table:
+
+  official  'model.enc.8x8_block0.qkv.weight' in EDM, 'unet.enc.…' in EDM2
+  Flax      ('network', 'enc_8x8_block0', 'qkv', 'kernel')
+
+Official convolutions are [out,in,h,w] and linear layers [out,in]; in Flax they
+are [h,w,in,out] and [in,out]. Nothing but names and layouts changes.
 """
 
 from collections.abc import Mapping
@@ -17,10 +20,10 @@ import numpy as np
 from ddo_jax import errors
 
 Path = tuple[str, ...]
-_PREFIXES = ('model', 'unet')  # of the network in EDM and in EDM2
+_PREFIXES = ('model', 'unet')  # what EDM and EDM2 call the network
 _SIDES = ('enc', 'dec')
 _FILTER = 'resample_filter'  # a constant that EDM's checkpoints store
-# Where it is stored: by the end of the block's name, under which submodules.
+# The submodules that store it, by the end of their block's name.
 _FILTERED = {
   'down': (('conv0',), ('skip',)),
   'up': (('conv0',), ('skip',)),
@@ -31,7 +34,7 @@ _TO_OFFICIAL = {4: (3, 2, 0, 1), 2: (1, 0)}
 
 
 def to_path(key: str, ndim: int) -> Path:
-  """The Flax path of an official tensor of `ndim` axes."""
+  """Returns the Flax path of an official tensor of `ndim` axes."""
   *modules, leaf = key.split('.')
   if modules and modules[0] in _PREFIXES:
     modules[0] = 'network'
@@ -45,7 +48,12 @@ def to_path(key: str, ndim: int) -> Path:
 
 
 def to_key(path: Path, prefix: str) -> str:
-  """The official key of a Flax path; `prefix` is 'model' or 'unet'."""
+  """Returns the official key of a Flax path.
+
+  Args:
+    path: the Flax path.
+    prefix: what the checkpoint calls the network: 'model' or 'unet'.
+  """
   *modules, leaf = path
   parts = [prefix if part == 'network' else part for part in modules]
   for i, part in enumerate(parts):
@@ -57,7 +65,7 @@ def to_key(path: Path, prefix: str) -> str:
 
 
 def resample_filter(taps: Sequence[float]) -> np.ndarray:
-  """[1,1,n,n] float32, the filter as EDM's checkpoints store it."""
+  """Returns the filter [1,1,n,n] float32 as EDM's checkpoints store it."""
   taps = np.asarray(taps, np.float32)
   return np.outer(taps, taps)[None, None] / taps.sum() ** 2
 
@@ -65,15 +73,16 @@ def resample_filter(taps: Sequence[float]) -> np.ndarray:
 def to_flax(
   state: Mapping[str, np.ndarray], taps: Sequence[float] = ()
 ) -> dict[str, Any]:
-  """Flax params of an official state dict, dtypes kept.
+  """Returns the Flax params of an official state dict, dtypes kept.
 
   Args:
-    state: official key -> tensor; of a whole denoiser or of one module.
-    taps: of the resampling filter of the network that it is meant for; the
-      stored filters are compared with it and left out. EDM2 stores none.
+    state: official key -> tensor, for a whole denoiser or for one module.
+    taps: the taps of the resampling filter of the network that the state dict
+      is meant for. The stored filters are compared with it and left out. EDM2
+      stores none: ().
 
   Raises:
-    errors.UserError: a stored filter is another.
+    errors.UserError: a stored filter differs.
   """
   flat = {}
   for key, tensor in state.items():
@@ -93,11 +102,13 @@ def to_flax(
 def to_official(
   params: Mapping[str, Any], taps: Sequence[float] = ()
 ) -> dict[str, np.ndarray]:
-  """The official state dict of a denoiser's params; inverts `to_flax`.
+  """Returns the official state dict of a denoiser's params.
+
+  This inverts `to_flax`.
 
   Args:
-    params: of `edm.denoiser` or of `edm2`'s.
-    taps: of EDM's resampling filter, which its state dict must hold.
+    params: the Flax params of EDM's or EDM2's denoiser.
+    taps: the taps of EDM's resampling filter, which its state dict must hold.
 
   Returns:
     Official key -> tensor, dtypes kept, contiguous.
@@ -107,13 +118,14 @@ def to_official(
   for path, tensor in traverse_util.flatten_dict(dict(params)).items():
     tensor = np.asarray(tensor)
     axes = _TO_OFFICIAL.get(tensor.ndim, range(tensor.ndim))
-    # `require`, as `ascontiguousarray` turns a scalar into a vector.
-    state[to_key(path, prefix)] = np.require(
-      np.transpose(tensor, axes), requirements='C'
-    )
+    tensor = np.transpose(tensor, axes)
+    # Not `ascontiguousarray`, which turns a scalar into a vector.
+    state[to_key(path, prefix)] = np.require(tensor, requirements='C')
   if taps:
     kernel = resample_filter(taps)
     for name in params['network']:
-      for part in _FILTERED.get(name.split('_', 2)[-1], ()):
-        state[to_key(('network', name, *part, _FILTER), prefix)] = kernel
+      block = name.split('_', 2)[-1]
+      for part in _FILTERED.get(block, ()):
+        path = ('network', name, *part, _FILTER)
+        state[to_key(path, prefix)] = kernel
   return state

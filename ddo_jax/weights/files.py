@@ -1,4 +1,4 @@
-"""Foreign files: mapped, refused in one line, written whole or not at all."""
+"""How other programs' files are opened, refused in one line, and written."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import zipfile
 
 from ddo_jax import errors
 
-# What a hostile or damaged file makes the readers, numpy and zipfile raise.
-_SIGNS = (
+# What the readers, numpy and zipfile raise over a hostile or damaged file.
+_REFUSALS = (
   ValueError,
   TypeError,
   LookupError,
@@ -27,14 +27,14 @@ _SIGNS = (
 
 @contextlib.contextmanager
 def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
-  """Turns whatever a bad file raises into one line.
+  """Turns whatever a bad file makes the body raise into one line.
 
   Args:
     path: the file.
-    wanted: what should have been there.
+    wanted: what should have been there, for the error.
 
   Raises:
-    errors.UserError: the body raised what unreadable or hostile files raise.
+    errors.UserError: the file is unreadable, damaged or hostile.
   """
   try:
     yield
@@ -44,7 +44,7 @@ def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
     raise errors.UserError(
       f'cannot read {path} ({error.strerror or error}); wanted {wanted}'
     ) from error
-  except _SIGNS as error:
+  except _REFUSALS as error:
     reason = ' '.join(str(error).split())[:240] or type(error).__name__
     raise errors.UserError(
       f'{path} is refused: {reason}; wanted {wanted}; nothing in it was run:'
@@ -53,7 +53,7 @@ def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:
-  """A file's bytes, read-only; arrays that view them keep them alive."""
+  """Maps a file's bytes, read-only; arrays that view them keep them alive."""
   with path.open('rb') as file:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -61,15 +61,15 @@ def map_file(path: pathlib.Path) -> mmap.mmap:
 def first_of(
   folder: pathlib.Path, names: Sequence[str], what: str
 ) -> pathlib.Path:
-  """The first of some files that stands in a folder.
+  """Returns the path of the first file, by preference, that a folder has.
 
   Args:
-    folder: where a user puts them.
-    names: in order of preference.
-    what: the files hold, for the error.
+    folder: where users put such files.
+    names: the files' names, the preferred one first.
+    what: what the files hold, for the error.
 
   Raises:
-    errors.UserError: none is there.
+    errors.UserError: none of them is there.
   """
   for name in names:
     if (folder / name).is_file():
@@ -82,10 +82,10 @@ def first_of(
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write beside `path`, put in its place only once it is whole.
+  """Yields a path to write to; the file takes `path`'s place once it is whole.
 
   Raises:
-    errors.UserError: it cannot be written there.
+    errors.UserError: the file cannot be written there.
   """
   partial = path.with_name(path.name + '.partial')
   try:

@@ -1,12 +1,15 @@
-"""The constants of a TensorFlow GraphDef (.pb), without TensorFlow.
+"""Reads the constants of a TensorFlow GraphDef (.pb) without TensorFlow.
 
-A protobuf message is a run of (field number, wire type, value). Only the fields
-that lead to a constant's numbers are entered; all others are stepped over by
-their announced length, and every length is checked against what is there.
+A protobuf message is a run of fields: (field number, wire type, value). Only
+the fields that lead to a constant's numbers are entered. All others are stepped
+over by their announced length, and every length is compared with what is there.
+The numbers of the fields that are entered:
 
-  GraphDef.node = 1 · NodeDef.name = 1, .op = 2, .attr = 5 (map: key 1, value 2)
-  AttrValue.tensor = 8 · TensorProto.dtype = 1, .tensor_shape = 2 (dim 2: size
-  1), .tensor_content = 4, .float_val = 5
+  GraphDef     node 1
+  NodeDef      name 1, op 2, attr 5 (a map: key 1, value 2)
+  AttrValue    tensor 8
+  TensorProto  dtype 1, tensor_shape 2, tensor_content 4, float_val 5
+  TensorShape  dim 2 (whose size is 1)
 """
 
 from collections.abc import Iterator
@@ -19,17 +22,21 @@ import numpy as np
 from ddo_jax.weights import files
 
 _WANTED = "TensorFlow's frozen classify_image_graph_def.pb"
-_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5  # wire types
+# Wire types.
+_VARINT = 0
+_FIXED_64 = 1
+_BYTES = 2
+_FIXED_32 = 5
 _FLOAT = 1  # TensorProto's DT_FLOAT
 _MAX_NODES = 2**16
 _MAX_AXES = 8
-_LARGEST = 2**27  # numbers of a tensor; the network's have 2**21
+_LARGEST = 2**27  # numbers in a tensor; the network's have 2**21
 
 Value = int | memoryview
 
 
 def _varint(raw: memoryview, at: int) -> tuple[int, int]:
-  """(value, where it ends)."""
+  """Returns a number of variable length, and where it ends."""
   value = 0
   for count in range(10):
     if at + count >= len(raw):
@@ -42,11 +49,12 @@ def _varint(raw: memoryview, at: int) -> tuple[int, int]:
 
 
 def _fields(raw: memoryview) -> Iterator[tuple[int, Value]]:
-  """Yields (field number, value) of a message."""
+  """Yields the (field number, value) of each field of a message."""
   at = 0
   while at < len(raw):
     tag, at = _varint(raw, at)
-    number, wire = tag >> 3, tag & 7
+    number = tag >> 3
+    wire = tag & 7
     if wire == _VARINT:
       value, at = _varint(raw, at)
     else:
@@ -64,6 +72,7 @@ def _fields(raw: memoryview) -> Iterator[tuple[int, Value]]:
 
 
 def _message(value: Value) -> memoryview:
+  """Returns the bytes of a field that must hold some."""
   if isinstance(value, int):
     raise ValueError('a number where a message belongs')
   return value
@@ -74,6 +83,7 @@ def _text(value: Value) -> str:
 
 
 def _shape(raw: memoryview) -> tuple[int, ...]:
+  """Returns the shape in a TensorShape."""
   shape = []
   for number, value in _fields(raw):
     if number == 2:
@@ -87,8 +97,11 @@ def _shape(raw: memoryview) -> tuple[int, ...]:
 
 
 def _tensor(raw: memoryview) -> np.ndarray | None:
-  """A tensor of float32; None for one of another type."""
-  dtype, shape, content, values = 0, (), b'', []
+  """Returns the array of a TensorProto; None unless it is float32."""
+  dtype = 0
+  shape = ()
+  content = b''
+  values = []
   for number, value in _fields(raw):
     if number == 1:
       dtype = value
@@ -112,8 +125,10 @@ def _tensor(raw: memoryview) -> np.ndarray | None:
 
 
 def _constant(raw: memoryview) -> tuple[str, np.ndarray | None]:
-  """(name, numbers) of a node; None if it is no float32 constant."""
-  name, operation, array = '', '', None
+  """Returns a node's name and numbers; None if it is no float32 constant."""
+  name = ''
+  operation = ''
+  array = None
   for number, value in _fields(raw):
     if number == 1:
       name = _text(value)
@@ -121,18 +136,21 @@ def _constant(raw: memoryview) -> tuple[str, np.ndarray | None]:
       operation = _text(value)
     elif number == 5:
       entry = dict(_fields(_message(value)))
-      if _text(entry.get(1, memoryview(b''))) == 'value':
-        for inner, tensor in _fields(_message(entry.get(2, memoryview(b'')))):
+      key = _text(entry.get(1, memoryview(b'')))
+      if key == 'value':
+        attribute = _message(entry.get(2, memoryview(b'')))
+        for inner, tensor in _fields(attribute):
           if inner == 8:
             array = _tensor(_message(tensor))
   return name, array if operation == 'Const' else None
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The float32 constants of a frozen graph, by node name.
+  """Returns the float32 constants of a frozen graph, by node name.
 
   Raises:
-    errors.UserError: missing, damaged, or no GraphDef with constants.
+    errors.UserError: the file is missing, damaged, or no GraphDef with
+      constants.
   """
   with files.refusing(path, _WANTED):
     raw = memoryview(path.read_bytes())

@@ -1,10 +1,10 @@
 """Weights of the InceptionV3 of 2015-12-05, from any of its published files.
 
-The four layouts hold the same numbers: PyTorch state dicts (pytorch-fid,
-torch-fidelity), NVIDIA's pickle, TensorFlow's frozen graph, and safetensors,
-which is also how a converted file is kept. The meeting point is the state
-dict's names: '<module>.conv.weight' [out, in, h, w], '<module>.bn.{weight,
-bias,running_mean,running_var}', 'fc.{weight,bias}'.
+Four kinds of files hold the same numbers: PyTorch state dicts (pytorch-fid,
+torch-fidelity), NVIDIA's pickle, TensorFlow's frozen graph, and safetensors, in
+which a converted file is kept. All are read into the names and layouts of the
+state dict: '<module>.conv.weight' [out,in,h,w], '<module>.bn.{weight,bias,
+running_mean,running_var}', 'fc.{weight,bias}'.
 """
 
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ _LEAVES = {
 }
 _STEM = ('1a_3x3', '2a_3x3', '2b_3x3', '3b_1x1', '4a_3x3')
 _BLOCKS = ('5b', '5c', '5d', '6a', '6b', '6c', '6d', '6e', '7a', '7b', '7c')
-# TensorFlow's scopes inside a block: the place that each branch stands for.
+# What TensorFlow calls the branches of each kind of block.
 _SCOPES = (
   (
     ('5b', '5c', '5d'),
@@ -97,17 +97,21 @@ def _keys() -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
 
 
 def modules() -> list[str]:
-  """The 94 convolutions' state-dict names, such as 'Mixed_5b.branch1x1'."""
+  """Returns the names of the 94 convolutions, such as 'Mixed_5b.branch1x1'."""
   end = '.conv.weight'
   return [key.removesuffix(end) for _, key, _ in _keys() if key.endswith(end)]
 
 
 def _numbered(scope: str, index: int) -> str:
-  return scope + (f'_{index}' if index else '')
+  """Returns 'conv' for index 0, 'conv_1' for index 1, and so on."""
+  return f'{scope}_{index}' if index else scope
 
 
 def scope_of(module: str) -> str:
-  """TensorFlow's scope of a module: 'mixed_9/tower/mixed/conv_1' of 7b's 2b."""
+  """Returns what TensorFlow calls a module.
+
+  For example, 'Mixed_7b.branch3x3_2b' is 'mixed_9/tower/mixed/conv_1'.
+  """
   block, _, branch = module.partition('.')
   if not branch:
     return _numbered('conv', _STEM.index(block.removeprefix('Conv2d_')))
@@ -122,44 +126,59 @@ def scope_of(module: str) -> str:
   tower = towers[stem]
   scope = f'{scope}/{tower}' if tower else scope
   index = int(number or 1) - 1
-  if letter:  # the two halves of a split that ends a branch of E
+  if letter:
+    # Branches of the last two blocks end in two convolutions side by side.
     return f'{scope}/mixed/{_numbered("conv", "ab".index(letter))}'
   return f'{scope}/{_numbered("conv", index)}'
 
 
 def _from_tensorflow(constants: State) -> dict[str, np.ndarray]:
-  """A frozen graph's constants under the state dict's names and layouts."""
+  """Returns a frozen graph's constants in the state dict's names and layouts.
+
+  Constants that the graph lacks are left out.
+  """
   state = {}
   for module in modules():
     scope = scope_of(module)
     for name, leaf in _TENSORFLOW.items():
-      if (array := constants.get(f'{scope}/{name}')) is not None:
-        if array.ndim == 4:
-          array = array.transpose(3, 2, 0, 1)
-        state[f'{module}.{leaf}'] = array
+      array = constants.get(f'{scope}/{name}')
+      if array is None:
+        continue
+      if array.ndim == 4:
+        array = array.transpose(3, 2, 0, 1)
+      state[f'{module}.{leaf}'] = array
   for name, key in (('weights', 'fc.weight'), ('biases', 'fc.bias')):
-    if (array := constants.get(f'softmax/{name}')) is not None:
+    array = constants.get(f'softmax/{name}')
+    if array is not None:
       state[key] = array.T
   return _with_gammas(state)
 
 
 def _from_nvidia(found: State) -> dict[str, np.ndarray]:
-  """NVIDIA's names: 'layers.mixed_9_tower_mixed_conv_1.beta', 'output.bias'."""
-  flat = lambda name: re.sub(r'[./]', '_', name)
-  module_of = {flat(scope_of(module)): module for module in modules()}
+  """Returns the arrays of NVIDIA's pickle under the state dict's names.
+
+  NVIDIA's names are those of TensorFlow with underscores, such as
+  'layers.mixed_9_tower_mixed_conv_1.beta', and 'output.bias'.
+  """
+  module_of = {_flat(scope_of(module)): module for module in modules()}
   state = {}
   for key, array in found.items():
     place, _, leaf = key.rpartition('.')
     place = place.removeprefix('layers.')
     if place == 'output':
       state[f'fc.{leaf}'] = array
-    elif flat(place) in module_of and leaf in _NVIDIA:
-      state[f'{module_of[flat(place)]}.{_NVIDIA[leaf]}'] = array
+    elif _flat(place) in module_of and leaf in _NVIDIA:
+      state[f'{module_of[_flat(place)]}.{_NVIDIA[leaf]}'] = array
   return _with_gammas(state)
 
 
+def _flat(name: str) -> str:
+  """Returns a name with underscores in place of dots and slashes."""
+  return re.sub(r'[./]', '_', name)
+
+
 def _with_gammas(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Adds the scales of one that the graph's normalisations may leave out."""
+  """Adds the normalisations' scales, 1, which the graph may leave out."""
   for module in modules():
     bias = state.get(f'{module}.bn.bias')
     if bias is not None:
@@ -168,19 +187,20 @@ def _with_gammas(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_flax(state: State) -> dict[str, Any]:
-  """The params for `metrics.inception` of a state dict.
+  """Returns the params of the network for a state dict.
 
   Args:
-    state: of the names and layouts above; other keys are ignored, such as the
-      number of batches that some files count.
+    state: arrays in the names and layouts of this module's docstring. Other
+      keys are ignored, such as the number of batches that some files count.
 
   Returns:
-    A tree of float32 numpy arrays, [h, w, in, out] and [in, out].
+    A tree of float32 numpy arrays, [h,w,in,out] and [in,out].
 
   Raises:
     ValueError: a tensor is missing, of another shape, or not finite.
   """
-  flat, missing = {}, []
+  flat = {}
+  missing = []
   for path, key, shape in _keys():
     array = state.get(key)
     if array is None:
@@ -202,17 +222,18 @@ def to_flax(state: State) -> dict[str, Any]:
 
 
 def to_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The state dict of params; inverts `to_flax`."""
+  """Returns the state dict of params; this inverts `to_flax`."""
   flat = traverse_util.flatten_dict(dict(params))
   axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
-  return {
-    key: np.ascontiguousarray(np.transpose(flat[path], axes[len(shape)]))
-    for path, key, shape in _keys()
-  }
+  state = {}
+  for path, key, shape in _keys():
+    array = np.transpose(flat[path], axes[len(shape)])
+    state[key] = np.ascontiguousarray(array)
+  return state
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Any of the layouts, told by the suffix, as the state dict's."""
+  """Reads a file of any kind, which its suffix tells, as a state dict."""
   wanted = f'one of {", ".join(PUBLISHED)}, or a converted .safetensors'
   with files.refusing(path, wanted):
     if path.suffix == '.safetensors':
@@ -230,25 +251,30 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
       state = torch_zip.read(path)
       if not isinstance(state, dict):
         raise ValueError('no state dict')
-      return {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
+      return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, np.ndarray)
+      }
     raise ValueError(f'the suffix {path.suffix!r} tells no known layout')
 
 
 def load(
   path: pathlib.Path | None = None, folder: pathlib.Path = FOLDER
 ) -> tuple[dict[str, Any], dict[str, str]]:
-  """The network's params and where they come from.
+  """Returns the network's params and where they come from.
 
-  A published file is converted once: the result is kept in the folder under
-  the sha256 of its source, and that is read the next time.
+  A published file is converted once. The result is kept in the folder, with the
+  name and the sha256 of its source, and is read the next time.
 
   Args:
-    path: a file of any layout; None looks in the folder.
-    folder: of converted files, and where published ones are looked for.
+    path: a file of any kind; None looks for one in the folder.
+    folder: where published files are looked for and converted ones are kept.
 
   Returns:
-    (params for `metrics.inception.apply`, float32 numpy arrays; the source
-    file's name, sha256, licence and date).
+    (params, float32 numpy arrays, for the network in
+    `evaluation.networks.inception`; the source file's name, sha256, licence
+    and date).
 
   Raises:
     errors.UserError: there is no file (the line says which to bring and where

@@ -1,7 +1,8 @@
-"""Released networks (.pkl) of EDM, EDM2 and DDO, read without running them.
+"""Reads released networks (.pkl) of EDM, EDM2 and DDO without running them.
 
-Such a pickle names a function that would execute the source text it carries.
-Here that name stands for a `Record`: class name, attributes, the text as text.
+Such a pickle names a function that would execute the source text which the
+file carries. Here that name stands for a function that returns a `Record`: the
+class's name, its attributes, and the source text as text.
 """
 
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ Record = arrays.Record
 
 _WANTED = 'the .pkl of an EDM, EDM2 or DDO network, or of plain arrays'
 _CONTAINERS = ('ModuleDict', 'ModuleList', 'Sequential')
-_MAX_MODULES = 2**16  # visits, so that shared children cannot multiply
-_MAX_KEY = 500  # letters; released keys have 50
+_MAX_MODULES = 2**16  # each visit counts, so that shared ones cannot multiply
+_MAX_KEY = 500  # characters; released keys have 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Network:
     class_name: 'EDMPrecond', 'Precond' (EDM2), 'VPPrecond', ...
     state_dict: official key -> read-only array, in official order.
     init_kwargs: the constructor's arguments: the whole architecture.
-    attributes: plain values of the object itself: sigma_data, label_dim, ...
-    encoder: EDM2's encoder (class and attributes); None for EDM.
-    augment: probability of each augmentation in its training; 0: none.
-    provenance: see `provenance.describe`; `class_sha256` is of the source text
-      that the file carries.
+    attributes: the object's own plain values: sigma_data, label_dim, ...
+    encoder: EDM2's encoder, by its class and attributes; None for EDM.
+    augment: the probability of each augmentation in its training; 0: none.
+    provenance: what `provenance.describe` returned, and as `class_sha256` the
+      hash of the source text that the file carries.
   """
 
   class_name: str
@@ -53,7 +54,7 @@ class Network:
 
 
 def _persistent(meta: Any) -> Record:
-  """What NVIDIA's persistent classes are pickled as."""
+  """Returns the record of an object of NVIDIA's persistent classes."""
   kinds = {
     'type': str,
     'version': int,
@@ -69,35 +70,43 @@ def _persistent(meta: Any) -> Record:
   return Record(meta['class_name'], meta['state'], meta['module_src'])
 
 
+def _empty_record(name: str) -> Record:
+  """Returns the record of a container, which gets its state afterwards."""
+  return Record(name)
+
+
+def _empty_dict() -> dict[str, Any]:
+  return {}
+
+
 def _names(budget: pickle_machine.Budget) -> pickle_machine.Names:
   """The globals of plain weights, and those that released networks add."""
-
-  def container(name):
-    return lambda: Record(name)  # takes no arguments, only a state
-
   load = functools.partial(torch_legacy.load_from_bytes, budget)
-  return arrays.names(budget) | {
+  table = arrays.names(budget) | {
     'torch.storage._load_from_bytes': load,
     'torch_utils.persistence._reconstruct_persistent_obj': _persistent,
-    'dnnlib.EasyDict': lambda: {},
-    'dnnlib.util.EasyDict': lambda: {},
-    **{f'torch.nn.modules.container.{n}': container(n) for n in _CONTAINERS},
+    'dnnlib.EasyDict': _empty_dict,
+    'dnnlib.util.EasyDict': _empty_dict,
   }
+  for name in _CONTAINERS:
+    made = functools.partial(_empty_record, name)
+    table[f'torch.nn.modules.container.{name}'] = made
+  return table
 
 
 def read(path: pathlib.Path) -> Any:
   """Reads a whole pickle.
 
   Args:
-    path: a file that pickle.dump wrote, in protocol 2 to 5.
+    path: a file that pickle.dump wrote in protocol 2 to 5.
 
   Returns:
     Plain values, numpy arrays in place of tensors, `Record`s in place of
     objects.
 
   Raises:
-    errors.UserError: missing, damaged, over the limits, or it names anything
-      that weights do not need.
+    errors.UserError: the file is missing, damaged or over the limits, or
+      names anything that weights do not need.
   """
   with files.refusing(path, _WANTED):
     stream = files.map_file(path)
@@ -112,10 +121,13 @@ def read(path: pathlib.Path) -> Any:
 
 
 def _table(record: Record, name: str) -> dict[str, Any]:
-  """One of the tables that every module has, with text for keys."""
+  """Returns one of the tables that every module has, with text for keys."""
   state = record.state
   table = state.get(name) if isinstance(state, dict) else None
-  if not isinstance(table, dict) or not all(isinstance(k, str) for k in table):
+  is_table = isinstance(table, dict) and all(
+    isinstance(key, str) for key in table
+  )
+  if not is_table:
     raise ValueError(f'the object {record.name!r} is no module: no {name}')
   return table
 
@@ -123,16 +135,24 @@ def _table(record: Record, name: str) -> dict[str, Any]:
 def _entries(
   record: Record, prefix: str, visits: Iterator[int]
 ) -> Iterator[tuple[str, Any]]:
-  """Yields a module's own parameters and buffers, then its children's."""
+  """Yields a module's own parameters and buffers, then its children's.
+
+  Args:
+    record: the module.
+    prefix: what its keys begin with.
+    visits: yields an item for each module that may still be visited.
+  """
   next(visits)
   if len(prefix) > _MAX_KEY:
     raise ValueError('its modules hold one another without end')
   parameters = _table(record, '_parameters')
   buffers = _table(record, '_buffers')
   transient = record.state.get('_non_persistent_buffers_set') or ()
-  kept = {k: v for k, v in buffers.items() if k not in transient}
-  for name, value in (*parameters.items(), *kept.items()):
+  for name, value in parameters.items():
     if value is not None:
+      yield prefix + name, value
+  for name, value in buffers.items():
+    if value is not None and name not in transient:
       yield prefix + name, value
   for name, child in _table(record, '_modules').items():
     if isinstance(child, Record):
@@ -142,13 +162,13 @@ def _entries(
 
 
 def state_dict(module: Record) -> dict[str, np.ndarray]:
-  """A module's arrays under the official keys, in the official order.
+  """Returns a module's arrays under the official keys, in official order.
 
   Args:
     module: a record that `read` returned.
 
   Raises:
-    ValueError: it is no module, or holds itself.
+    ValueError: the record is no module, or holds itself.
   """
   state = {}
   try:
@@ -156,13 +176,13 @@ def state_dict(module: Record) -> dict[str, np.ndarray]:
       if not isinstance(value, np.ndarray) or key in state:
         raise ValueError(f'{pickle_machine.quote(key)} is no array, or twice')
       state[key] = value
-  except RuntimeError as error:  # a generator's StopIteration
+  except RuntimeError as error:  # `visits` ended inside a generator
     raise ValueError(f'more than {_MAX_MODULES} modules') from error
   return state
 
 
 def _attributes(state: dict[str, Any]) -> dict[str, Any]:
-  """The plain values of an object itself, without PyTorch's own."""
+  """Returns an object's own plain values, without PyTorch's private ones."""
   plain = (type(None), bool, int, float, str, list, tuple, np.generic)
   return {
     name: value
@@ -178,11 +198,12 @@ def read_network(
 
   Args:
     path: the .pkl file.
-    which: the entry of its table; the releases are used by their 'ema'.
+    which: the entry of the file's table; a release's network is its 'ema'.
     source: the address that the file was fetched from, if any.
 
   Raises:
-    errors.UserError: unreadable (see `read`), or it holds no such network.
+    errors.UserError: the file is unreadable, as `read` says, or holds no such
+      network.
   """
   tree = read(path)
   if not isinstance(tree, dict) or not isinstance(tree.get(which), Record):
@@ -193,18 +214,17 @@ def read_network(
     )
   with files.refusing(path, _WANTED):
     network = tree[which]
-    weights = state_dict(network)
-    kwargs = _table(network, '_init_kwargs')
-    encoder, pipe = tree.get('encoder'), tree.get('augment_pipe')
+    encoder = tree.get('encoder')
+    pipe = tree.get('augment_pipe')
     augment = pipe.state.get('p', 0) if isinstance(pipe, Record) else 0
     origin = provenance.describe(path, source, provenance.NVIDIA)
-    source = hashlib.sha256(network.source.encode()).hexdigest()
+    origin['class_sha256'] = hashlib.sha256(network.source.encode()).hexdigest()
     return Network(
       class_name=network.name,
-      state_dict=weights,
-      init_kwargs=kwargs,
+      state_dict=state_dict(network),
+      init_kwargs=_table(network, '_init_kwargs'),
       attributes=_attributes(network.state),
       encoder=encoder if isinstance(encoder, Record) else None,
       augment=float(augment),
-      provenance=origin | {'class_sha256': source},
+      provenance=origin,
     )

@@ -1,4 +1,4 @@
-"""Where weights come from: kept in the metadata of all that derives of them."""
+"""Where weights come from, as the metadata of all made from them say."""
 
 import datetime
 import hashlib
@@ -19,13 +19,13 @@ _LICENCES = (
 
 
 def sha256(path: pathlib.Path) -> str:
-  """The sha256 of a file's bytes, as hex."""
+  """Returns the sha256 of a file's bytes, as hex."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def licence_of(name: str) -> str:
-  """The licence notice of a released file, by its published name."""
+  """Returns the licence notice of a released file, by its published name."""
   for pattern, licence in _LICENCES:
     if pattern.fullmatch(name):
       return licence
@@ -35,17 +35,17 @@ def licence_of(name: str) -> str:
 def describe(
   path: pathlib.Path, source: str = '', licence: str = ''
 ) -> dict[str, str]:
-  """What a checkpoint's metadata keeps of the file that it was made from.
+  """Returns what the metadata of a checkpoint say of the file it comes from.
 
   Args:
     path: the file.
-    source: the address it was fetched from, if any; a query (which may be a
-      password) and folders of this machine are left out.
-    licence: the notice; by default that of the published name.
+    source: the address that it was fetched from, if any. A user, a password
+      and a query, which may be a secret, are left out.
+    licence: the notice; '' takes the one that goes with the file's name.
 
   Returns:
     {'file', 'sha256', 'licence', 'date' (UTC, ISO 8601)} and, for a fetched
-    file, 'source'.
+    file, 'source'. Only the file's name is kept, not its folder.
   """
   origin = {
     'file': path.name,
@@ -55,6 +55,6 @@ def describe(
   }
   parts = urllib.parse.urlsplit(source)
   if parts.scheme in ('http', 'https', 'hf'):
-    place = parts.netloc.rpartition('@')[2]  # without a user and password
-    origin['source'] = f'{parts.scheme}://{place}{parts.path}'
+    host = parts.netloc.rpartition('@')[2]
+    origin['source'] = f'{parts.scheme}://{host}{parts.path}'
   return origin

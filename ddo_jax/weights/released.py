@@ -1,7 +1,7 @@
 """Weights as files of the original programs, and as folders of params.
 
-A folder is what training starts from: float32, projected. A file holds the
-official state dict, to the bit.
+A file holds the official state dict, to the bit. A folder holds float32 params
+that are projected, and is what training starts from.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.method import likelihood
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
@@ -33,7 +33,7 @@ from ddo_jax.weights import safetensors_file
 from ddo_jax.weights import torch_zip
 from ddo_jax.weights import var_names
 
-SUFFIXES = ('.pth', '.safetensors')  # what is written
+SUFFIXES = ('.pth', '.safetensors')  # of the files that are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Weights:
   """A network's weights, and what is known of them.
 
   Attributes:
-    config: the model's dataclass; of a tokenizer, its own.
-    params: Flax params; numpy, in the types of the file.
-    provenance: see `provenance.describe`; {} for weights trained from scratch.
+    config: the dataclass of the model, or of the tokenizer.
+    params: Flax params; numpy arrays in the types of the file.
+    provenance: what `provenance.describe` returned; {} for weights that were
+      trained from scratch.
   """
 
   config: Any
@@ -51,18 +52,44 @@ class Weights:
   provenance: dict[str, str]
 
 
-def _shapes(config: Any) -> Any:
-  """Of the params of a model or of a tokenizer."""
-  return jax.eval_shape(_model(config).init, rng.stream(0))
+# Only the five functions below depend on which kind of model it is.
+
+
+def _build(config: Any) -> likelihood.LikelihoodModel | vqvae_learner.Learner:
+  """Returns what initialises and projects the params of a config."""
+  if isinstance(config, vqvae.VqvaeConfig):
+    return vqvae_learner.build(config)
+  return config.build()
+
+
+def _recorded(config: Any) -> dict[str, Any]:
+  """Returns a model's config as JSON values, for `models.from_json`."""
+  recorded = settings.to_json(config)
+  named = {f'model.{name}': value for name, value in recorded.items()}
+  return {'model.type': type(config).__name__} | named
+
+
+def _unwrap(config: Any, state: Any) -> tuple[Any, Any]:
+  """Returns the config of the network inside a file, and its state dict."""
+  if not isinstance(config, var.VarConfig):
+    return config, state
+  state = var_names.unwrap(state)
+  if var_names.is_tokenizer(state):
+    config = config.tokenizer
+  return config, state
 
 
 def _to_flax(config: Any, state: dict[str, np.ndarray]) -> likelihood.Params:
+  """Returns the Flax params of an official state dict."""
   if isinstance(config, var.VarConfig | vqvae.VqvaeConfig):
     return var_names.to_flax(state)
   return edm_names.to_flax(state, edm_configs.taps_of(config))
 
 
-def _to_official(config: Any, params: likelihood.Params) -> Any:
+def _to_official(
+  config: Any, params: likelihood.Params
+) -> dict[str, np.ndarray]:
+  """Returns the official state dict of Flax params."""
   if isinstance(config, var.VarConfig):
     return var_names.to_official(params, config.tokenizer.patch_nums)
   if isinstance(config, vqvae.VqvaeConfig):
@@ -70,44 +97,39 @@ def _to_official(config: Any, params: likelihood.Params) -> Any:
   return edm_names.to_official(params, edm_configs.taps_of(config))
 
 
-def _model(config: Any) -> likelihood.LikelihoodModel | vqvae_learner.Learner:
-  """What knows `init` and `project` of the params."""
-  if isinstance(config, vqvae.VqvaeConfig):
-    return vqvae_learner.build(config)
-  return config.build()
-
-
-def _recorded(config: Any) -> dict[str, Any]:
-  """The model's part of a recorded config, see `models.from_json`."""
-  recorded = config_lib.to_json(config_lib.Config(model=config))
-  return {k: v for k, v in recorded.items() if k.startswith('model.')}
+def _shapes(config: Any) -> Any:
+  """Returns the shapes and types of the params, in their tree."""
+  return jax.eval_shape(_build(config).init, rng.stream(0))
 
 
 def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
-  """Reads a file.
+  """Reads a file of weights.
 
   Args:
-    path: .pkl of EDM, EDM2 or DDO, or an official state dict as .safetensors
-      or .pth; or a .pth of VAR's, CCA's or DDO's trainer.
-    source: the address that it was fetched from, if any.
-    config: the model's dataclass, for a file that does not say. With VAR's,
-      a tokenizer's file is known by its tensors.
+    path: a .pkl of EDM, EDM2 or DDO; an official state dict as .safetensors
+      or .pth; or a .pth that the trainer of VAR, CCA or DDO saved. From a
+      trainer's checkpoint only the transformer is loaded.
+    source: the address that the file was fetched from, if any.
+    config: the model's dataclass, for a file that does not say which network
+      it holds. With VAR's, a file of its tokenizer is known by its tensors.
 
   Raises:
-    errors.UserError: unreadable, of an unknown network, or of another one
-      than `config` says.
+    errors.UserError: the file is unreadable, or holds an unknown network or
+      another one than `config` says.
   """
   if path.suffix == '.pkl':
     network = pickle_reader.read_network(path, source=source)
     config = edm_configs.config_of(network)
-    state, origin = network.state_dict, network.provenance
+    state = network.state_dict
+    origin = network.provenance
   elif path.suffix == '.safetensors':
     state, metadata = safetensors_file.read(path)
     origin = provenance.describe(path, source, metadata.get('licence', ''))
     if 'model' in metadata:
       config = models.from_json(json.loads(metadata['model']))
   elif path.suffix == '.pth':
-    state, origin = torch_zip.read(path), provenance.describe(path, source)
+    state = torch_zip.read(path)
+    origin = provenance.describe(path, source)
   else:
     raise errors.UserError(
       f'{path} is no file of weights by its name; wanted .pkl, .safetensors or'
@@ -119,11 +141,8 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
       ' recipe with that model'
     )
   with files.refusing(path, "the state dict of the config's network"):
-    if isinstance(config, var.VarConfig):
-      state = var_names.unwrap(state)
-      if var_names.is_tokenizer(state):
-        config = config.tokenizer
-    if not all(isinstance(v, np.ndarray) for v in state.values()):
+    config, state = _unwrap(config, state)
+    if not all(isinstance(value, np.ndarray) for value in state.values()):
       raise ValueError('it holds more than arrays')
     params = _to_flax(config, state)
   checkpoint.check_shapes(params, _shapes(config), path)
@@ -133,25 +152,28 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
 def write(path: pathlib.Path, weights: Weights) -> None:
   """Writes the official state dict as .pth or .safetensors.
 
-  Where the weights come from stands in the metadata of a .safetensors, and in
-  a .json beside a .pth.
+  Which model it is and where the weights come from stands in the metadata of a
+  .safetensors, and in a .json beside a .pth.
+
+  Raises:
+    errors.UserError: the file cannot be written.
   """
   state = _to_official(weights.config, weights.params)
   recorded = _recorded(weights.config)
   if path.suffix == '.safetensors':
-    metadata = {'model': json.dumps(recorded), **weights.provenance}
-    return safetensors_file.write(path, state, metadata)
-  torch_zip.write(path, state)
-  description = recorded | {'provenance': weights.provenance}
-  records.write_json(path.with_name(path.name + '.json'), description)
-  return None
+    metadata = {'model': json.dumps(recorded)} | weights.provenance
+    safetensors_file.write(path, state, metadata)
+  else:
+    torch_zip.write(path, state)
+    description = recorded | {'provenance': weights.provenance}
+    records.write_json(path.with_name(path.name + '.json'), description)
 
 
 def _project(
   model: likelihood.LikelihoodModel | vqvae_learner.Learner,
   params: likelihood.Params,
 ) -> likelihood.Params:
-  """Projects what is not yet projected; the rest is kept to the bit.
+  """Projects the params that are not yet projected; keeps others to the bit.
 
   A second projection moves a weight by less than 1e-3 of it, and what the
   network computes, which projects once more, by 1e-7.
@@ -164,10 +186,15 @@ def _project(
   return jax.tree.map(settle, params, model.rules.project(params))
 
 
+def _as_float32(leaf: Any) -> np.ndarray:
+  return np.asarray(leaf, np.float32)
+
+
 def save_folder(folder: pathlib.Path, weights: Weights) -> None:
-  """Writes a folder of params: float32, projected, with its provenance."""
-  params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
-  params = jax.jit(_project, static_argnums=0)(_model(weights.config), params)
+  """Writes a folder of params: float32, projected, with their provenance."""
+  model = _build(weights.config)
+  params = jax.tree.map(_as_float32, weights.params)
+  params = jax.jit(_project, static_argnums=0)(model, params)
   meta = {
     'stage': 'convert',
     'config': _recorded(weights.config),
@@ -177,18 +204,18 @@ def save_folder(folder: pathlib.Path, weights: Weights) -> None:
 
 
 def load_folder(folder: pathlib.Path, recipe: Any = None) -> Weights:
-  """Reads a folder of params, of this module's making or of a run's.
+  """Reads a folder of params that `save_folder` or a run wrote.
 
   Raises:
-    errors.UserError: no params there, or damaged.
+    errors.UserError: the folder holds no params, or damaged ones.
   """
   meta = checkpoint.load_meta(folder)
   config = models.from_json(meta['config'], recipe)
-  # A run's folder of its tokenizer has the config of the whole model.
   if meta.get('stage') == 'tokenizer':
+    # A run records the config of the whole model beside its tokenizer, too.
     config = config.tokenizer
   shapes = _shapes(config)
-  executor = devices_lib.Executor(config_lib.Executor())
+  executor = devices_lib.Executor(devices_lib.ExecutorConfig())
   target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
   params, _ = checkpoint.load_params(folder, target)
   return Weights(config, devices_lib.fetch(params), meta.get('provenance', {}))

@@ -1,4 +1,4 @@
-"""State dicts as .safetensors, by the library of that name."""
+"""State dicts as .safetensors files, by the library of that name."""
 
 from collections.abc import Mapping
 import pathlib
@@ -17,11 +17,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Reads a file.
 
   Returns:
-    (arrays by key, metadata); keys in the file's order, which is not the order
-    of the state dict that was written.
+    (arrays by key, metadata). The keys are in the file's order, which is not
+    that of the state dict that was written.
 
   Raises:
-    errors.UserError: missing, damaged, or no such file.
+    errors.UserError: the file is missing, damaged, or no .safetensors.
   """
   with files.refusing(path, _WANTED):
     try:
@@ -44,13 +44,15 @@ def write(
     metadata: text by name, such as `provenance.describe` returns.
 
   Raises:
-    errors.UserError: an array of a type that the format lacks, or a full disk.
+    errors.UserError: the format lacks an array's type, or the disk is full.
   """
   # The library writes an array's memory as it lies, whatever its strides.
-  dense = {k: np.require(v, requirements='C') for k, v in state.items()}
+  contiguous = {}
+  for key, array in state.items():
+    contiguous[key] = np.require(array, requirements='C')
   with files.whole(path) as partial:
     try:
-      safetensors.numpy.save_file(dense, partial, dict(metadata))
+      safetensors.numpy.save_file(contiguous, partial, dict(metadata))
     except safetensors.SafetensorError as error:
       raise errors.UserError(
         f'cannot write {path} ({error}); wanted arrays of plain numbers, and'

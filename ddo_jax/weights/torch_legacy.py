@@ -1,4 +1,7 @@
-"""PyTorch's serial format before 1.6, which NVIDIA's pickles nest."""
+"""Reads the serial format that PyTorch wrote before 1.6.
+
+NVIDIA's pickles hold each storage as a whole file in this format.
+"""
 
 import io
 import mmap
@@ -16,15 +19,18 @@ def read_legacy(
   table: pickle_machine.Names,
   budget: pickle_machine.Budget,
 ) -> Any:
-  """Reads PyTorch's format before 1.6: five pickles, then raw storages.
+  """Reads a file's five pickles and the raw storages behind them.
 
   Args:
-    buffer: the whole of it.
-    table: the globals that its object may name.
-    budget: what it may cost.
+    buffer: the whole file.
+    table: the globals that the saved object may name.
+    budget: what the file may cost.
 
   Returns:
-    The object, unresolved.
+    The object, its tensors not yet arrays.
+
+  Raises:
+    ValueError: the file is damaged, hostile or in another format.
   """
   stream = io.BytesIO(buffer) if isinstance(buffer, bytes) else buffer
   storages = {}
@@ -61,7 +67,7 @@ def read_legacy(
 
 
 def load_from_bytes(budget: pickle_machine.Budget, raw: Any) -> arrays.Storage:
-  """A storage inside a plain pickle: a whole legacy file of just that."""
+  """Returns the storage inside a plain pickle, a whole file of just that."""
   if not isinstance(raw, bytes):
     raise ValueError('a storage that is no bytes')
   value = read_legacy(raw, arrays.STORAGE_TYPES, budget)

@@ -1,8 +1,9 @@
-"""PyTorch's .pth files in and out, without PyTorch.
+"""Reads and writes PyTorch's .pth files without PyTorch.
 
-A file is a zip of uncompressed members: `<root>/data.pkl`, a pickle of the
-object whose tensors name their storages, and `<root>/data/<key>`, the raw
-numbers. Older files (before 1.6) are the serial format of `torch_legacy`.
+A file is a zip of uncompressed members: `<root>/data.pkl` is a pickle of the
+object, whose tensors name their storages, and `<root>/data/<key>` holds the raw
+numbers of a storage. Files from before PyTorch 1.6 are in the serial format of
+`torch_legacy`.
 """
 
 from collections.abc import Mapping
@@ -26,10 +27,10 @@ from ddo_jax.weights import torch_legacy
 
 _WANTED = 'a .pth file of a state dict'
 _LOCAL_HEADER = struct.Struct('<4s5H3I2H')
-_ENCRYPTED = 1  # bits of a member's flags
-_UTF8 = 0x800
+_ENCRYPTED = 1  # a bit of a member's flags
+_UTF8 = 0x800  # another: the name is UTF-8
 _ALIGNMENT = 64
-_PADDING_ID = 0x4246  # the extra field that PyTorch, too, pads with
+_PADDING_ID = 0x4246  # the extra field that PyTorch pads with, too
 _TYPES = {dtype: name for name, dtype in arrays.DTYPES.items()}
 
 
@@ -40,13 +41,13 @@ def read(path: pathlib.Path) -> Any:
     path: a .pth (.pt) file of either format.
 
   Returns:
-    The object as saved: plain values and containers, nested as they were (a
-    trainer's file is not unwrapped), read-only arrays in place of tensors.
-    Arrays may view the file: do not overwrite it while they live.
+    The object as it was saved: plain values and containers, nested as they
+    were, and read-only arrays in place of tensors. The arrays may view the
+    file: do not overwrite it while they live.
 
   Raises:
-    errors.UserError: missing, damaged, over the limits, or it names anything
-      that weights do not need.
+    errors.UserError: the file is missing, damaged or over the limits, or
+      names anything that weights do not need.
   """
   with files.refusing(path, _WANTED):
     buffer = files.map_file(path)
@@ -66,12 +67,9 @@ def _read_zip(
   table: pickle_machine.Names,
   budget: pickle_machine.Budget,
 ) -> Any:
-  """The object of a zip, unresolved."""
+  """Returns the object of a zip, its tensors not yet arrays."""
   members = _members(buffer)
-  roots = [n.split('/')[0] for n in members if n.split('/')[1:] == ['data.pkl']]
-  if len(roots) != 1:
-    raise ValueError(f'a zip with {len(roots)} data.pkl, not one')
-  (root,) = roots
+  root = _root(members)
   if f'{root}/constants.pkl' in members:
     raise ValueError('a TorchScript program, not a state dict')
   if f'{root}/byteorder' in members:
@@ -104,8 +102,20 @@ def _read_zip(
   return tree
 
 
+def _root(members: Mapping[str, tuple[int, int]]) -> str:
+  """Returns the folder inside the zip that holds data.pkl."""
+  roots = []
+  for name in members:
+    folder, _, rest = name.partition('/')
+    if rest == 'data.pkl':
+      roots.append(folder)
+  if len(roots) != 1:
+    raise ValueError(f'a zip with {len(roots)} data.pkl, not one')
+  return roots[0]
+
+
 def _members(buffer: mmap.mmap) -> dict[str, tuple[int, int]]:
-  """Where each member's bytes (start, end) lie, once they are proven whole."""
+  """Returns where each member's bytes start and end, proven to be whole."""
   with zipfile.ZipFile(buffer) as archive:
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     limit = archive.start_dir
@@ -131,33 +141,41 @@ def _members(buffer: mmap.mmap) -> dict[str, tuple[int, int]]:
 
 
 def _span(buffer: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
-  """Where a member's bytes start and end, by its own header in the file."""
+  """Returns where a member's bytes start and end.
+
+  The zip's directory and the header in front of the member must agree.
+  """
   fields = _LOCAL_HEADER.unpack_from(buffer, info.header_offset)
+  signature = fields[0]
+  name_length, extra_length = fields[-2:]
+  name_start = info.header_offset + _LOCAL_HEADER.size
+  name_end = name_start + name_length
   coding = 'utf-8' if info.flag_bits & _UTF8 else 'cp437'
-  signature, name_length, extra_length = fields[0], *fields[-2:]
-  behind = info.header_offset + _LOCAL_HEADER.size
-  name = buffer[behind : behind + name_length]
-  if signature != b'PK\3\4' or name != info.orig_filename.encode(coding):
+  same_name = buffer[name_start:name_end] == info.orig_filename.encode(coding)
+  if signature != b'PK\3\4' or not same_name:
     raise ValueError(
       f'{pickle_machine.quote(info.orig_filename)} has another header'
     )
-  start = behind + name_length + extra_length
   if info.compress_size != info.file_size:
     raise ValueError(
       f'{pickle_machine.quote(info.orig_filename)} has two sizes'
     )
+  start = name_end + extra_length
   return start, start + info.file_size
 
 
 def write(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
   """Writes a state dict that `torch.load(weights_only=True)` accepts.
 
+  Equal state dicts give equal bytes in files of one name.
+
   Args:
-    path: replaced if it exists; equal states make equal bytes under one name.
-    state: arrays by key; float64/32/16, bfloat16, int64/32/16/8, uint8 or bool.
+    path: replaced if it exists.
+    state: arrays by key, of float64/32/16, bfloat16, int64/32/16/8, uint8 or
+      bool.
 
   Raises:
-    errors.UserError: an array of another type, or the disk is full.
+    errors.UserError: an array is of another type, or the disk is full.
   """
   for key, array in state.items():
     if array.dtype.newbyteorder('<') not in _TYPES:
@@ -176,8 +194,8 @@ def write(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def _add(archive: zipfile.ZipFile, name: str, raw: bytes) -> None:
-  """Adds a member whose bytes start at a multiple of 64, to be mapped."""
-  info = zipfile.ZipInfo(name)  # dated 1980: the same bytes every time
+  """Adds a member whose bytes start at a multiple of 64, so as to be mapped."""
+  info = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not vary
   start = archive.fp.tell() + _LOCAL_HEADER.size + len(name.encode()) + 4
   padding = -start % _ALIGNMENT
   info.extra = struct.pack('<2H', _PADDING_ID, padding) + bytes(padding)
@@ -185,30 +203,35 @@ def _add(archive: zipfile.ZipFile, name: str, raw: bytes) -> None:
 
 
 def _pickle(state: Mapping[str, np.ndarray]) -> bytes:
-  """The pickle (protocol 2) of an OrderedDict of tensors."""
+  """Returns the pickle, in protocol 2, of an OrderedDict of tensors.
+
+  In the opcodes below, '(' marks where a tuple or the dict's items begin, 't'
+  makes the tuple, 'R' calls, 'Q' refers to a storage, and 'u.' fills the dict
+  and ends.
+  """
   empty = _global('collections', 'OrderedDict') + b')R'  # (), called
   parts = [b'\x80\x02', empty, b'(']
   for index, (key, array) in enumerate(state.items()):
     shape = array.shape
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    storage = [
+    parts += [
+      _text(key),
+      _global('torch._utils', '_rebuild_tensor_v2'),
+      b'((',  # the tensor's arguments, the first of them a persistent id
       _text('storage'),
       _global('torch', _TYPES[array.dtype.newbyteorder('<')]),
       _text(str(index)),
       _text('cpu'),
       _number(array.size),
-    ]
-    parts += [
-      _text(key),
-      _global('torch._utils', '_rebuild_tensor_v2'),
-      b'((' + b''.join(storage) + b'tQ',  # a persistent id
+      b'tQ',
       _number(0),  # offset
       _numbers(shape),
       _numbers(strides),
       b'\x89',  # no gradient
       empty + b'tR',  # no hooks; the tensor
     ]
-  return b''.join([*parts, b'u.'])
+  parts.append(b'u.')
+  return b''.join(parts)
 
 
 def _global(module: str, name: str) -> bytes:

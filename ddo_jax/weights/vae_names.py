@@ -1,10 +1,10 @@
-"""Official names and layouts of AutoencoderKL's tensors, to Flax and back.
+"""Names and layouts of AutoencoderKL's official tensors, to Flax and back.
 
-The public weights exist with two names for the attention's layers, older ones
+The public weights exist with two names for the attention's layers: older ones
 (`query`, `key`, `value`, `proj_attn`) and newer ones (`to_q`, `to_k`, `to_v`,
-`to_out.0`), whose tensors are [out, in] or [out, in, 1, 1]. All are read;
-the newer names and [out, in] are written. Elsewhere convolutions are
-[out, in, h, w]; `models.vae` has the names, 'resnets.0' as 'resnets_0'.
+`to_out.0`), whose tensors are [out,in] or [out,in,1,1]. All of these are read;
+the newer names and [out,in] are written. Convolutions are [out,in,h,w].
+`models.vae` uses the same names, with 'resnets.0' written 'resnets_0'.
 """
 
 from collections.abc import Mapping
@@ -34,17 +34,25 @@ _NUMBER = re.compile(r'_(\d+)$')
 
 
 def _key(path: tuple[str, ...]) -> str:
-  """The official key, of the newer names, of a Flax path."""
-  *modules, leaf = (_NUMBER.sub(r'.\1', part) for part in path)
-  return '.'.join([*modules, 'bias' if leaf == 'bias' else 'weight'])
+  """Returns the official key of a Flax path, by the newer names."""
+  *modules, leaf = path
+  parts = [_NUMBER.sub(r'.\1', module) for module in modules]
+  parts.append('bias' if leaf == 'bias' else 'weight')
+  return '.'.join(parts)
+
+
+def _newer_key(key: str) -> str:
+  """Returns an official key with the newer names of the attention's layers."""
+  return _OLDER.sub(lambda match: _NEWER[match[0]], key)
 
 
 @functools.cache
 def _wanted(
   network: vae.AutoencoderKL,
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Official key -> Flax path and shape of every tensor."""
-  images = jnp.zeros((1, *[2 ** len(network.widths)] * 2, 3))
+  """Returns the Flax path and shape of every tensor, by its official key."""
+  side = 2 ** len(network.widths)
+  images = jnp.zeros((1, side, side, 3))
   shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
   return {
     _key(path): (path, leaf.shape)
@@ -53,51 +61,56 @@ def _wanted(
 
 
 def _to_layout(tensor: np.ndarray, ndim: int) -> np.ndarray:
-  """An official tensor as a Flax one of `ndim` axes."""
+  """Returns an official tensor in Flax's layout, with `ndim` axes."""
   if tensor.ndim == 4:
     tensor = np.transpose(tensor, (2, 3, 1, 0))
   elif tensor.ndim == 2:
     tensor = tensor.T[None, None]
-  if ndim == 2 and tensor.shape[:2] == (1, 1):  # 1×1: a linear layer
+  if ndim == 2 and tensor.shape[:2] == (1, 1):
+    # A convolution with a kernel of 1×1 is a linear layer.
     tensor = tensor[0, 0]
   return tensor
 
 
-def _few(names: set[str]) -> str:
-  return f'{len(names)} tensors' + (f' ({min(names)}, …)' if names else '')
+def _count(names: set[str]) -> str:
+  """Returns '3 tensors (encoder.conv_in.bias, …)', for an error."""
+  example = f' ({min(names)}, …)' if names else ''
+  return f'{len(names)} tensors{example}'
 
 
 def to_flax(
   state: Mapping[str, np.ndarray], network: vae.AutoencoderKL
 ) -> dict[str, Any]:
-  """Flax params of an official state dict, dtypes kept.
+  """Returns the Flax params of an official state dict, dtypes kept.
 
   Args:
-    state: official key -> tensor, all of them.
-    network: that the params are for; traced only.
+    state: official key -> tensor; the whole state dict.
+    network: the network that the params are for.
 
   Raises:
     errors.UserError: tensors are missing, left over, of another shape or no
       floating-point numbers.
   """
   wanted = _wanted(network)
-  newer = {_OLDER.sub(lambda m: _NEWER[m[0]], key): key for key in state}
-  lost, left = wanted.keys() - newer.keys(), set(state) - set(newer.values())
-  left |= newer.keys() - wanted.keys()
-  if lost or left:
+  key_of = {_newer_key(key): key for key in state}
+  missing = wanted.keys() - key_of.keys()
+  unknown = key_of.keys() - wanted.keys()
+  # Two keys may have one newer name; only the second of them is in `key_of`.
+  unknown |= set(state) - set(key_of.values())
+  if missing or unknown:
     raise errors.UserError(
-      f'the weights lack {_few(lost)} of this AutoencoderKL and have'
-      f" {_few(left)} too many: wanted diffusers' names, as in"
+      f'the weights lack {_count(missing)} of this AutoencoderKL and have'
+      f" {_count(unknown)} too many: wanted diffusers' names, as in"
       ' stabilityai/sd-vae-ft-mse'
     )
   flat = {}
   for key, (path, shape) in wanted.items():
-    tensor = state[newer[key]]
+    tensor = state[key_of[key]]
     flat[path] = _to_layout(tensor, len(shape))
-    numbers = jnp.issubdtype(tensor.dtype, jnp.floating)
-    if flat[path].shape != shape or not numbers:
+    is_floating = jnp.issubdtype(tensor.dtype, jnp.floating)
+    if flat[path].shape != shape or not is_floating:
       raise errors.UserError(
-        f'{newer[key]} is {tensor.dtype} {list(tensor.shape)}; wanted floating'
+        f'{key_of[key]} is {tensor.dtype} {list(tensor.shape)}; wanted floating'
         f" point, {list(shape)} once in Flax's order: the file is of another"
         ' AutoencoderKL'
       )
@@ -105,14 +118,15 @@ def to_flax(
 
 
 def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The official state dict of params; inverts `to_flax`.
+  """Returns the official state dict of params; this inverts `to_flax`.
 
   Returns:
     Official key -> tensor, dtypes kept, contiguous.
   """
+  order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
   state = {}
   for path, tensor in traverse_util.flatten_dict(dict(params)).items():
-    axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[np.ndim(tensor)]
+    axes = order[np.ndim(tensor)]
     state[_key(path)] = np.ascontiguousarray(np.transpose(tensor, axes))
   return state
 
@@ -120,21 +134,24 @@ def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def read(
   path: pathlib.Path, network: vae.AutoencoderKL | None = None
 ) -> dict[str, Any]:
-  """Flax params of a file of public weights.
+  """Reads a file of public weights and returns the Flax params.
 
   Args:
     path: diffusion_pytorch_model.safetensors, or the .bin beside it.
-    network: of the weights; by default that of stabilityai/sd-vae-ft-mse.
+    network: the network of the weights; None means the one of
+      stabilityai/sd-vae-ft-mse.
 
   Raises:
-    errors.UserError: unreadable, or see `to_flax`.
+    errors.UserError: the file is unreadable, or does not fit the network.
   """
   if path.suffix == '.safetensors':
     state, _ = safetensors_file.read(path)
   else:
     state = torch_zip.read(path)
-  tensors = state.values() if isinstance(state, dict) else [None]
-  if not all(isinstance(tensor, np.ndarray) for tensor in tensors):
+  is_state = isinstance(state, dict) and all(
+    isinstance(tensor, np.ndarray) for tensor in state.values()
+  )
+  if not is_state:
     raise errors.UserError(
       f'{path} holds something else than tensors by name; wanted the'
       " AutoencoderKL in diffusers' format"

@@ -1,10 +1,12 @@
-"""Official names and layouts of VAR's and its tokenizer's tensors.
+"""Names and layouts of VAR's and its tokenizer's official tensors.
 
-Transformer: 'blocks.3.ffn.fc1.weight' is row 3 of ('blocks', 'ffn', 'fc1',
-'kernel'), since Flax scans over the stacked blocks. Tokenizer:
-'encoder.down.0.block.1.conv1.weight' is ('encoder', 'down_0_block_1',
-'conv1', 'kernel'). Convolutions [out, in, h, w] become [h, w, in, out], linear
-layers [out, in] become [in, out]; parameters of no layer keep their shape.
+  transformer  'blocks.3.ffn.fc1.weight' is row 3 of ('blocks', 'ffn', 'fc1',
+               'kernel'), since Flax scans over the stacked blocks
+  tokenizer    'encoder.down.0.block.1.conv1.weight' is ('encoder',
+               'down_0_block_1', 'conv1', 'kernel')
+
+Convolutions [out,in,h,w] become [h,w,in,out], linear layers [out,in] become
+[in,out]; parameters that belong to no layer keep their shape.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from ddo_jax import errors
 
 Path = tuple[str, ...]
 State = dict[str, np.ndarray]
-# Constants among the official tensors: not read, made anew.
+# Constants among the official tensors; they are not read but made anew.
 _BUFFERS = (
   'zero_k_bias',
   'attn_bias_for_masking',
@@ -31,7 +33,8 @@ _WRAPPERS = ('_orig_mod.', 'module.')
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
 _TO_OFFICIAL = {4: (3, 2, 0, 1), 2: (1, 0)}
 _BLOCK = re.compile(r'blocks\.(\d+)\.(.+)')
-# Dots that Flax has as '_': in the tokenizer's levels and its φ.
+# Where the official names have a dot and Flax's an underscore: in the
+# tokenizer's resolutions and its φ, and in AdaLN's linear layer.
 _JOINED = (
   (re.compile(r'\b(down|up)\.(\d+)\.(\w+)\.(\w+)'), r'\1_\2_\3_\4'),
   (re.compile(r'\bmid\.'), 'mid_'),
@@ -47,24 +50,24 @@ _SPLIT = (
 
 
 def _is_state(tree: Any) -> bool:
-  return (
-    isinstance(tree, Mapping)
-    and bool(tree)
-    and all(isinstance(leaf, np.ndarray) for leaf in tree.values())
-  )
+  """Whether a tree is a state dict: a table of arrays, and not empty."""
+  if not isinstance(tree, Mapping) or not tree:
+    return False
+  return all(isinstance(leaf, np.ndarray) for leaf in tree.values())
 
 
 def unwrap(tree: Any) -> State:
-  """The state dict inside of what a program saved.
+  """Returns the transformer's state dict inside what a program saved.
 
   Released files are state dicts. VAR's trainer saves {'trainer':
-  {'var_wo_ddp': …}}, CCA's {'trainer': …}, DDO's {'var_wo_ddp': …}.
+  {'var_wo_ddp': …}}, CCA's {'trainer': …}, DDO's {'var_wo_ddp': …}. From these
+  only the transformer is taken.
 
   Args:
-    tree: as read from the file.
+    tree: what the file holds.
 
   Returns:
-    Official key -> tensor, without the wrappers' prefixes.
+    Official key -> tensor, without the prefixes that wrappers add.
 
   Raises:
     errors.UserError: there is no state dict.
@@ -80,18 +83,25 @@ def unwrap(tree: Any) -> State:
     )
   state = {}
   for key, tensor in tree.items():
-    while wrapper := next(filter(key.startswith, _WRAPPERS), ''):
-      key = key.removeprefix(wrapper)
-    state[key] = tensor
+    state[_without_wrappers(key)] = tensor
   return state
 
 
+def _without_wrappers(key: str) -> str:
+  """Strips the prefixes of compiled and of distributed modules."""
+  while key.startswith(_WRAPPERS):
+    for wrapper in _WRAPPERS:
+      key = key.removeprefix(wrapper)
+  return key
+
+
 def is_tokenizer(state: Mapping[str, np.ndarray]) -> bool:
-  """Whether a state dict is the tokenizer's, not the transformer's."""
+  """Whether a state dict is a tokenizer's rather than a transformer's."""
   return 'quantize.embedding.weight' in state
 
 
 def _to_path(key: str, ndim: int) -> Path:
+  """Returns the Flax path of an official tensor of `ndim` axes."""
   for pattern, replacement in _JOINED:
     key = pattern.sub(replacement, key)
   *modules, leaf = key.split('.')
@@ -103,6 +113,7 @@ def _to_path(key: str, ndim: int) -> Path:
 
 
 def _to_key(path: Path) -> str:
+  """Returns the official key of a Flax path."""
   *modules, leaf = path
   if leaf in ('kernel', 'scale', 'embedding'):
     leaf = 'weight'
@@ -112,12 +123,17 @@ def _to_key(path: Path) -> str:
   return key
 
 
-def _transposed(tensor: np.ndarray, leaf: str, axes: Mapping) -> np.ndarray:
-  return np.transpose(tensor, axes[tensor.ndim]) if leaf == 'kernel' else tensor
+def _transposed(
+  tensor: np.ndarray, leaf: str, axes: Mapping[int, tuple[int, ...]]
+) -> np.ndarray:
+  """Reorders the axes of a layer's kernel; other parameters keep theirs."""
+  if leaf != 'kernel':
+    return tensor
+  return np.transpose(tensor, axes[tensor.ndim])
 
 
 def _stack(key: str, rows: Mapping[int, np.ndarray], depth: int) -> np.ndarray:
-  """Blocks 0 … depth−1 of one tensor as an array [depth, ...]."""
+  """Stacks one tensor of the blocks 0 … depth−1 to an array [depth,...]."""
   shapes = {row.shape for row in rows.values()}
   if sorted(rows) != list(range(depth)) or len(shapes) != 1:
     raise errors.UserError(
@@ -128,16 +144,18 @@ def _stack(key: str, rows: Mapping[int, np.ndarray], depth: int) -> np.ndarray:
 
 
 def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Flax params of an official state dict, dtypes kept.
+  """Returns the Flax params of an official state dict, dtypes kept.
 
   Args:
-    state: official key -> tensor; of a transformer or of a tokenizer, see
-      `unwrap`. Constants in it are left out.
+    state: official key -> tensor, for a transformer or for a tokenizer. The
+      constants among them are left out.
 
   Raises:
     errors.UserError: blocks are missing or of different shapes.
   """
-  flat, blocks = {}, {}
+  flat = {}
+  blocks = {}  # path -> {number of the block: tensor}
+  depth = 0
   for key, tensor in state.items():
     if key.rpartition('.')[2] in _BUFFERS:
       continue
@@ -145,10 +163,11 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     path = _to_path(match[2] if match else key, tensor.ndim)
     tensor = _transposed(tensor, path[-1], _TO_FLAX)
     if match:
-      blocks.setdefault(('blocks', *path), {})[int(match[1])] = tensor
+      number = int(match[1])
+      blocks.setdefault(('blocks', *path), {})[number] = tensor
+      depth = max(depth, number + 1)
     else:
       flat[path] = tensor
-  depth = 1 + max((i for rows in blocks.values() for i in rows), default=-1)
   for path, rows in blocks.items():
     flat[path] = _stack('.'.join(path), rows, depth)
   return traverse_util.unflatten_dict(flat)
@@ -157,15 +176,15 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def to_official(
   params: Mapping[str, Any], patch_nums: Sequence[int]
 ) -> dict[str, np.ndarray]:
-  """The official state dict of params; inverts `to_flax`.
+  """Returns the official state dict of params; this inverts `to_flax`.
 
   Args:
-    params: of `var.Var` or of `vqvae.Vqvae`.
-    patch_nums: of the model; the constants are made from it.
+    params: the Flax params of `var.Var` or of `vqvae.Vqvae`.
+    patch_nums: sides of the model's scales; the constants are made from them.
 
   Returns:
-    Official key -> tensor, dtypes kept, contiguous; with the constants, of
-    which the codebook's statistic of use is zeros.
+    Official key -> tensor, dtypes kept, contiguous; with the constants. Among
+    these, the statistic of how often each code was used is zeros.
   """
   state = {}
 
@@ -180,16 +199,18 @@ def to_official(
         put(('blocks', str(i), *path[1:]), row)
     else:
       put(path, leaf)
-  buffers = _transformer_buffers if 'blocks' in params else _tokenizer_buffers
-  return state | buffers(state, patch_nums)
+  if 'blocks' in params:
+    return state | _transformer_buffers(state, patch_nums)
+  return state | _tokenizer_buffers(state, patch_nums)
 
 
 def _transformer_buffers(state: State, patch_nums: Sequence[int]) -> State:
+  """The number of every token's scale, the mask, and the keys' zero biases."""
   squares = np.square(np.asarray(patch_nums, np.int64))
-  level = np.repeat(np.arange(len(squares)), squares)
-  mask = np.where(level[:, None] >= level[None, :], 0, -np.inf)
+  scale = np.repeat(np.arange(len(squares)), squares)
+  mask = np.where(scale[:, None] >= scale[None, :], 0, -np.inf)
   buffers = {
-    'lvl_1L': level[None].astype(np.int64),
+    'lvl_1L': scale[None].astype(np.int64),
     'attn_bias_for_masking': mask[None, None].astype(np.float32),
   }
   for key, bias in state.items():
@@ -200,6 +221,7 @@ def _transformer_buffers(state: State, patch_nums: Sequence[int]) -> State:
 
 
 def _tokenizer_buffers(state: State, patch_nums: Sequence[int]) -> State:
+  """How often each code was used at each scale: zeros."""
   key = 'quantize.embedding.weight'
   if key not in state:
     return {}

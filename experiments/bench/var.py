@@ -30,7 +30,7 @@ from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
@@ -90,7 +90,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
   keys = rng.per_example(rng.stream(2), ids)
 
   def drawing(guidance):
-    sampler = scalewise.Scalewise(guidance=guidance)
+    sampler = ancestral.Ancestral(guidance=guidance)
     function = jax.jit(functools.partial(model.sample, sampler=sampler))
     return function, (params, frozen, label, keys)
 
@@ -102,7 +102,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
 
   state = memory.fresh_state(params, model, config_lib.at_round(config.ddo, 0))
   reference = model.rules.reduce(params)
-  step = functools.partial(step_lib.train_step, sampler=scalewise.Scalewise())
+  step = functools.partial(step_lib.train_step, sampler=ancestral.Ancestral())
 
   def stepping(**changes):
     phase = dataclasses.replace(config.ddo, batch_size=rows, **changes)

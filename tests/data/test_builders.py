@@ -1,4 +1,4 @@
-"""Arrays, TFDS sets, and which source a name stands for."""
+"""Sets that TFDS keeps: preparing them, reading them back, damage."""
 
 from concurrent import futures
 import dataclasses
@@ -7,153 +7,61 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 import threading
 
 import numpy as np
 import pytest
+import sets
 
-from ddo_jax import config
-from ddo_jax import errors
 from ddo_jax.data import builders
+from ddo_jax.data import encoded
 from ddo_jax.data import sources
 
 RNG = np.random.default_rng(0)
-X = RNG.integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
-Y = np.array([0, 3, 1])
 RECORDS = 'digits-train.array_record-00000-of-00001'
-
-
-def open_set(source, split='train', **fields):
-  return sources.open_source(config.Data(source=str(source), **fields), split)
-
-
-def read_all(source):
-  return source.read(np.arange(len(source)))
-
-
-def refusal(source, split='train', **fields):
-  """The one line that refuses a source."""
-  with pytest.raises(errors.UserError) as caught:
-    open_set(source, split, **fields)
-  assert '\n' not in str(caught.value)
-  return str(caught.value)
-
-
-def npz(path, **arrays):
-  np.savez(path, **arrays)
-  return path
-
-
-@pytest.mark.parametrize('s', ['', 's'])
-def test_npz_gives_pixels_and_labels_back(tmp_path, s):
-  arrays = {f'image{s}': X, f'label{s}': Y}
-  source = open_set(npz(tmp_path / 'set.npz', **arrays))
-  assert isinstance(source, sources.ArraySource)
-  assert (source.num_classes, source.pixel_values) == (4, 256)
-  for got, expected in zip(read_all(source), (X, Y), strict=True):
-    np.testing.assert_array_equal(got, expected)
-  plain = open_set(npz(tmp_path / 'plain.npz', image=X))
-  assert plain.num_classes == 0 and not read_all(plain)[1].any()
-
-
-@pytest.mark.parametrize(
-  ('arrays', 'words'),
-  [
-    ({'image': X / 255}, 'images are float64 [3, 4, 6, 3]'),
-    ({'image': X[0]}, 'images are uint8 [4, 6, 3]'),
-    ({'image': X[:0], 'label': Y[:0]}, 'images are uint8 [0, 4, 6, 3]'),
-    ({'image': X, 'label': Y[:2]}, 'labels [2]; wanted'),
-    ({'image': X, 'label': Y[:0]}, 'labels [0]; wanted'),
-    ({'image': X, 'label': Y - 1}, 'labels are int64 -1 .. 2'),
-    ({'image': X, 'label': Y.astype(np.float32)}, 'labels are float32'),
-    ({'image': X, 'label': Y > 1}, 'labels are bool'),
-    ({'image': X, 'label': Y + 2**31}, 'wanted ints from 0'),
-    ({'pixels': X}, 'has no array `image`'),
-    ({'image': np.array([X, None], object)}, 'no whole .npz of plain arrays'),
-  ],
-)
-def test_a_wrong_npz_is_refused(tmp_path, arrays, words):
-  path = npz(tmp_path / 'set.npz', **arrays)
-  assert words in (line := refusal(path)) and str(path) in line
-
-
-def test_a_damaged_or_missing_npz_is_refused(tmp_path):
-  path = tmp_path / 'set.npz'
-  assert f'{path} is no whole .npz' in refusal(path)
-  npz(path, image=X)
-  path.write_bytes(path.read_bytes()[:-30])
-  assert f'{path} is no whole .npz' in refusal(path)
-
-
-def test_arrays_keep_to_their_classes_and_levels():
-  source = sources.ArraySource(
-    'pool', X % 17, Y, num_classes=4, pixel_values=17
-  )
-  for wrong in ({'pixel_values': 16}, {'num_classes': 3}, {'num_classes': 0}):
-    with pytest.raises(errors.UserError, match=r'pool: .* wanted at most'):
-      dataclasses.replace(source, **wrong)
-
-
-def test_a_path_may_name_the_split(tmp_path):
-  for split, count in (('train', 3), ('test', 2)):
-    npz(tmp_path / f'set-{split}.npz', image=X[:count])
-    assert len(open_set(tmp_path / 'set-{split}.npz', split)) == count
-  path = tmp_path / 'set-train.npz'
-  assert f"{path} is the split 'train', not 'test'" in refusal(path, 'test')
-
-
-def test_a_known_name_is_no_folder(data_dir, tmp_path, monkeypatch):
-  (tmp_path / 'digits').mkdir()
-  monkeypatch.chdir(tmp_path)
-  assert len(open_set('digits', data_dir=str(data_dir))) == 1437
-
-
-def test_imports_are_light():
-  heavy = "{'PIL', 'sklearn', 'tensorflow', 'tensorflow_datasets', 'torch'}"
-  code = f'import sys, ddo_jax.data.sources; print({heavy} & set(sys.modules))'
-  assert subprocess.check_output([sys.executable, '-c', code]) == b'set()\n'
 
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp('tfds')
-  open_set('digits', data_dir=str(path))
+  sets.open_set('digits', data_dir=str(path))
   return path
 
 
-def rows_of(images, labels):
-  """The rows as a sorted list, as TFDS stores them shuffled."""
-  return sorted(zip(map(bytes, images), labels.tolist(), strict=True))
+def test_a_known_name_is_no_folder(data_dir, tmp_path, monkeypatch):
+  (tmp_path / 'digits').mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert len(sets.open_set('digits', data_dir=str(data_dir))) == 1437
 
 
 def test_digits_are_scikit_learns(data_dir):
   from sklearn import datasets as sklearn_datasets
 
-  train = open_set('digits', data_dir=str(data_dir))
-  test = open_set('digits', 'test', data_dir=str(data_dir))
+  train = sets.open_set('digits', data_dir=str(data_dir))
+  test = sets.open_set('digits', 'test', data_dir=str(data_dir))
   assert (len(train), len(test), train.pixel_values) == (1437, 360, 17)
-  assert (train.image_shape, train.num_classes) == ((8, 8, 1), 10)
+  assert (train.stored_shape, train.num_classes) == ((8, 8, 1), 10)
   pixels, labels = sklearn_datasets.load_digits(return_X_y=True)
-  both = rows_of(*read_all(train)) + rows_of(*read_all(test))
-  assert sorted(both) == rows_of(pixels.astype(np.uint8), labels)
+  both = sets.rows_of(*sets.read_all(train)) + sets.rows_of(
+    *sets.read_all(test)
+  )
+  assert sorted(both) == sets.rows_of(pixels.astype(np.uint8), labels)
   shares = np.bincount(test.labels) / np.bincount(labels)
   np.testing.assert_allclose(shares, 360 / 1797, atol=0.005)
 
 
 def test_a_slice_is_a_split(data_dir):
-  whole = open_set('digits', data_dir=str(data_dir))
-  part = open_set('digits', 'train[10:30]', data_dir=str(data_dir))
-  np.testing.assert_array_equal(part.images, whole.images[10:30])
+  whole = sets.open_set('digits', data_dir=str(data_dir))
+  part = sets.open_set('digits', 'train[10:30]', data_dir=str(data_dir))
+  np.testing.assert_array_equal(part.stored, whole.stored[10:30])
 
 
 def test_a_large_set_stays_on_disk(data_dir, monkeypatch):
-  whole = open_set('digits', 'test', data_dir=str(data_dir))
+  whole = sets.open_set('digits', 'test', data_dir=str(data_dir))
   monkeypatch.setattr(sources, '_IN_MEMORY', 360 * 64 - 1)
-  source = open_set('digits', 'test', data_dir=str(data_dir))
-  assert isinstance(source, sources.EncodedSource)
+  source = sets.open_set('digits', 'test', data_dir=str(data_dir))
+  assert isinstance(source, encoded.EncodedSource)
   assert (source.pixel_values, source.num_classes, len(source)) == (17, 10, 360)
   index = np.array([359, 0, 7])
   for got, expected in zip(source.read(index), whole.read(index), strict=True):
@@ -170,7 +78,7 @@ def test_a_large_set_stays_on_disk(data_dir, monkeypatch):
   ],
 )
 def test_an_unknown_name_is_refused(data_dir, source, split, words):
-  assert words in refusal(source, split, data_dir=str(data_dir))
+  assert words in sets.refusal(source, split, data_dir=str(data_dir))
 
 
 @pytest.fixture
@@ -186,7 +94,7 @@ def test_damaged_records_are_refused_by_name(copied, tmp_path, damage):
   content[100_000] ^= 1
   length = {'flip': None, 'cut': 150_000, 'empty': 0}[damage]
   path.write_bytes(content[:length])
-  line = refusal('digits', data_dir=str(tmp_path))
+  line = sets.refusal('digits', data_dir=str(tmp_path))
   assert f'{path} is damaged' in line and 'delete its folder' in line
 
 
@@ -199,24 +107,26 @@ def test_the_missing_one_of_two_files_is_named(tmp_path):
   builder.download_and_prepare(file_format='array_record', download_config=two)
   _, second = sorted(builder.data_path.glob('*train*'))
   second.unlink()
-  assert f'{second} is damaged' in refusal('digits', data_dir=str(tmp_path))
+  assert f'{second} is damaged' in sets.refusal(
+    'digits', data_dir=str(tmp_path)
+  )
 
 
 def test_a_set_in_tfrecord_is_refused(copied, tmp_path):
   path = copied / 'dataset_info.json'
   info = json.loads(path.read_text()) | {'fileFormat': 'tfrecord'}
   path.write_text(json.dumps(info))
-  line = refusal('digits', data_dir=str(tmp_path))
+  line = sets.refusal('digits', data_dir=str(tmp_path))
   assert f"{copied} is prepared as {{'tfrecord'}}; wanted array_record" in line
 
 
 def test_a_damaged_description_is_refused(copied, tmp_path):
   (copied / 'dataset_info.json').write_text('{')
-  line = refusal('digits', data_dir=str(tmp_path))
+  line = sets.refusal('digits', data_dir=str(tmp_path))
   assert "the folder of the set 'digits' is damaged" in line
   (copied / 'dataset_info.json').unlink()
   (copied / 'features.json').unlink()
-  line = refusal('digits', data_dir=str(tmp_path))
+  line = sets.refusal('digits', data_dir=str(tmp_path))
   assert 'nor a set prepared, whole' in line
 
 
@@ -229,7 +139,8 @@ def prepare_small(name, images, labels, data_dir):
 
 def test_two_may_prepare_at_once(tmp_path):
   images = RNG.integers(0, 17, (30, 8, 8, 1), dtype=np.uint8)
-  labels, meet = np.arange(30) % 10, threading.Barrier(2)
+  labels = np.arange(30) % 10
+  meet = threading.Barrier(2)
 
   class Meeting(np.ndarray):
     """Rows that come when both threads are writing."""
@@ -242,8 +153,8 @@ def test_two_may_prepare_at_once(tmp_path):
   with futures.ThreadPoolExecutor(2) as pool:
     for done in [pool.submit(prepare_small, *job) for _ in range(2)]:
       done.result()
-  got = read_all(open_set('digits', data_dir=str(tmp_path)))
-  assert rows_of(*got) == rows_of(images, labels)
+  got = sets.read_all(sets.open_set('digits', data_dir=str(tmp_path)))
+  assert sets.rows_of(*got) == sets.rows_of(images, labels)
   assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
 
 
@@ -251,12 +162,14 @@ def test_what_a_killed_process_left_is_not_read(tmp_path):
   left = tmp_path / 'digits/incomplete.ABCDEF_1.0.0' / RECORDS
   left.parent.mkdir(parents=True)
   left.write_bytes(b'half')
-  assert len(open_set('digits', 'test', data_dir=str(tmp_path))) == 360
+  assert len(sets.open_set('digits', 'test', data_dir=str(tmp_path))) == 360
 
 
 def test_a_data_dir_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').write_bytes(b'')
-  assert 'cannot write' in refusal('digits', data_dir=str(tmp_path / 'file'))
+  assert 'cannot write' in sets.refusal(
+    'digits', data_dir=str(tmp_path / 'file')
+  )
 
 
 def idx(array):
@@ -267,7 +180,8 @@ def idx(array):
 
 def fashion_files(folder):
   """Writes four small files; returns their arrays and SHA-256."""
-  arrays, sha256 = [], []
+  arrays = []
+  sha256 = []
   for part, count in (('train', 20), ('t10k', 5)):
     images = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
     labels = RNG.integers(0, 10, count, dtype=np.uint8)
@@ -290,16 +204,18 @@ def test_fashion_mnist_reads_idx(tmp_path):
 
 def test_wrong_fashion_mnist_files_are_refused(tmp_path):
   words = "train-images-idx3-ubyte.gz is not in config.data.raw_dir=''"
-  assert words in refusal('fashion_mnist', data_dir=str(tmp_path))
+  assert words in sets.refusal('fashion_mnist', data_dir=str(tmp_path))
   fashion_files(tmp_path)
   fields = {'data_dir': str(tmp_path), 'raw_dir': str(tmp_path)}
   # Not the real ones, as MNIST's files of the same names are not.
   path = tmp_path / 'train-images-idx3-ubyte.gz'
-  assert f'{path} has SHA-256' in refusal('fashion_mnist', **fields)
+  assert f'{path} has SHA-256' in sets.refusal('fashion_mnist', **fields)
   path.write_bytes(path.read_bytes()[:-100])
-  assert f'{path} cannot be decompressed' in refusal('fashion_mnist', **fields)
+  assert f'{path} cannot be decompressed' in sets.refusal(
+    'fashion_mnist', **fields
+  )
   (tmp_path / 't10k-labels-idx1-ubyte.gz').unlink()
-  line = refusal('fashion_mnist', **fields)
+  line = sets.refusal('fashion_mnist', **fields)
   assert line.startswith('t10k-labels-idx1-ubyte.gz is') and 'Debian' in line
 
 
@@ -330,15 +246,15 @@ def test_cifar10_is_the_set_that_stock_tfds_reads(tmp_path):
     np.testing.assert_array_equal(splits[split][0], images[rows])
     np.testing.assert_array_equal(splits[split][1], labels[rows])
   prepare_small('cifar10', images, labels, tmp_path)
-  ours = open_set('cifar10', data_dir=str(tmp_path))
+  ours = sets.open_set('cifar10', data_dir=str(tmp_path))
   stock = tfds.image_classification.Cifar10(data_dir=str(tmp_path))
   rows = stock.as_data_source('train')
   # The order in which stock TFDS, given the same images, writes 12 of them.
   written = [int(row['id'][-5:]) for row in rows]
   assert written == [6, 5, 4, 10, 0, 8, 3, 1, 9, 7, 11, 2]
-  np.testing.assert_array_equal(ours.images, images[written])
+  np.testing.assert_array_equal(ours.stored, images[written])
   np.testing.assert_array_equal(ours.labels, labels[written])
-  for row, image, label in zip(rows, ours.images, ours.labels, strict=True):
+  for row, image, label in zip(rows, ours.stored, ours.labels, strict=True):
     np.testing.assert_array_equal(row['image'], image)
     assert row['label'] == label
   features = tfds.builder_from_directory(stock.data_path).info.features
@@ -348,6 +264,8 @@ def test_cifar10_is_the_set_that_stock_tfds_reads(tmp_path):
 
 def test_wrong_cifar10_files_are_refused(tmp_path):
   fields = {'data_dir': str(tmp_path), 'raw_dir': str(tmp_path)}
-  assert 'University of Toronto' in refusal('cifar10', **fields)
+  assert 'University of Toronto' in sets.refusal('cifar10', **fields)
   cifar_file(tmp_path)
-  assert 'cifar-10-binary.tar.gz has SHA-256' in refusal('cifar10', **fields)
+  assert 'cifar-10-binary.tar.gz has SHA-256' in sets.refusal(
+    'cifar10', **fields
+  )

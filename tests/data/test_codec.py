@@ -1,6 +1,5 @@
 """Stored rows, model units and images: pixels and latents."""
 
-import dataclasses
 import functools
 
 import golden_io
@@ -13,9 +12,12 @@ from ddo_jax import config
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
-from ddo_jax.data import pool as pool_lib
+from ddo_jax.method import ddo
 from ddo_jax.method import diffusion
 from ddo_jax.method import generate
+from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
+from ddo_jax.method import noise
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
 from ddo_jax.models import toy
@@ -60,8 +62,8 @@ def test_pixels(compile_):
   """encoders.npz: rgb_*, exact."""
   golden = golden_io.load('encoders.npz')
   pixels = codec.Pixels()
-  encode = compile_(lambda raw: pixels.encode(raw, None))
-  decode = compile_(pixels.decode)
+  encode = compile_(lambda raw: pixels.encode({}, raw, None))
+  decode = compile_(functools.partial(pixels.decode, {}))
   raw = jnp.arange(256, dtype=jnp.uint8)
   x = encode(raw)
   assert x.dtype == jnp.float32
@@ -91,20 +93,20 @@ def test_latents(monkeypatch):
 
   monkeypatch.setattr(jax.random, 'normal', normal)
   raw = jnp.asarray(golden_io.nhwc(golden['vae_raw_mean_std']))
-  x = LATENTS.encode(raw, keys(len(noise)))
+  x = LATENTS.encode({}, raw, keys(len(noise)))
   wanted = golden_io.nhwc(golden['vae_latent'])
   assert golden_io.max_error(x, wanted) <= 1e-6
-  mean = LATENTS.decode(jnp.asarray(wanted))[..., :4]
+  mean = LATENTS.decode({}, jnp.asarray(wanted))[..., :4]
   wanted = golden_io.nhwc(golden['vae_decoder_input'])
   assert golden_io.max_error(mean, wanted) <= 1e-6
 
 
 def test_digits_come_back_too():
   pixels, raw = codec.Pixels(17), jnp.arange(17, dtype=jnp.uint8)
-  x = pixels.encode(raw, None)
+  x = pixels.encode({}, raw, None)
   np.testing.assert_allclose(x, np.linspace(-1, 1, 17), atol=1e-7)
-  np.testing.assert_array_equal(pixels.decode(x), raw)
-  assert pixels.raw_shape((8, 8, 1)) == (8, 8, 1)
+  np.testing.assert_array_equal(pixels.decode({}, x), raw)
+  assert pixels.stored_shape((8, 8, 1)) == (8, 8, 1)
 
 
 # --- Latents ------------------------------------------------------------------
@@ -112,16 +114,18 @@ def test_digits_come_back_too():
 
 def test_the_noise_of_a_latent_is_its_rows():
   raw, rows = raw_latents(3), keys(3)
-  whole = LATENTS.encode(raw, rows)
-  np.testing.assert_array_equal(LATENTS.encode(raw[1:2], rows[1:2]), whole[1:2])
-  assert np.abs(LATENTS.encode(raw, rows[::-1]) - whole).max() > 0.01
-  same = LATENTS.encode(np.stack([raw[0]] * 2), rows[:2])
+  whole = LATENTS.encode({}, raw, rows)
+  np.testing.assert_array_equal(
+    LATENTS.encode({}, raw[1:2], rows[1:2]), whole[1:2]
+  )
+  assert np.abs(LATENTS.encode({}, raw, rows[::-1]) - whole).max() > 0.01
+  same = LATENTS.encode({}, np.stack([raw[0]] * 2), rows[:2])
   assert np.abs(same[0] - same[1]).max() > 0.01
 
 
 def test_the_noise_has_the_stored_deviation():
   raw = np.tile(raw_latents(1), (4_000, 1, 1, 1))
-  x = LATENTS.encode(raw, keys(len(raw)))
+  x = LATENTS.encode({}, raw, keys(len(raw)))
   mean, std = np.split(raw[0], 2, axis=-1)
   scale, bias = LATENTS.affine()
   z = (np.asarray(x) - bias) / scale
@@ -132,11 +136,11 @@ def test_the_noise_has_the_stored_deviation():
 def test_a_fake_latent_comes_back_as_it_was_drawn():
   x = 0.5 * np.random.default_rng(1).standard_normal((3, 4, 4, 4))
   x = x.astype(np.float32)
-  raw = LATENTS.decode(x)
-  assert raw.shape == (3, *LATENTS.raw_shape((4, 4, 4))) == (3, 4, 4, 8)
+  raw = LATENTS.decode({}, x)
+  assert raw.shape == (3, *LATENTS.stored_shape((4, 4, 4))) == (3, 4, 4, 8)
   assert raw.dtype == np.float32 and not raw[..., 4:].any()
   for rows in (keys(3), keys(6)[3:]):  # whatever the noise
-    np.testing.assert_allclose(LATENTS.encode(raw, rows), x, atol=3e-7)
+    np.testing.assert_allclose(LATENTS.encode({}, raw, rows), x, atol=3e-7)
 
 
 def test_images_are_cut_off_to_levels(autoencoder, monkeypatch):
@@ -184,30 +188,35 @@ def test_images_need_the_autoencoder():
 
 def test_presets_of_512_have_latents_and_no_others():
   for name in presets.EDM2:
-    model = edm2.build(presets.get(name), -0.4, 1.0, remat=False)
-    raw_shape = model.encoder.raw_shape(model.example_shape)
+    model = presets.get(name).build()
+    stored_shape = model.codec.stored_shape(model.example_shape)
     wanted = (64, 64, 8) if 'img512' in name else (64, 64, 3)
-    assert raw_shape == wanted and model.pixel_values == 256
-    model.check_source('data', wanted, model.num_classes, 256)
-    other = (64, 64, 11 - wanted[-1])
+    assert stored_shape == wanted and model.codec.pixel_values == 256
+    check = functools.partial(
+      likelihood.check_source,
+      model,
+      'data',
+      num_classes=model.num_classes,
+      pixel_values=256,
+    )
+    check(wanted)
     with pytest.raises(errors.UserError, match='the model takes'):
-      model.check_source('data', other, model.num_classes, 256)
-  assert model.encoder == codec.Latents(vae.AutoencoderKL())
+      check((64, 64, 11 - wanted[-1]))
+  assert model.codec == codec.Latents(vae.AutoencoderKL())
 
 
 def test_latents_follow_sigma_data():
   model_config = edm2.Edm2Config(
     image_shape=(64, 64, 4), latents=True, sigma_data=1.0
   )
-  model = edm2.build(model_config, -0.4, 1.0, remat=False)
-  scale, _ = model.encoder.affine()
+  scale, _ = model_config.build().codec.affine()
   np.testing.assert_allclose(scale, 2 * LATENTS.affine()[0])
 
 
 def test_latents_of_three_channels_are_refused():
   model_config = edm2.Edm2Config(latents=True)
   with pytest.raises(errors.UserError, match='wanted 4 channels'):
-    edm2.build(model_config, -0.4, 1.0, remat=False)
+    model_config.build()
 
 
 class Denoiser:
@@ -223,20 +232,20 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
     denoiser=Denoiser(),
     example_shape=(4, 4, 4),
     num_classes=3,
-    sigma_data=0.5,
-    p_mean=-0.4,
-    p_std=1.0,
-    encoder=LATENTS,
+    weight=noise.EdmWeight(0.5),
+    codec=LATENTS,
   )
   executor = devices_lib.Executor(config.Executor(), 1)
   sampler = heun.Heun(4, 0.02, 20.0)
   frozen = executor.replicate({'vae': autoencoder})
   generator = generate.Generator(model, frozen, sampler, executor, 4)
-  pool = pool_lib.Pool(tmp_path, 10, 4, {})
+  pool = negatives.FakePool(tmp_path, 10, 4, {})
   key = rng.stream(0, 'fakes')
   generator.fill(pool, {}, key)
   source = pool.source(num_classes=3, pixel_values=256)
-  model.check_source(source.name, source.image_shape, 3, source.pixel_values)
+  likelihood.check_source(
+    model, source.name, source.stored_shape, 3, source.pixel_values
+  )
   stored, labels = source.read(np.arange(10))
   assert stored.shape == (10, 4, 4, 8) and stored.dtype == np.float32
   x = model.sample(
@@ -246,7 +255,7 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
     rng.per_example(key, np.arange(10)),
     sampler,
   )
-  again = model.encode(frozen, stored, keys(10))
+  again = model.codec.encode(frozen, stored, keys(10))
   np.testing.assert_allclose(again, x, atol=1e-5)
   images, _ = generator.images({}, key, 10)
   assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
@@ -256,24 +265,25 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
 def test_a_step_on_latents_starts_at_chance():
   """Real and fake latents through encode; law 1."""
   knobs = toy.ToyConfig('mlp', 8, 1, (4, 4, 4), 3)
-  model = toy.build(knobs, -0.4, 1.0, remat=False)
-  model = dataclasses.replace(model, encoder=LATENTS)
+  model = knobs.build(noise=noise.LogNormal(-0.4, 1.0)).replace(codec=LATENTS)
   params = jax.jit(model.init)(rng.stream(0))
-  phase = config.Phase(batch_size=8)
-  static = {'model': model, 'phase': phase.static()}
-  step = jax.jit(functools.partial(step_lib.train_step, **static))
+  phase = config.at_round(
+    config.Phase(objective=ddo.DDO(alpha=(2.0,), beta=(0.05,)), batch_size=8), 0
+  )
+  step = jax.jit(step_lib.train_step)
   label = np.arange(8, dtype=np.int32) % 3
-  real = {'image': raw_latents(8), 'label': label}
-  fake = {'image': LATENTS.decode(raw_latents(8)[..., :4]), 'label': label}
+  real = {'stored': raw_latents(8), 'label': label}
+  fake = {'stored': LATENTS.decode({}, raw_latents(8)[..., :4]), 'label': label}
   real['id'] = np.arange(8, dtype=np.uint32)
-  hyper = state_lib.Hyper(*map(jnp.float32, (2.0, 0.05, 1e-3)))
+  transform = phase.optimizer.transform(model.rules, 8, phase.images)
   state, metrics = step(
-    state_lib.create(params, phase),
+    state_lib.create(params, transform, phase.averages),
     params,
     {},
     real,
     fake,
-    hyper,
+    model,
+    phase,
     rng.stream(1),
   )
   np.testing.assert_allclose(metrics['loss'], metrics['chance_loss'], rtol=1e-6)

@@ -6,11 +6,13 @@ import pickle
 
 import numpy as np
 import pytest
-import test_sources
+import sets
 
 from ddo_jax import errors
-from ddo_jax.data import pool as pool_lib
+from ddo_jax.data import loader
 from ddo_jax.data import sources
+from ddo_jax.method import generate
+from ddo_jax.method import negatives
 
 SHAPE = (2, 6, 8)  # H, W, and four means before four standard deviations
 
@@ -46,28 +48,26 @@ def edm2_files():
 @pytest.mark.parametrize('name', ['set', 'set.zip'])
 def test_folder_and_zip_give_latents_and_labels_back(tmp_path, name):
   latents, labels = make_latents()
-  source = test_sources.open_path(
-    test_sources.write(tmp_path / name, edm2_files())
-  )
-  got, got_labels = test_sources.read_all(source)
+  source = sets.open_set(sets.write(tmp_path / name, edm2_files()))
+  got, got_labels = sets.read_all(source)
   assert (got.dtype, got_labels.dtype) == (np.float32, np.int32)
   np.testing.assert_array_equal(got, latents)
   np.testing.assert_array_equal(got_labels, labels)
-  assert (len(source), source.image_shape) == (5, SHAPE)
+  assert (len(source), source.stored_shape) == (5, SHAPE)
   assert (source.num_classes, source.pixel_values) == (labels.max() + 1, 256)
-  (batch,) = sources.batches(source, 1, 4, 3, 4)
-  index = sources.order(1, 12 + np.arange(4), 5)
-  np.testing.assert_array_equal(batch['image'], latents[index])
+  (batch,) = loader.batches(
+    source, seed=1, batch_size=4, start_step=3, stop_step=4
+  )
+  index = loader.order(1, 12 + np.arange(4), 5)
+  np.testing.assert_array_equal(batch['stored'], latents[index])
 
 
 def test_the_order_in_memory_does_not_matter(tmp_path):
   files = edm2_files()
   planes = np.load(io.BytesIO(files[name_of(0)]))
   files[name_of(0)] = encode(np.asfortranarray(planes))
-  source = test_sources.open_path(test_sources.write(tmp_path / 'set', files))
-  np.testing.assert_array_equal(
-    test_sources.read_all(source)[0], make_latents()[0]
-  )
+  source = sets.open_set(sets.write(tmp_path / 'set', files))
+  np.testing.assert_array_equal(sets.read_all(source)[0], make_latents()[0])
 
 
 PLANES = np.moveaxis(make_latents(1)[0][0], -1, 0)
@@ -99,12 +99,10 @@ def with_value(index, value):
   ],
 )
 def test_a_wrong_latent_is_refused_by_its_name(tmp_path, content, words):
-  path = test_sources.write(
-    tmp_path / 'set.zip', edm2_files() | {name_of(3): content}
-  )
-  source = test_sources.open_path(path)
+  path = sets.write(tmp_path / 'set.zip', edm2_files() | {name_of(3): content})
+  source = sets.open_set(path)
   with pytest.raises(errors.UserError) as caught:
-    test_sources.read_all(source)
+    sets.read_all(source)
   line = str(caught.value)
   assert words in line and f'{path}/{name_of(3)}' in line and '\n' not in line
 
@@ -113,29 +111,29 @@ def test_an_npz_for_a_latent_is_refused(tmp_path):
   file = io.BytesIO()
   np.savez(file, PLANES)
   files = edm2_files() | {name_of(3): file.getvalue()}
-  source = test_sources.open_path(test_sources.write(tmp_path / 'set', files))
+  source = sets.open_set(sets.write(tmp_path / 'set', files))
   with pytest.raises(errors.UserError, match=r'00000003\.npy is no whole'):
-    test_sources.read_all(source)
+    sets.read_all(source)
 
 
 def test_images_and_latents_in_one_set_are_refused(tmp_path):
-  path = test_sources.write(tmp_path / 'set', edm2_files() | {'a.png': b''})
+  path = sets.write(tmp_path / 'set', edm2_files() | {'a.png': b''})
   with pytest.raises(errors.UserError, match='holds 1 images and 5 latents'):
-    test_sources.open_path(path)
+    sets.open_set(path)
 
 
 def test_labels_must_be_those_of_the_latents(tmp_path):
   files = edm2_files()
   del files[name_of(4)]
-  path = test_sources.write(tmp_path / 'set', files)
+  path = sets.write(tmp_path / 'set', files)
   with pytest.raises(errors.UserError, match='missing files'):
-    test_sources.open_path(path)
+    sets.open_set(path)
 
 
 def test_latents_in_memory():
   latents, labels = make_latents()
   source = sources.ArraySource('pool', latents, labels, num_classes=3)
-  got, got_labels = test_sources.read_all(source)
+  got, got_labels = sets.read_all(source)
   np.testing.assert_array_equal(got, latents)
   np.testing.assert_array_equal(got_labels, labels)
   assert got.dtype == np.float32
@@ -164,21 +162,21 @@ def test_labels_of_latents_keep_to_their_classes():
 
 
 def test_a_pool_keeps_latents_to_the_bit(tmp_path):
-  pool = pool_lib.Pool(tmp_path, 5, 2, {})
+  pool = negatives.FakePool(tmp_path, 5, 2, {})
   latents, _ = make_latents()
   latents[0, 0, 0, :4] = np.float32([1e-38, -0.0, 1 / 3, 1e30])
   for shard in pool.missing():
     ids = pool.ids(shard)
-    pool.write(shard, latents[ids], pool_lib.balanced_labels(ids, 3))
+    pool.write(shard, latents[ids], generate.balanced_labels(ids, 3))
   source = pool.source(num_classes=3, pixel_values=256)
-  got, labels = test_sources.read_all(source)
+  got, labels = sets.read_all(source)
   assert got.dtype == np.float32 and got.tobytes() == latents.tobytes()
   assert labels.tolist() == [0, 1, 2, 0, 1]
-  assert source.image_shape == SHAPE
+  assert source.stored_shape == SHAPE
 
 
 def test_a_pool_names_the_shard_of_a_diverged_latent(tmp_path):
-  pool = pool_lib.Pool(tmp_path, 4, 2, {})
+  pool = negatives.FakePool(tmp_path, 4, 2, {})
   latents, labels = make_latents(4)
   latents[3, 0, 0, 0] = np.nan
   for shard in pool.missing():

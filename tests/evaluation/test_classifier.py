@@ -76,8 +76,8 @@ def test_any_number_of_images_without_retracing(digits, fitted):
       np.testing.assert_array_equal(predicted, classes[-n:])
 
 
-def test_levels_set_the_scale(digits, fitted):
-  # x = raw·2/(levels - 1) - 1: 15 times the values of 241 levels are the same.
+def test_the_number_of_pixel_values_sets_the_scale(digits, fitted):
+  # x = 2 raw/(pixel_values − 1) − 1: 15 times the values of 241 are the same.
   images = digits[1]
   finer = dataclasses.replace(fitted, pixel_values=241)
   features, predicted = fitted.apply(images)
@@ -93,7 +93,9 @@ def test_mistakes_raise(digits, fitted):
   fit = classifier.fit
   with pytest.raises(errors.UserError, match='float32'):
     fit(images.astype(np.float32), labels, 10, 17)
-  with pytest.raises(errors.UserError, match='value 16; raw pixels of 16'):
+  with pytest.raises(
+    errors.UserError, match=r'value 16; raw pixels are 0 \.\. 15'
+  ):
     fit(images, labels, 10, 16)
   with pytest.raises(errors.UserError, match=r'labels are int64 \(9,\)'):
     fit(images, labels[:9], 10, 17)
@@ -105,7 +107,9 @@ def test_mistakes_raise(digits, fitted):
     fit(images, labels, 1, 17)
   with pytest.raises(errors.UserError, match=r'images are uint8 \(0, 8'):
     fitted.apply(images[:0])
-  with pytest.raises(errors.UserError, match='value 255; raw pixels of 17'):
+  with pytest.raises(
+    errors.UserError, match=r'value 255; raw pixels are 0 \.\. 16'
+  ):
     fitted.apply(images * 15 + 15)
   with pytest.raises(errors.UserError, match=r'have shape \(8, 7, 1\)'):
     fitted.apply(images[:, :, :7])

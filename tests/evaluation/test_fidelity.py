@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import zipfile
 
 import jax
@@ -15,29 +16,33 @@ from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
-from ddo_jax import models
 from ddo_jax import rng
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.data import image_writer
+from ddo_jax.data import sources
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import score
+from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.networks import inception
-from ddo_jax.method import generate
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
+from ddo_jax.weights import fid_stats
 from ddo_jax.weights import inception as inception_weights
-from ddo_jax.weights import references
 
-SHAPE, WIDTH, COUNT = (4, 4, 3), 6, 150
+SHAPE = (4, 4, 3)
+WIDTH = 6
+COUNT = 150
 TINY = dataclasses.replace(
   protocols.get('adm-img256'),
   name='tiny',
   image_shape=SHAPE,
   num_images=COUNT,
-  first_seeds=(0, COUNT, 2 * COUNT),
-  reference='tiny.npz',
+  num_blocks=3,
+  fid_stats='tiny.npz',
+  printed='minimum',
   features=('fid',),
 )
 
@@ -62,7 +67,7 @@ def small(monkeypatch):
   monkeypatch.setattr(
     inception_weights, 'load', lambda path: ({'matrix': matrix}, origin)
   )
-  monkeypatch.setitem(references.WIDTHS, 'fid', WIDTH)
+  monkeypatch.setitem(fid_stats.WIDTHS, 'fid', WIDTH)
   monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
   return matrix
 
@@ -77,9 +82,15 @@ def save_png(path, image):
   Image.fromarray(image).save(path)
 
 
+def score_images(config, path, output):
+  return score.score_images(
+    config.evaluation, config.seed, config.data, path, output
+  )
+
+
 @pytest.fixture
 def settings(tmp_path):
-  """A config whose reference is of `images_of()`."""
+  """A config whose fid_stats are those of `images_of()`."""
   np.savez(tmp_path / 'data.npz', image=images_of(), label=np.arange(COUNT) % 3)
   config = digits.get_config()
   config.data.source = str(tmp_path / 'data.npz')
@@ -88,29 +99,34 @@ def settings(tmp_path):
     metric='fid',
     selection_samples=80,
     seeds=2,  # the protocol has three
-    reference=str(tmp_path / 'fid.npz'),
+    fid_stats=str(tmp_path / 'fid.npz'),
   )
-  config.model.image_shape, config.model.num_classes = SHAPE, 3
-  config.model.hidden, config.model.pixel_values = 8, 256
-  config.sampler.num_steps, config.executor.sample_batch = 2, 40
-  score.write_reference(config, tmp_path)
+  config.model.image_shape = SHAPE
+  config.model.num_classes = 3
+  config.model.hidden = 8
+  config.model.pixel_values = 256
+  config.sampler.num_steps = 2
+  config.executor.sample_batch = 40
+  score.write_fid_stats(config.evaluation, config.data, tmp_path)
   return config
 
 
 def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
   np.savez(tmp_path / 'same.npz', arr_0=images_of())
-  result = score.score_images(settings, tmp_path / 'same.npz', tmp_path)
+  result = score_images(settings, tmp_path / 'same.npz', tmp_path)
   assert abs(result['scores']['fid']['mean']) < 1e-9
   assert json.loads((tmp_path / 'eval.json').read_text()) == result
   assert result['protocol']['name'] == 'tiny'
   assert result['files']['inception']['sha256'] == 'f' * 64
-  assert result['files']['reference']['data'].endswith('data.npz')
-  assert len(result['files']['reference']['sha256']) == 64
-  assert result['notes'] == []
+  assert result['files']['fid_stats']['data'].endswith('data.npz')
+  assert len(result['files']['fid_stats']['sha256']) == 64
+  assert result['notes'] == [
+    '1 set(s) of images, where protocol tiny prints the minimum of 3'
+  ]
   for estimate in ('jackknife', 'limit'):
     assert result['uncertainty']['fid'][estimate]['label']
   np.savez(tmp_path / 'other.npz', arr_0=images_of(seed=1))
-  other = score.score_images(settings, tmp_path / 'other.npz', tmp_path)
+  other = score_images(settings, tmp_path / 'other.npz', tmp_path)
   assert other['scores']['fid']['mean'] > 1e-4
   gap = score.compare(other, result)
   assert gap['fid'] == pytest.approx(other['scores']['fid']['mean'], abs=1e-9)
@@ -124,7 +140,7 @@ def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_files_score_as_arrays(settings, tmp_path, kind):
-  writer = generate.ImageWriter(tmp_path / 'set')
+  writer = image_writer.ImageWriter(tmp_path / 'set')
   writer.add(np.arange(COUNT), images_of(), np.arange(COUNT) % 3)
   writer.close()
   path = tmp_path / 'set'
@@ -133,12 +149,13 @@ def test_files_score_as_arrays(settings, tmp_path, kind):
       for file in path.rglob('*.*'):
         archive.write(file, file.relative_to(path))
     path = tmp_path / 'set.zip'
-  result = score.score_images(settings, path, tmp_path)
+  result = score_images(settings, path, tmp_path)
   assert abs(result['scores']['fid']['mean']) < 1e-9
 
 
 def test_features_go_on_where_they_were_cut_off(settings, small, tmp_path):
-  extractor, asked = features.Extractor(settings), []
+  extractor = features.Extractor(settings.evaluation)
+  asked = []
 
   def chunks(ids, stop=None):
     asked.append(ids)
@@ -147,13 +164,13 @@ def test_features_go_on_where_they_were_cut_off(settings, small, tmp_path):
         raise KeyboardInterrupt
       yield images_of()[ids[start : start + 13]]
 
-  whole = extractor.features(chunks, COUNT)
+  whole = extractor.rows(chunks, COUNT)
   wanted = np.tanh(images_of().reshape(COUNT, -1) @ small)[:, :WIDTH]
   np.testing.assert_allclose(whole['fid'], wanted, atol=1e-5)
   options = {'folder': tmp_path / 'kept', 'devices': jax.local_devices()[:1]}
   with pytest.raises(KeyboardInterrupt):
-    extractor.features(lambda ids: chunks(ids, 140), COUNT, **options)
-  rest = extractor.features(chunks, COUNT, **options)
+    extractor.rows(lambda ids: chunks(ids, 140), COUNT, **options)
+  rest = extractor.rows(chunks, COUNT, **options)
   assert 0 < len(asked[-1]) < COUNT
   for kind, rows in whole.items():
     np.testing.assert_array_equal(rest[kind], rows)
@@ -165,9 +182,7 @@ class Drawn:
 
   def __init__(self, batch):
     self.batch = batch
-    self.model = models.build(
-      config_lib.Config(model=digits.get_config().model), config_lib.Phase()
-    )
+    self.model = digits.get_config().model.build()
 
   def stream(self, params, key, ids, labels):
     for start in range(0, len(ids), self.batch):
@@ -182,14 +197,17 @@ class Drawn:
 
 def test_drawn_images_do_not_depend_on_the_batch(settings):
   settings.evaluation.real_images = 100
-  run = run_lib.Run(settings, None)
-  evaluator = fidelity.Evaluator(settings, run.real)
-  measure = lambda batch, block: evaluator.measure(
-    Drawn(batch), None, None, block, 90
-  )
-  first = measure(7, 1)
-  assert first == measure(64, 1)
-  assert first != measure(64, 0)
+  run = workspace.Run(settings, None)
+  evaluator = run.evaluator
+
+  def scores(batch, block):
+    ids = evaluator.ids(block, 90)
+    drawn = measure.draw(evaluator, Drawn(batch), None, None, ids)
+    return evaluator.scores(*drawn)
+
+  first = scores(7, 1)
+  assert first == scores(64, 1)
+  assert first != scores(64, 0)
   wanted = {'fid', 'inception_score', 'kid', 'precision', 'recall'}
   assert first.keys() == wanted
   kept = {}
@@ -198,27 +216,28 @@ def test_drawn_images_do_not_depend_on_the_batch(settings):
     kept.update(zip(ids.tolist(), labels.tolist(), strict=True))
     np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
 
-  evaluator.extractor.draw(Drawn(7), None, None, np.arange(COUNT), keep=keep)
+  measure.draw(evaluator, Drawn(7), None, None, np.arange(COUNT), keep=keep)
   assert kept == {i: i % 10 for i in range(COUNT)}
 
 
 @pytest.fixture
 def run_folder(settings, tmp_path):
-  model = models.build(settings, settings.ddo)
+  model = settings.model.build()
   params = jax.jit(model.init)(rng.stream(0))
   checkpoint.save_params(tmp_path / 'params', params, {'config': {}})
   return tmp_path
 
 
 def test_params_are_scored_and_their_images_written(settings, run_folder):
-  evaluate_run = lambda **options: main.run(
-    settings,
-    run_folder / 'run',
-    'evaluate',
-    run_folder / 'params',
-    output=run_folder / 'out',
-    **options,
-  )
+  def evaluate_run(save_images=None):
+    return main.evaluate(
+      settings,
+      run_folder / 'run',
+      params=run_folder / 'params',
+      output=run_folder / 'out',
+      save_images=save_images,
+    )
+
   result = evaluate_run()
   values = result['scores']['fid']['values']
   assert len(values) == 2
@@ -230,9 +249,7 @@ def test_params_are_scored_and_their_images_written(settings, run_folder):
   for name in ('images', 'images.npz'):
     again = evaluate_run(save_images=run_folder / name)
     assert again['scores'] == result['scores']
-    written = score.score_images(
-      settings, run_folder / name, run_folder / 'out'
-    )
+    written = score_images(settings, run_folder / name, run_folder / 'out')
     # The same images; the order of an .npz is shuffled.
     assert written['scores']['fid']['mean'] == pytest.approx(
       values[0], abs=1e-12
@@ -246,19 +263,19 @@ def test_features_of_another_seed_are_not_gone_on_with(
   settings, run_folder, monkeypatch
 ):
   def scores(output):
-    return main.run(
+    result = main.evaluate(
       settings,
       run_folder / 'run',
-      'evaluate',
-      run_folder / 'params',
+      params=run_folder / 'params',
       output=run_folder / output,
-    )['scores']
+    )
+    return result['scores']
 
-  def cut_off(evaluator, rows):
+  def cut_off(evaluator, rows, labels):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(fidelity.Evaluator, 'scores', cut_off)
+    patch.setattr(fidelity.FidelityEvaluator, 'scores', cut_off)
     with pytest.raises(KeyboardInterrupt):
       scores('out')
   assert list((run_folder / 'out').glob('features_*/block_0/fid.npy'))
@@ -267,16 +284,23 @@ def test_features_of_another_seed_are_not_gone_on_with(
 
 
 def test_a_round_is_selected_and_reported_by_the_protocol(settings, run_folder):
-  run = run_lib.Run(settings, run_folder / 'run')
-  model = models.build(settings, settings.ddo)
-  params, _ = run_lib.load_params(run_folder / 'params', model, run.executor)
-  arguments = (run.evaluator, run.generator(model), params, settings)
-  assert evaluator_lib.selection_scores(*arguments)['fid'] > 0
-  report = evaluator_lib.report_scores(*arguments)
+  run = workspace.Run(settings, run_folder / 'run')
+  params, _ = workspace.load_params(
+    run_folder / 'params', run.model, run.executor
+  )
+  evaluation = settings.evaluation
+  arguments = (run.evaluator, run.generator(), params, evaluation, 0)
+  assert measure.selection_scores(*arguments)['fid'] > 0
+  report = measure.report_scores(*arguments)
   assert report['fid']['sd'] > 0
-  assert evaluator_lib.sizes(run.evaluator, settings) == (COUNT, 2)
-  settings.evaluation.samples, settings.evaluation.seeds = 7, 0
-  assert evaluator_lib.sizes(run.evaluator, settings) == (7, 3)
+  assert report['fid']['headline'] == 'minimum'
+  assert report['inception_score']['headline'] == 'mean'
+  assert measure.num_images(run.evaluator, evaluation) == COUNT
+  assert measure.num_blocks(run.evaluator, evaluation) == 2
+  evaluation.samples = 7
+  evaluation.seeds = 0
+  assert measure.num_images(run.evaluator, evaluation) == 7
+  assert measure.num_blocks(run.evaluator, evaluation) == 3
 
 
 def encoded(image, kind):
@@ -288,7 +312,7 @@ def encoded(image, kind):
 def test_mistakes(settings, tmp_path, monkeypatch):
   def refusal(path, config=settings):
     with pytest.raises(errors.UserError) as error:
-      score.score_images(config, path, tmp_path)
+      score_images(config, path, tmp_path)
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -308,17 +332,54 @@ def test_mistakes(settings, tmp_path, monkeypatch):
   (tmp_path / 'set' / 'b.png').write_bytes(whole[:60])
   assert 'b.png' in refusal(tmp_path / 'set')
   np.savez(tmp_path / 'few.npz', arr_0=images_of(5))
-  notes = score.score_images(settings, tmp_path / 'few.npz', tmp_path)['notes']
+  notes = score_images(settings, tmp_path / 'few.npz', tmp_path)['notes']
   assert 'not to be compared' in notes[0]
   assert 'rank-deficient' in notes[1]
   settings.evaluation.features = ('sfid',)
-  assert 'has fid' in refusal(tmp_path / 'few.npz')
+  assert "some of ('fid',)" in refusal(tmp_path / 'few.npz')
   settings.evaluation.features = ()
   settings.evaluation.protocol = 'edm'
-  assert 'wanted one of edm-cifar10' in refusal(tmp_path / 'few.npz')
+  assert "is 'edm'; it must be one of" in refusal(tmp_path / 'few.npz')
   settings.evaluation.protocol = 'tiny'
-  settings.evaluation.reference = str(tmp_path / 'lost.npz')
+  settings.evaluation.fid_stats = str(tmp_path / 'lost.npz')
   assert 'lost.npz' in refusal(tmp_path / 'few.npz')
+
+
+def test_training_images_of_another_shape_are_refused_at_once(settings):
+  """The pool would be drawn before a sample is measured."""
+
+  def open_evaluator(images):
+    labels = np.zeros(len(images), np.int32)
+    train = sources.ArraySource('train', images, labels)
+    return measure.open_evaluator(
+      settings.evaluation, seed=0, train=train, open_test=None
+    )
+
+  with pytest.raises(errors.UserError, match=r'images are uint8 \[5, 4, 3\]'):
+    open_evaluator(np.zeros((9, 5, 4, 3), np.uint8))
+  open_evaluator(images_of())
+  # What latents decode to is known only when it is seen.
+  open_evaluator(np.zeros((9, 2, 2, 8), np.float32))
+
+
+def test_published_files_are_found_where_they_were(settings, monkeypatch):
+  path = pathlib.Path(settings.evaluation.fid_stats)
+  settings.evaluation.fid_stats = ''
+  monkeypatch.setenv('HOME', str(path.parent))
+  cache = path.parent / '.cache' / 'ddo_jax'
+
+  def open_evaluator():
+    return measure.open_evaluator(
+      settings.evaluation, seed=0, train=None, open_test=None
+    )
+
+  with pytest.raises(errors.UserError, match=r'fid_stats/tiny\.npz'):
+    open_evaluator()
+  for folder in ('references', 'fid_stats'):  # as earlier versions had it first
+    (cache / folder).mkdir(parents=True)
+    path.rename(cache / folder / 'tiny.npz')
+    path = cache / folder / 'tiny.npz'
+    open_evaluator()
 
 
 def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
@@ -327,11 +388,11 @@ def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
   monkeypatch.setattr(inception_weights, 'FOLDER', tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))
   with pytest.raises(errors.UserError, match='no Inception weights in'):
-    features.Extractor(settings)
+    features.Extractor(settings.evaluation)
 
 
 def test_sorted_samples_have_no_inception_score(settings):
-  evaluator = fidelity.Evaluator(settings)
+  evaluator = fidelity.FidelityEvaluator(settings.evaluation, seed=0)
   logits = np.repeat(np.eye(5, dtype=np.float32) * 9, 2_000, axis=0)
   rows = {'fid': np.random.default_rng(0).normal(size=(10_000, WIDTH))}
   rows = {k: np.float32(v) for k, v in rows.items()}
@@ -342,8 +403,14 @@ def test_sorted_samples_have_no_inception_score(settings):
 def test_devices_agree(settings):
   """One and eight: statistics to the bit on CPU."""
   assert devices_lib.Executor(settings.executor).num_devices == 8
-  extractor = features.Extractor(settings)
-  chunks = lambda ids: [images_of(300)[ids]]
-  eight = features.sums(extractor.features(chunks, 300)['fid'])
-  one = extractor.features(chunks, 300, devices=jax.local_devices()[:1])
-  np.testing.assert_array_equal(features.sums(one['fid']).outer, eight.outer)
+  extractor = features.Extractor(settings.evaluation)
+
+  def chunks(ids):
+    return [images_of(300)[ids]]
+
+  eight = extractor.rows(chunks, 300)['fid']
+  one = extractor.rows(chunks, 300, devices=jax.local_devices()[:1])['fid']
+  np.testing.assert_array_equal(one, eight)
+  np.testing.assert_array_equal(
+    frechet.Statistics.of(one).outer, frechet.Statistics.of(eight).outer
+  )

@@ -69,8 +69,10 @@ def test_merged_statistics_equal_those_of_the_whole():
 def test_distance_of_commuting_gaussians_is_the_closed_form():
   # In one eigenbasis: |Δm|² + Σ (σ_a - σ_b)².
   basis = scipy.linalg.qr(np.random.default_rng(2).normal(size=(4, 4)))[0]
-  mean_a, mean_b = np.array([1.0, 0, -2, 0]), np.array([0.0, 1, 0, 3])
-  sd_a, sd_b = np.array([1.0, 2, 3, 0.5]), np.array([2.0, 2, 1, 4.5])
+  mean_a = np.array([1.0, 0, -2, 0])
+  mean_b = np.array([0.0, 1, 0, 3])
+  sd_a = np.array([1.0, 2, 3, 0.5])
+  sd_b = np.array([2.0, 2, 1, 4.5])
   a, b = (basis @ np.diag(sd**2) @ basis.T for sd in (sd_a, sd_b))
   expected = 1 + 1 + 4 + 9 + 1 + 0 + 4 + 16
   got = frechet.distance_of_moments(mean_a, a, mean_b, b)
@@ -107,7 +109,8 @@ def test_distance_of_a_wide_spectrum_to_itself_is_zero(smallest):
 def test_distance_of_rank_deficient_sets():
   # 12 rows of 30 features. tr (A^½ B A^½)^½ is the sum of singular values of
   # X_a X_bᵀ, which needs no square root of a vanishing eigenvalue.
-  a, b = _features(6, 12, 30), _features(7, 12, 30)
+  a = _features(6, 12, 30)
+  b = _features(7, 12, 30)
   wide_a, wide_b = (x.astype(np.float64) for x in (a, b))
   centred_a, centred_b = (x - x.mean(axis=0) for x in (wide_a, wide_b))
   cross = scipy.linalg.svdvals(centred_a @ centred_b.T).sum()
@@ -122,8 +125,10 @@ def test_distance_of_rank_deficient_sets():
 def test_distance_of_a_rank_deficient_set_from_a_full_one(ridge):
   # The ridge is below rounding, but lets Cholesky pass where it should not.
   random = np.random.default_rng(10)
-  root_a, root_b = random.normal(size=(30, 12)), random.normal(size=(30, 40))
-  a, b = root_a @ root_a.T, root_b @ root_b.T
+  root_a = random.normal(size=(30, 12))
+  root_b = random.normal(size=(30, 40))
+  a = root_a @ root_a.T
+  b = root_b @ root_b.T
   cross = scipy.linalg.svdvals(root_a.T @ root_b).sum()
   expected = np.trace(a) + np.trace(b) - 2 * cross
   a += ridge * np.linalg.norm(a, 2) * np.eye(30)
@@ -155,7 +160,8 @@ def test_mistakes_in_a_frechet_distance_raise():
     of(np.ones((4, 2))).merge(of(np.ones((4, 3))))
   with pytest.raises(errors.UserError, match='shapes'):
     frechet.distance(of(np.ones((4, 2))), of(np.ones((4, 3))))
-  zero, one = np.zeros(2), np.eye(2)
+  zero = np.zeros(2)
+  one = np.eye(2)
   with pytest.raises(errors.UserError, match='first covariance has eigen'):
     frechet.distance_of_moments(zero, np.diag([1.0, -1.0]), zero, one)
   with pytest.raises(errors.UserError, match='second covariance has'):
@@ -183,14 +189,16 @@ def _brute_force(real, fake, k):
       )
     return inside / len(points)
 
-  real, fake = real.astype(np.float64), fake.astype(np.float64)
+  real = real.astype(np.float64)
+  fake = fake.astype(np.float64)
   return shares(fake, real), shares(real, fake)
 
 
 @pytest.mark.parametrize('k', [1, 3])
 def test_precision_recall_is_the_definition(k):
   both = _features(0, 200, 4)
-  real, fake = both[:70], both[70:]
+  real = both[:70]
+  fake = both[70:]
   fake = fake * np.float32([0.5, 1.2, 0.5, 1]) + np.float32(0.2)
   expected = _brute_force(real, fake, k)
   assert 0.1 < expected[0] < 0.95 and 0.1 < expected[1] < 0.95
@@ -222,7 +230,8 @@ def test_one_set_of_copies_covers_itself_alone():
 
 @pytest.mark.parametrize('tile', [3, 64, 10_000])
 def test_tiling_does_not_change_the_result(tile):
-  real, fake = _features(1, 90, 5), _features(1, 131, 5, scale=0.9)
+  real = _features(1, 90, 5)
+  fake = _features(1, 131, 5, scale=0.9)
   squared = scipy_distance.cdist(fake, real, 'sqeuclidean')
   np.testing.assert_allclose(
     prdc.kth_distance(fake, real, 4, tile),
@@ -243,7 +252,8 @@ def test_distances_survive_a_large_common_offset():
 
 
 def test_mistakes_in_precision_recall_raise():
-  few, many = np.ones((3, 2)), np.ones((9, 2))
+  few = np.ones((3, 2))
+  many = np.ones((9, 2))
   with pytest.raises(errors.UserError, match='real has 3 rows'):
     prdc.precision_recall(few, many)
   with pytest.raises(errors.UserError, match='fake has 3 rows'):
@@ -264,8 +274,17 @@ def _images(seed, n):
   return random.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
 
 
+def compare(samples, train, held_out):
+  held_out_distance = memorisation.nearest_distance(held_out, train)
+  return memorisation.compare(
+    memorisation.nearest_distance(samples, train),
+    memorisation.describe_held_out(held_out_distance),
+  )
+
+
 def test_nearest_distance_is_exact_on_raw_pixels():
-  train, images = _images(0, 40), _images(1, 30)
+  train = _images(0, 40)
+  images = _images(1, 30)
   images[11] = train[23]
   flat = [x.reshape(len(x), -1).astype(np.float64) for x in (images, train)]
   expected = scipy_distance.cdist(*flat).min(axis=1)
@@ -279,7 +298,7 @@ def test_nn_ratio_and_memorised_share_of_known_distances():
   train = np.array([[0.0], [100], [200]])
   held_out = np.array([[d + 100.0] for d in range(1, 11)])
   samples = np.array([[0.5], [101], [102], [208], [90], [70]])
-  got = memorisation.compare(samples, train, held_out)
+  got = compare(samples, train, held_out)
   # The 2 % quantile lies at 1 + 0.02·9 = 1.18: of the samples' distances
   # .5, 1, 2, 8, 10, 30 two are below it; their mean is to be held to 5.5.
   assert got.memorised == 2 / 6
@@ -288,22 +307,24 @@ def test_nn_ratio_and_memorised_share_of_known_distances():
 
 
 def test_copies_are_memorised_and_fresh_images_are_not():
-  train, held_out = _images(2, 200), _images(3, 200)
-  copies = memorisation.compare(train[:50], train, held_out)
+  train = _images(2, 200)
+  held_out = _images(3, 200)
+  copies = compare(train[:50], train, held_out)
   assert copies == (0, 1)
-  fresh = memorisation.compare(_images(4, 200), train, held_out)
+  fresh = compare(_images(4, 200), train, held_out)
   assert fresh.nn_ratio == pytest.approx(1, abs=0.02)
   assert fresh.memorised < 0.06
 
 
 def test_mistakes_in_memorisation_raise():
-  train, held_out = _images(5, 20), _images(6, 20)
+  train = _images(5, 20)
+  held_out = _images(6, 20)
   scaled = held_out / np.float32(127.5) - 1
   with pytest.raises(errors.UserError, match=r'float32.*uint8'):
-    memorisation.compare(scaled, train, held_out)
+    compare(scaled, train, held_out)
   with pytest.raises(errors.UserError, match='one type and shape'):
-    memorisation.compare(held_out[:, :2], train, held_out)
+    compare(held_out[:, :2], train, held_out)
   with pytest.raises(errors.UserError, match='0 images and 20'):
-    memorisation.compare(held_out[:0], train, held_out)
+    compare(held_out[:0], train, held_out)
   with pytest.raises(errors.UserError, match='100% of the held-out'):
-    memorisation.compare(held_out, train, train)
+    compare(held_out, train, train)

@@ -1,6 +1,7 @@
 """Named protocols, and numbers that must not be compared."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -24,23 +25,37 @@ def test_the_names():
     protocols.get('fid50k')
 
 
-def test_blocks_of_seeds_are_disjoint():
+def test_blocks_and_what_is_printed():
   protocol = protocols.get('edm-cifar10')
-  blocks = [protocol.ids(b) for b in range(3)]
-  together = np.concatenate(blocks)
-  np.testing.assert_array_equal(together, np.arange(150_000))
-  assert len(protocols.get('adm-img256').first_seeds) == 1
-  with pytest.raises(errors.UserError, match='overlap'):
-    dataclasses.replace(protocol, first_seeds=(0, 49_999))
+  assert (protocol.num_blocks, protocol.printed) == (3, 'minimum')
+  single = protocols.get('adm-img256')
+  assert (single.num_blocks, single.printed) == (1, 'single')
+  with pytest.raises(errors.UserError, match='0 blocks of 50000 images'):
+    dataclasses.replace(protocol, num_blocks=0)
+  with pytest.raises(errors.UserError, match="'single' of 2 blocks"):
+    dataclasses.replace(single, num_blocks=2)
+
+
+def test_a_recorded_protocol_is_read_again():
+  """Also as earlier versions recorded it."""
+  protocol = protocols.get('edm-cifar10')
+  recorded = json.loads(json.dumps(dataclasses.asdict(protocol)))
+  assert protocols.from_json(recorded) == protocol
+  recorded['first_seeds'] = [0, 50_000, 100_000]
+  recorded['reference'] = recorded.pop('fid_stats')
+  recorded['pixels'] = 'edm'
+  del recorded['num_blocks']
+  assert protocols.from_json(recorded) == protocol
 
 
 def test_balanced_classes():
   protocol = protocols.get('edm2-img64')
-  classes = protocol.classes(protocol.ids(1), 1_000, seed=0)
+  ids = np.arange(50_000, 100_000)
+  classes = protocol.classes(ids, 1_000, seed=0)
   assert classes.dtype == np.int32
   assert (np.bincount(classes) == 50).all()
   with pytest.raises(errors.UserError, match='over 999 classes'):
-    protocol.classes(protocol.ids(0), 999, seed=0)
+    protocol.classes(ids, 999, seed=0)
   assert (protocol.classes(np.arange(4), 0, seed=0) == 0).all()
 
 
@@ -61,23 +76,25 @@ def test_scores_of_one_protocol_are_compared_and_others_refused():
   a = protocols.Score('fid', 1.58, protocol, 50_000, 'a' * 64)
   b = dataclasses.replace(a, value=0.97)
   assert protocols.difference(a, b) == pytest.approx(0.61)
-  printed = dataclasses.replace(b, reference_sha256='')
+  printed = dataclasses.replace(b, fid_stats_sha256='')
   assert protocols.difference(a, printed) == pytest.approx(0.61)
   random = dataclasses.replace(protocol, labels='random')
   half_pixel = dataclasses.replace(protocol, resize='half_pixel')
   for change, said in (
     ({'metric': 'fd_dinov2'}, 'metric fid and fd_dinov2'),
     ({'num_images': 10_000}, 'num_images 50000 and 10000'),
-    ({'reference_sha256': 'b' * 64}, 'reference_sha256 aaa'),
+    ({'fid_stats_sha256': 'b' * 64}, 'fid_stats_sha256 aaa'),
     ({'protocol': random}, 'labels balanced and random'),
     ({'protocol': half_pixel}, 'resize tf1 and half_pixel'),
-    ({'protocol': protocols.get('edm2-img512')}, 'reference img64'),
+    ({'protocol': protocols.get('edm2-img512')}, 'fid_stats img64'),
   ):
     with pytest.raises(errors.UserError, match=said):
       protocols.difference(a, dataclasses.replace(b, **change))
 
 
-@pytest.mark.parametrize('field', ['labels', 'pixels', 'resize'])
+@pytest.mark.parametrize(
+  'field', ['labels', 'resize', 'inception_score', 'printed']
+)
 def test_unknown_rules_are_refused(field):
   with pytest.raises(errors.UserError, match=f"{field} is 'x'; wanted one of"):
     dataclasses.replace(protocols.get('edm-cifar10'), **{field: 'x'})

@@ -1,5 +1,7 @@
 """Inception Score, KID, golden precision and recall, uncertainty."""
 
+import json
+
 import golden_io
 import numpy as np
 import pytest
@@ -110,7 +112,8 @@ def test_mistakes_in_an_inception_score_raise():
 
 @pytest.mark.golden
 def test_kid():
-  real, fake = GOLDEN['real'], GOLDEN['fake']
+  real = GOLDEN['real']
+  fake = GOLDEN['fake']
   got = kid.kid(real, fake, subsets=10, size=100)
   np.testing.assert_allclose(got, GOLDEN['kid_f64'], rtol=0, atol=1e-10)
   np.testing.assert_allclose(got, GOLDEN['kid_f32'], rtol=0, atol=1e-5)
@@ -127,7 +130,10 @@ def test_kid():
 
 def test_kid_is_unbiased():
   random = np.random.default_rng(1)
-  draw = lambda: np.float32(random.normal(size=(10, 4)))
+
+  def draw():
+    return np.float32(random.normal(size=(10, 4)))
+
   values = [kid.mmd2(draw(), draw()) for _ in range(400)]
   assert abs(np.mean(values)) < 4 * np.std(values) / 20
   assert min(values) < 0
@@ -149,7 +155,8 @@ def test_mistakes_in_kid_raise():
 @pytest.mark.golden
 @pytest.mark.parametrize('tile', [99, 1_024])
 def test_precision_and_recall(tile):
-  real, fake = GOLDEN['real'], GOLDEN['fake']
+  real = GOLDEN['real']
+  fake = GOLDEN['fake']
   for rows, name in ((real, 'real'), (fake, 'fake')):
     got = prdc.radii(rows, 3, tile)
     np.testing.assert_allclose(got, GOLDEN[f'pr_radii_{name}'], rtol=1e-6)
@@ -180,8 +187,11 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
 
 def test_the_interval_holds_the_spread_of_frechet_distances():
   random = np.random.default_rng(3)
-  reference = frechet.Statistics.of(random.normal(size=(20_000, 4)) + 0.5)
-  metric = lambda s: frechet.distance(s, reference)
+  real = frechet.Statistics.of(random.normal(size=(20_000, 4)) + 0.5)
+
+  def metric(sums):
+    return frechet.distance(sums, real)
+
   draws = [groups_of(random.normal(size=(500, 4)), 10) for _ in range(30)]
   intervals = [uncertainty.jackknife(groups, metric) for groups in draws]
   spread = np.std([x.value for x in intervals])
@@ -206,16 +216,36 @@ def test_the_limit_of_many_images():
   rows = np.random.default_rng(4).normal(size=(8_000, 24))
   many = 10**9
   truth = frechet.Statistics(many, np.zeros(24), np.eye(24) * (many - 1.0))
-  metric = lambda s: frechet.distance(s, truth)
+
+  def metric(sums):
+    return frechet.distance(sums, truth)
+
   got = uncertainty.extrapolate(groups_of(rows, 10), metric)
   assert got.scores[-1] > 0.015 and got.slope > 100
   assert abs(got.value) < 0.2 * got.scores[-1]
   assert 'infinitely many' in got.label
 
 
+def test_estimates_of_a_distance_need_enough_images():
+  random = np.random.default_rng(6)
+  real = frechet.Statistics.of(random.normal(size=(500, 8)))
+  rows = random.normal(size=(103, 8))
+  found = uncertainty.of_distance(rows, real)
+  # Ten groups of ten, four of 25; what does not divide evenly is left out.
+  wanted = frechet.distance(frechet.Statistics.of(rows[:100]), real)
+  assert found['jackknife']['value'] == pytest.approx(wanted, rel=1e-9)
+  assert found['limit']['sizes'] == [25, 50, 100]
+  assert json.loads(json.dumps(found)) == found
+  assert uncertainty.of_distance(rows[:80], real).keys() == {'limit'}
+  assert uncertainty.of_distance(rows[:32], real) == {}
+
+
 def test_mistakes_in_uncertainty_raise():
   rows = np.random.default_rng(5).normal(size=(40, 3))
-  metric = lambda s: float(s.n)
+
+  def metric(sums):
+    return float(sums.n)
+
   with pytest.raises(errors.UserError, match='4 groups of'):
     uncertainty.jackknife(groups_of(rows, 4), metric)
   uneven = [*groups_of(rows, 5), frechet.Statistics.of(rows[:3])]

@@ -14,10 +14,13 @@ import tiny_var
 
 from ddo_jax import config as config_lib
 from ddo_jax import rng
+from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
+from ddo_jax.method import siblings
 from ddo_jax.models import var
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
@@ -26,6 +29,10 @@ DROP = 0.3
 LENGTH = 5
 MODEL = tiny_var.MODEL
 ALPHA, BETA = 2.0, 0.05
+OBJECTIVES = {
+  'ddo': ddo.DDO(alpha=ALPHA, beta=BETA, normalize=True),
+  'cca': siblings.CCA(alpha=ALPHA, beta=BETA, normalize=True),
+}
 
 
 class Case(NamedTuple):
@@ -35,46 +42,53 @@ class Case(NamedTuple):
   devices: int = 1
   accumulate: int = 1
   objective: str = 'ddo'
-  fakes: str = 'pool'
+  negatives: str = 'pool'
   round_trip: bool = True
   dtype: str = 'float32'
 
 
 ONE = Case('pmap')
-ONLINE = Case('pmap', fakes='online')
-CCA = Case('pmap', objective='cca')
+ONLINE = Case('pmap', negatives='online')
+CCA = Case('pmap', objective='cca', negatives='other_labels')
 HALF = Case('pmap', dtype='bfloat16')
 MANY = {
   'pmap': (Case('pmap', 8), ONE),
   'fsdp-accumulate': (Case('fsdp', 8, accumulate=2), ONE),
-  'online-pmap': (Case('pmap', 8, fakes='online'), ONLINE),
-  'online-fsdp': (Case('fsdp', 8, fakes='online'), ONLINE),
-  'cca-pmap': (Case('pmap', 8, objective='cca'), CCA),
+  'online-pmap': (Case('pmap', 8, negatives='online'), ONLINE),
+  'online-fsdp': (Case('fsdp', 8, negatives='online'), ONLINE),
+  'cca-pmap': (
+    Case('pmap', 8, objective='cca', negatives='other_labels'),
+    CCA,
+  ),
 }
 
 
 @functools.cache
 def compiled(case):
   """The devices, the phase and the step, which is compiled when first run."""
+  second_rows = {
+    'pool': negatives.Pool(),
+    'online': negatives.Online(case.round_trip),
+    'other_labels': negatives.OtherLabels(),
+  }
   phase = config_lib.Phase(
-    objective=case.objective,
+    objective=OBJECTIVES[case.objective],
+    negatives=second_rows[case.negatives],
     batch_size=BATCH,
     images=100 * BATCH,
-    normalize=True,
     label_drop=DROP,
-    weight_decay=0.05,
-    clip_norm=2.0,
-    adam_eps=1e-3,  # or rounding noise becomes steps of full length
-    fakes=case.fakes,
-    round_trip=case.round_trip,
+    optimizer=config_lib.Optimizer(
+      learning_rate=1e-2,
+      weight_decay=0.05,
+      clip_norm=2.0,
+      adam_eps=1e-3,  # or rounding noise becomes steps of full length
+    ),
   )
   settings = config_lib.Executor(kind=case.kind)
   executor = devices_lib.Executor(settings, case.devices)
   step_fn = executor.compile_step(
     step_lib.train_step,
-    model=tiny_var.with_dtype(case.dtype),
-    phase=phase.static(),
-    sampler=MODEL.unguided(scalewise.Scalewise(guidance=1.5, top_k=3)),
+    sampler=ancestral.Ancestral(guidance=1.5, top_k=3).unguided(),
     accumulate=case.accumulate,
   )
   return executor, phase, step_fn
@@ -85,23 +99,25 @@ def run(case, steps=6):
   """The state after some steps from the reference, and all metrics."""
   executor, phase, step_fn = compiled(case)
   params, frozen = tiny_var.weights()
-  whole = tiny_var.with_dtype(case.dtype).reduced(params)
-  reference, frozen = map(executor.place_state, (whole, frozen))
-  values = map(jnp.float32, (ALPHA, BETA, 1e-2))
-  hyper, key = executor.replicate(
-    (state_lib.Hyper(*values), rng.stream(0, 'test'))
-  )
-  state = executor.place_state(state_lib.create(params, phase))
+  model = tiny_var.with_dtype(case.dtype)
+  whole = model.rules.reduce(params)
+  reference = executor.place_state(whole)
+  frozen = executor.place_state(frozen)
+  key = executor.replicate(rng.stream(0, 'test'))
+  transform = phase.optimizer.transform(model.rules, BATCH, phase.images)
+  state = state_lib.create(params, transform, phase.averages)
+  state = executor.place_state(state)
   history = []
   for step in range(steps):
     real, fake = tiny_var.make_rows(2 * step), tiny_var.make_rows(2 * step + 1)
     real['id'] = np.arange(BATCH, dtype=np.uint32) + step * BATCH
     if case.objective == 'cca':
       real['other_label'] = np.roll(real['label'], -1)
-    pool = case.objective == 'ddo' and case.fakes == 'pool'
-    fake = executor.place_batch(fake) if pool else None
+    fake = executor.place_batch(fake) if case.negatives == 'pool' else None
     real = executor.place_batch(real)
-    state, metrics = step_fn(state, reference, frozen, real, fake, hyper, key)
+    state, metrics = step_fn(
+      state, reference, frozen, real, fake, model, phase, key
+    )
     history.append(jax.device_get(metrics))
   assert_unchanged(reference, whole)
   return jax.device_get(state), history
@@ -127,8 +143,8 @@ def tokens(seed):
   """Rows of step 0 as a batch of tokens, labels dropped."""
   _, frozen = tiny_var.weights()
   rows = tiny_var.make_rows(seed)
-  encode = jax.jit(MODEL.encode)
-  x = encode(frozen, jnp.asarray(rows['image']), first_keys())
+  encode = jax.jit(MODEL.codec.encode)
+  x = encode(frozen, jnp.asarray(rows['stored']), first_keys())
   label = np.where(first_drop(), tiny_var.CLASSES, rows['label'])
   return likelihood.Batch(x, jnp.asarray(label), jnp.arange(BATCH))
 
@@ -157,7 +173,7 @@ def test_a_reduced_reference_is_the_same_function():
   """Bit for bit; biases and scales that are not converted stay as they are."""
   params, frozen = tiny_var.weights()
   model = tiny_var.with_dtype('bfloat16')
-  small = model.reduced(params)
+  small = model.rules.reduce(params)
   kept = {
     '.'.join(entry.key for entry in path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(small['blocks'])
@@ -172,16 +188,17 @@ def test_a_reduced_reference_is_the_same_function():
   wanted = log_ratio(other, params)
   np.testing.assert_array_equal(log_ratio(other, small), wanted)
   assert np.abs(wanted).max() > 0.01
-  assert MODEL.reduced(params) is params
+  assert MODEL.rules.reduce(params) is params
 
 
 def test_law_1_the_compiler_drops_no_rounding():
   """Optimised as users have it: a kernel converted there and back is not."""
   transformer = var.Var((1, 8), 32, 3, 128, 2, 2, dtype=jnp.bfloat16)
   tokenizer = tiny_var.Tokenizer((1, 8), 32, 8, 32, (1,), 1)
-  model = dataclasses.replace(
-    MODEL, transformer=transformer, tokenizer=tokenizer, token_channels=8
-  )
+  model = tiny_var.with_tokenizer(MODEL, tokenizer)
+  network = dataclasses.replace(model.network, transformer=transformer)
+  rules = var.VarRules(jnp.bfloat16)
+  model = dataclasses.replace(model, network=network, rules=rules)
   params = tiny_var.filled(jax.eval_shape(model.init, rng.stream(0)), 0)
   inits = functools.partial(tokenizer.init, rng.stream(0))
   shapes = jax.eval_shape(inits, jnp.zeros((1, 8, 8, 1)))['params']
@@ -190,7 +207,7 @@ def test_law_1_the_compiler_drops_no_rounding():
   rows = np.arange(64, dtype=np.int32)
   batch = likelihood.Batch(ids, rows % 3, rows)
   fn = jax.jit(lambda *p: model.log_ratio(*p, frozen, batch, None)[0])
-  args = (params, jax.jit(model.reduced)(params))
+  args = (params, jax.jit(model.rules.reduce)(params))
   options = {'xla_backend_optimization_level': 3}
   log_ratio = fn.lower(*args).compile(compiler_options=options)
   np.testing.assert_array_equal(log_ratio(*args), np.zeros(64))
@@ -266,56 +283,62 @@ def test_law_3_one_result_on_any_devices(name):
 def test_online_fakes_are_the_references_own():
   """Of the real rows' labels, before the drop, through pixels and back."""
   params, frozen = tiny_var.weights()
-  rows, keys = tiny_var.make_rows(0), first_keys()
-  phase = config_lib.Phase(fakes='online', label_drop=DROP)
-  args = (
-    {**rows, 'image': jnp.asarray(rows['image']), 'id': jnp.arange(BATCH)},
-    None,
-    keys,
-    jnp.asarray(first_drop()),
+  rows = tiny_var.make_rows(0)
+  keys = first_keys()
+  stored = jnp.asarray(rows['stored'])
+  step_rows = step_lib.Rows(
+    real={**rows, 'stored': stored, 'id': jnp.arange(BATCH)},
+    fake=None,
+    keys=keys,
+    dropped=jnp.asarray(first_drop()),
   )
-  sampler = scalewise.Scalewise()
+  sampler = ancestral.Ancestral()
 
-  def fakes(phase):
-    call = lambda params, frozen, rows: step_lib._batches(
-      MODEL, frozen, params, rows, sampler, phase
-    )
-    return jax.jit(call)(params, frozen, args)[0]
+  @functools.partial(jax.jit, static_argnames='online')
+  def pairs(params, frozen, rows, online):
+    phase = config_lib.Phase(negatives=online, label_drop=DROP)
+    return step_lib.make_pairs(rows, params, frozen, MODEL, phase, sampler)
 
-  skipped = fakes(dataclasses.replace(phase, round_trip=False))
-  settled = fakes(phase)
+  skipped = pairs(params, frozen, step_rows, negatives.Online(False))
+  settled = pairs(params, frozen, step_rows, negatives.Online(True))
   x = jax.jit(
     lambda p, f: MODEL.sample(
       p, f, rows['label'], rng.split_rows(keys, 'fakes'), sampler
     )
   )(params, frozen)
-  np.testing.assert_array_equal(skipped.x[1::2], x)
-  np.testing.assert_array_equal(skipped.label[::2], skipped.label[1::2])
-  np.testing.assert_array_equal(skipped.x[::2], tokens(0).x)
+  np.testing.assert_array_equal(skipped.other.x, x)
+  np.testing.assert_array_equal(skipped.real.label, skipped.other.label)
+  np.testing.assert_array_equal(skipped.real.x, tokens(0).x)
   # Unrounded: the decoder's image, not the uint8 one.
   apply = functools.partial(
-    MODEL.tokenizer.apply, {'params': frozen['tokenizer']}
+    tiny_var.TINY_TOKENIZER.apply, {'params': frozen['tokenizer']}
   )
   image = apply(apply(x, method='f_hat'), method='decode')
   again = apply(image, method='encode')
-  np.testing.assert_array_equal(settled.x[1::2], again)
+  np.testing.assert_array_equal(settled.other.x, again)
   assert np.any(again != x)
 
 
 def test_ccas_second_labels_are_dropped_in_the_same_rows():
   _, frozen = tiny_var.weights()
-  rows, dropped = tiny_var.make_rows(0), first_drop()
+  rows = tiny_var.make_rows(0)
+  dropped = first_drop()
   rows |= {'other_label': np.roll(rows['label'], -1), 'id': np.arange(BATCH)}
-  phase = config_lib.Phase(objective='cca', label_drop=DROP)
+  phase = config_lib.Phase(
+    objective=siblings.CCA(),
+    negatives=negatives.OtherLabels(),
+    label_drop=DROP,
+  )
 
   @jax.jit  # of all that is computed, only the labels
-  def labels(frozen, *args):
-    batches = step_lib._batches(MODEL, frozen, None, args, None, phase)
-    return batches[0].label, batches[2]
+  def labels(frozen, rows):
+    pairs = step_lib.make_pairs(rows, None, frozen, MODEL, phase, None)
+    return pairs.real.label, pairs.other.label, pairs.dropped
 
-  label, pairs = labels(frozen, rows, None, first_keys(), dropped)
-  np.testing.assert_array_equal(pairs, np.repeat(dropped, 2))
-  for got, name in ((label[::2], 'label'), (label[1::2], 'other_label')):
+  step_rows = step_lib.Rows(rows, None, first_keys(), dropped)
+  label, other_label, pairs_dropped = labels(frozen, step_rows)
+  np.testing.assert_array_equal(pairs_dropped, dropped)
+  for got, name in ((label, 'label'), (other_label, 'other_label')):
     wanted = np.where(dropped, tiny_var.CLASSES, rows[name])
     np.testing.assert_array_equal(got, wanted)
   assert 0 < dropped.sum() < BATCH

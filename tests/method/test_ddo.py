@@ -10,20 +10,27 @@ import pytest
 from scipy import special
 
 from ddo_jax.method import ddo
+from ddo_jax.method import objective
 
 R = np.random.default_rng(0)
 REAL, FAKE = R.normal(size=(2, 32)).astype(np.float32) * 8
 ALPHA, BETA = jnp.float32(2.5), jnp.float32(0.3)
-ONES = np.ones(32, np.float32)
+DDO = ddo.DDO(alpha=ALPHA, beta=BETA)
+PLAIN = objective.Rows.plain(32)
 
 
-def loss(real, fake, weight_real, weight_fake, beta):
-  terms = ddo.per_example_loss(real, fake, weight_real, weight_fake, beta)
-  return sum(jnp.mean(term) for term in terms)
+def rows(dropped):
+  label = jnp.zeros(32, jnp.int32)
+  return objective.Rows(jnp.asarray(dropped), label, label)
+
+
+def loss(real, fake, rows=PLAIN, objective=DDO):
+  first, second = objective.loss(real, fake, rows)
+  return jnp.mean(first) + jnp.mean(second)
 
 
 def test_the_loss_is_equation_13():
-  terms = ddo.per_example_loss(REAL, FAKE, ONES, ALPHA * ONES, BETA)
+  terms = DDO.loss(REAL, FAKE, PLAIN)
   # log σ by scipy, in float64.
   real = -special.log_expit(0.3 * REAL.astype(np.float64))
   fake = -2.5 * special.log_expit(-0.3 * FAKE.astype(np.float64))
@@ -32,18 +39,20 @@ def test_the_loss_is_equation_13():
 
 def test_chance_is_the_loss_at_the_reference():
   dropped = R.random(32) < 0.3
-  weights = ddo.row_weights(dropped, ALPHA)
   zero = jnp.zeros(32)
   d = dropped.mean()
   expected = math.log(2) * (d * 2.5 + (1 - d) * (1 + 2.5))
-  got = loss(zero, zero, *weights, BETA)
+  got = loss(zero, zero, rows(dropped))
   assert float(got) == pytest.approx(expected)
+  chance = sum(jnp.mean(term) for term in DDO.chance(rows(dropped)))
+  assert float(chance) == pytest.approx(expected)
 
 
 def test_its_slope_at_the_reference_is_half_beta_times_the_weights():
-  weights = ddo.row_weights(R.random(32) < 0.3, ALPHA)
+  dropped = R.random(32) < 0.3
+  weights = ddo.row_weights(dropped, ALPHA)
   zero = jnp.zeros(32)
-  real, fake = jax.grad(loss, (0, 1))(zero, zero, *weights, BETA)
+  real, fake = jax.grad(loss, (0, 1))(zero, zero, rows(dropped))
   chex.assert_trees_all_close(real, -BETA / 2 * weights[0] / 32, rtol=1e-6)
   chex.assert_trees_all_close(fake, BETA / 2 * weights[1] / 32, rtol=1e-6)
 
@@ -52,7 +61,9 @@ def test_its_slope_at_the_reference_is_half_beta_times_the_weights():
 @pytest.mark.parametrize('sign', [-1, 1])
 def test_loss_and_gradient_are_finite_for_any_logit(size, sign):
   r = jnp.full(32, sign * size / 0.3)
-  value, grads = jax.value_and_grad(loss, (0, 1, 4))(r, -r, ONES, ONES, BETA)
+  even = ddo.DDO(alpha=jnp.float32(1), beta=BETA)
+  value_and_grad = jax.value_and_grad(loss, (0, 1, 3))
+  value, grads = value_and_grad(r, -r, PLAIN, even)
   chex.assert_tree_all_finite((value, grads))
   expected = 2 * -special.log_expit(np.float64(sign * size))
   assert float(value) == pytest.approx(expected, rel=1e-5)
@@ -72,14 +83,17 @@ def test_rows_without_label_get_no_negative_signal():
 
 
 @pytest.mark.parametrize(('alpha', 'divisor'), [(0.5, 1), (1, 1), (50, 50)])
-def test_the_normalizer(alpha, divisor):
-  assert ddo.normalizer(jnp.float32(alpha), True) == divisor
-  assert ddo.normalizer(jnp.float32(alpha), False) == 1
+def test_the_normaliser(alpha, divisor):
+  plain = ddo.DDO(alpha=jnp.float32(alpha), beta=BETA)
+  divided = ddo.DDO(alpha=jnp.float32(alpha), beta=BETA, normalize=True)
+  expected = loss(REAL, FAKE, objective=plain) / divisor
+  got = loss(REAL, FAKE, objective=divided)
+  assert float(got) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_shapes_must_agree():
   with pytest.raises(AssertionError):
-    ddo.per_example_loss(REAL, FAKE[:1], ONES, ONES, BETA)
+    DDO.loss(REAL, FAKE[:1], PLAIN)
 
 
 @pytest.mark.parametrize('beta', [0.5, 1.0, 2.0])
@@ -91,8 +105,9 @@ def test_the_optimum_of_theorem_3_3_is_stationary(beta):
 
     def population(log_p):
       r = jax.nn.log_softmax(log_p) - jnp.log(reference)
-      terms = ddo.per_example_loss(r, r, data, alpha * reference, beta)
-      return sum(jnp.sum(term) for term in terms)
+      one = ddo.DDO(alpha=1.0, beta=beta)
+      real, fake = one.loss(r, r, objective.Rows.plain(6))
+      return jnp.sum(data * real + alpha * reference * fake)
 
     slope = jax.grad(population)(jnp.log(optimum))
     np.testing.assert_allclose(slope, 0, atol=1e-12)
@@ -101,9 +116,12 @@ def test_the_optimum_of_theorem_3_3_is_stationary(beta):
     assert float(alpha) == pytest.approx(1)
 
 
-def diagnose(real, fake, level=None, beta=BETA):
-  level = jnp.zeros(len(real), jnp.int32) if level is None else level
-  return ddo.diagnostics(jnp.array(real), jnp.array(fake), level, 4, beta)
+def diagnose(real, fake, noise_bin=None, objective=DDO):
+  if noise_bin is None:
+    noise_bin = jnp.zeros(len(real), jnp.int32)
+  return ddo.diagnostics(
+    jnp.array(real), jnp.array(fake), noise_bin, 4, objective.logit
+  )
 
 
 def test_ties_count_half():
@@ -131,16 +149,17 @@ def test_diagnostics_are_those_of_numpy():
 
 def test_the_histogram_counts_every_row():
   r = np.array([-100.0, -0.1, 0.1, 0.2, 100.0, 100.0], np.float32)
-  counts = diagnose(r, -r, beta=jnp.float32(1))['logit_real_histogram']
+  one = ddo.DDO(alpha=ALPHA, beta=jnp.float32(1))
+  counts = diagnose(r, -r, objective=one)['logit_real_histogram']
   assert counts.shape == (ddo.HISTOGRAM_EDGES.size + 1,)
   assert int(counts.sum()) == 6
   assert (int(counts[0]), int(counts[-1])) == (1, 2)
   assert (int(counts[25]), int(counts[26])) == (2, 1)  # 0 is mid-bin
 
 
-def test_means_by_level_leave_empty_levels_undefined():
-  level = jnp.array([0, 2, 2, 3])
-  means = diagnose([1.0, 2.0, 4.0, 5.0], [0.0] * 4, level)
+def test_means_by_noise_level_leave_empty_bins_undefined():
+  noise_bin = jnp.array([0, 2, 2, 3])
+  means = diagnose([1.0, 2.0, 4.0, 5.0], [0.0] * 4, noise_bin)
   np.testing.assert_array_equal(
-    means['log_ratio_real_by_level'], [1, np.nan, 3, 5]
+    means['log_ratio_real_by_noise_level'], [1, np.nan, 3, 5]
   )

@@ -14,26 +14,28 @@ import var_golden
 from ddo_jax import config as config_lib
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
+from ddo_jax.method import objective
+from ddo_jax.method import siblings
 from ddo_jax.models import var
-from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from ddo_jax.weights import var_names
 
 
-def _mean_of(terms, divisor):
-  return sum(jnp.mean(term) for term in terms) / divisor
+def _mean_of(terms):
+  return sum(jnp.mean(term) for term in terms)
 
 
 def _ddo(real, fake, dropped, alpha, beta):
-  weights = ddo.row_weights(dropped, alpha)
-  terms = ddo.per_example_loss(real, fake, *weights, beta)
-  return _mean_of(terms, ddo.normalizer(alpha, True))
+  label = jnp.zeros(dropped.shape, jnp.int32)
+  rows = objective.Rows(dropped, label, label, label_drop=0.1)
+  loss = ddo.DDO(alpha=alpha, beta=beta, normalize=True)
+  return _mean_of(loss.loss(real, fake, rows))
 
 
 def _cca(positive, negative, rows, weight, beta):
-  weights = ddo.contrast_weights(*rows, weight)
-  terms = ddo.contrastive_loss(positive, negative, *weights, beta)
-  return _mean_of(terms, ddo.normalizer(weight, True))
+  loss = siblings.CCA(alpha=weight, beta=beta, normalize=True)
+  rows = objective.Rows(*rows, label_drop=0.1)
+  return _mean_of(loss.loss(positive, negative, rows))
 
 
 @pytest.mark.golden
@@ -67,17 +69,16 @@ def test_cca_of_given_log_ratios():
       for name, slope in zip(('pos', 'neg'), slopes, strict=True):
         wanted = golden[f'cca_dgap_{name}'][i]
         assert golden_io.max_error(slope, wanted) <= 1e-12
-      ones = jnp.ones(16)
-      terms = ddo.per_example_loss(
-        *gaps, ones, weight * ones, golden['cca_beta']
-      )
+      plain = siblings.CCA(alpha=weight, beta=golden['cca_beta'])
+      terms = plain.loss(*gaps, objective.Rows.plain(16))
       wanted = golden['cca_loss_uncond0'][i]
-      assert abs(_mean_of(terms, 1) - wanted) <= 1e-12
+      assert abs(_mean_of(terms) - wanted) <= 1e-12
 
 
 def test_preference_is_the_margins_sigmoid():
   r = np.random.default_rng(0).normal(size=(2, 8)) * 50
-  got = ddo.preference_loss(*r, 0.02)
+  got, nothing = siblings.DPO(beta=0.02).loss(*r, objective.Rows.plain(8))
+  np.testing.assert_array_equal(nothing, np.zeros(8))
   np.testing.assert_allclose(
     got, -special.log_expit(0.02 * (r[0] - r[1])), rtol=1e-5
   )
@@ -87,10 +88,10 @@ def test_unlearning_is_linear():
   """Positives keep weight 1 and their sign."""
   r = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
   dropped = np.array([True, False, False])
-  weights = ddo.contrast_weights(
-    dropped, np.array([9, 1, 2]), np.array([9, 1, 1]), 50.0
+  rows = objective.Rows(
+    dropped, np.array([9, 1, 2]), np.array([9, 1, 1]), label_drop=0.1
   )
-  first, second = ddo.unlearning_loss(*r, *weights)
+  first, second = siblings.Unlearning(alpha=50.0).loss(*r, rows)
   np.testing.assert_array_equal(first, [-1, -2, -3])
   np.testing.assert_array_equal(second, [-4, -5, 300])
 
@@ -137,8 +138,8 @@ def _step():
 
   def log_probs(params, pair):
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair)
-    rows = model.apply({'params': params}, *both, method='log_prob')
-    return jnp.split(rows, 2)
+    tokens = model.apply({'params': params}, *both, method='token_log_prob')
+    return jnp.split(tokens.sum(1), 2)
 
   def objective(params, reference, pair, loss):
     ours, theirs = log_probs(params, pair), log_probs(reference, pair)
@@ -160,7 +161,7 @@ def _step():
       for name, loss in losses.items()
     }
     args = ({'params': params}, *inputs['ddo'][0])
-    return results, model.apply(*args, method='cross_entropy')
+    return results, -model.apply(*args, method='token_log_prob').mean(1)
 
   return step
 
@@ -292,12 +293,19 @@ class Given(NamedTuple):
   log_ratios: np.ndarray
 
   def log_ratio(self, *_):
-    info = {'level': np.zeros(4, int), 'mle_loss': np.zeros(4)}
+    info = {'noise_bin': np.zeros(4, int), 'mle_loss': np.zeros(4)}
     return jnp.asarray(self.log_ratios), info
 
 
+_SIBLINGS = {
+  'dpo': siblings.DPO(beta=1.0),
+  'cca': siblings.CCA(alpha=8.0, beta=1.0, normalize=True),
+  'unlearning': siblings.Unlearning(alpha=8.0, normalize=True),
+}
+
+
 @pytest.mark.parametrize(
-  ('objective', 'label_drop', 'wanted'),
+  ('name', 'label_drop', 'wanted'),
   [
     # Images 0 and 1 of classes 0 and 1; the second's neighbour has its class.
     ('dpo', 0.5, lambda s: np.mean(s([-2, 3]))),
@@ -307,24 +315,21 @@ class Given(NamedTuple):
     ('unlearning', 0.0, lambda _: (-1 - 2 - 8 + 40) / 2),
   ],
 )
-def test_the_other_objectives(objective, label_drop, wanted):
+def test_the_other_objectives(name, label_drop, wanted):
   """Without label drop as published: all second rows are negatives.
 
   And nothing is divided by a weight that is not there.
   """
   model = Given(np.array([1.0, -1.0, 2.0, 5.0]))
-  label = jnp.array([0, 1, 1, 1])
-  keys, dropped = jnp.zeros(4), jnp.zeros(4, bool)
-  pair = (likelihood.Batch(None, label, None), keys, dropped)
-  phase = config_lib.Phase(
-    objective=objective, label_drop=label_drop, normalize=True
-  )
-  hyper = state_lib.Hyper(*map(jnp.float32, (8.0, 1.0, 1.0)))
-  loss, (metrics, _) = step_lib._discriminative_loss(
-    None, None, {}, pair, hyper, model, phase
+  real = likelihood.Batch(None, jnp.array([0, 1]), None)
+  other = likelihood.Batch(None, jnp.array([1, 1]), None)
+  pairs = step_lib.Pairs(real, other, jnp.zeros(2), jnp.zeros(2, bool))
+  phase = config_lib.Phase(objective=_SIBLINGS[name], label_drop=label_drop)
+  loss, (metrics, _) = step_lib.contrastive_loss(
+    None, None, {}, pairs, model, phase
   )
   softplus = lambda x: np.log1p(np.exp(np.asarray(x, float)))
   np.testing.assert_allclose(loss, wanted(softplus), rtol=1e-6)
   chance = {'dpo': np.log(2), 'unlearning': 0}
   chance['cca'] = np.log(2) * ((2 + 8 + 1) / 16 if label_drop else 1 + 8)
-  np.testing.assert_allclose(metrics['chance_loss'], chance[objective], 1e-6)
+  np.testing.assert_allclose(metrics['chance_loss'], chance[name], 1e-6)

@@ -13,7 +13,10 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
-from ddo_jax.samplers import scalewise
+from ddo_jax import settings
+from ddo_jax.method import likelihood
+from ddo_jax.samplers import ancestral
+from ddo_jax.training import workspace
 
 MODEL = tiny_var.MODEL
 
@@ -21,15 +24,16 @@ MODEL = tiny_var.MODEL
 def test_pixels_there_and_back():
   """Whole levels survive `encode`; `decode` cuts off as published."""
   _, frozen = tiny_var.weights()
-  pixels = MODEL.pixels
-  raw = jnp.arange(17, dtype=jnp.uint8)
-  np.testing.assert_array_equal(pixels.decode(pixels.encode(raw, None)), raw)
+  pixels = MODEL.codec.pixels
+  stored = jnp.arange(17, dtype=jnp.uint8)
+  again = pixels.decode({}, pixels.encode({}, stored, None))
+  np.testing.assert_array_equal(again, stored)
   x = jnp.array([-1.0, -0.876, 0.99])
-  np.testing.assert_array_equal(pixels.decode(x), [0, 0, 15])
+  np.testing.assert_array_equal(pixels.decode({}, x), [0, 0, 15])
   nearest = dataclasses.replace(pixels, nearest=True)
-  np.testing.assert_array_equal(nearest.decode(x), [0, 1, 16])
+  np.testing.assert_array_equal(nearest.decode({}, x), [0, 1, 16])
   ids = np.zeros((4, 5), np.int32)
-  image = jax.jit(MODEL.decode)(frozen, ids)
+  image = jax.jit(MODEL.codec.decode)(frozen, ids)
   assert (image.shape, image.dtype) == ((4, *tiny_var.SHAPE), np.uint8)
 
 
@@ -41,8 +45,8 @@ def test_drawn_images_are_those_of_the_tokens():
 
   @jax.jit
   def run(*args):
-    plain, smooth = scalewise.Scalewise(), scalewise.Scalewise(smooth=True)
-    of_tokens = MODEL.decode(frozen, MODEL.sample(*args, plain))
+    plain, smooth = ancestral.Ancestral(), ancestral.Ancestral(smooth=True)
+    of_tokens = MODEL.codec.decode(frozen, MODEL.sample(*args, plain))
     return of_tokens, MODEL.draw(*args, plain), MODEL.draw(*args, smooth)
 
   of_tokens, drawn, smooth = (x.astype(int) for x in run(*args))
@@ -52,8 +56,8 @@ def test_drawn_images_are_those_of_the_tokens():
 
 def test_a_config_survives_json():
   config = config_lib.Config(model=copy.deepcopy(tiny_var.CONFIG))
-  assert models.from_json(config_lib.to_json(config)) == tiny_var.CONFIG
-  assert models.build(config, config_lib.Phase()) == tiny_var.BUILT
+  assert models.from_json(settings.to_json(config)) == tiny_var.CONFIG
+  assert workspace.build_model(config) == tiny_var.BUILT
 
 
 def test_mistakes():
@@ -64,16 +68,16 @@ def test_mistakes():
     params, frozen, label, keys, sampler
   )
   with pytest.raises(errors.UserError, match='tokenizer_from'):
-    draw({}, scalewise.Scalewise())
+    draw({}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='smooth=False'):
-    draw(frozen, scalewise.Scalewise(smooth=True))
+    draw(frozen, ancestral.Ancestral(smooth=True))
   with pytest.raises(errors.UserError, match='guide_from'):
-    draw(frozen | {'guide': {}}, scalewise.Scalewise())
-  with pytest.raises(errors.UserError, match='tokenizer to the data'):
-    MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 256)
-  MODEL.check_source('s', tiny_var.SHAPE, tiny_var.CLASSES, 17)
+    draw(frozen | {'guide': {}}, ancestral.Ancestral())
+  with pytest.raises(errors.UserError, match='model to the data'):
+    likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 256)
+  likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 17)
   guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
   with pytest.raises(errors.UserError, match='goes with denoisers'):
-    models.build(guide, config_lib.Phase())
-  minus = scalewise.Scalewise(2.0, 'minus_one', 5, 0.9)
-  assert MODEL.unguided(minus) == scalewise.Scalewise(1.0, 'minus_one')
+    workspace.build_model(guide)
+  minus = ancestral.Ancestral(2.0, 'minus_one', 5, 0.9)
+  assert minus.unguided() == ancestral.Ancestral(1.0, 'minus_one')

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
-from ddo_jax import models
+from ddo_jax import config
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
+from ddo_jax.method import noise
+from ddo_jax.method import objective
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.training import state as state_lib
@@ -20,9 +21,10 @@ from ddo_jax.weights import edm_names
 def _model(family, golden, p_mean, p_std, **changes):
   options = golden_io.read_json(golden, 'config') | changes
   if family == 'edm':
-    config = golden_io.edm_config(options)
-    return edm.build(config, p_mean, p_std, remat=False)
-  return edm2.build(golden_io.edm2_config(options), p_mean, p_std, remat=False)
+    knobs = golden_io.edm_config(options)
+  else:
+    knobs = golden_io.edm2_config(options)
+  return knobs.build(noise.LogNormal(p_mean, p_std))
 
 
 def _params(family, golden, dtype, prefix):
@@ -41,7 +43,7 @@ def test_mle_loss(family, file, precision, rtol, monkeypatch):
   law = golden_io.read_json(golden, f'{family}_opts')
   p_mean, p_std = law['P_mean'], law['P_std']
   model = _model(family, net, p_mean, p_std, dropout=0.0)
-  assert model.sigma_data == law['sigma_data']
+  assert model.weight == noise.EdmWeight(law['sigma_data'])
   with golden_io.precision(precision) as dtype:
     sigma = np.exp(p_mean + p_std * golden['rnd_normal'].ravel().astype(float))
     keys = golden_io.fix_noise(
@@ -80,12 +82,11 @@ def _pair(golden, dtype):
 
 def _ddo_loss(model, golden):
   """(θ, reference, batch, keys) -> (loss, rows), and its gradient in θ."""
-  beta, alpha = float(golden['beta']), float(golden['alpha'])
+  loss_of = ddo.DDO(float(golden['alpha']), float(golden['beta'])).loss
 
   def loss(params, reference, batch, keys):
     delta, info = model.log_ratio(params, reference, {}, batch, keys)
-    weights = ddo.row_weights(jnp.zeros(4, bool), alpha)
-    terms = ddo.per_example_loss(delta[::2], delta[1::2], *weights, beta)
+    terms = loss_of(delta[::2], delta[1::2], objective.Rows.plain(4))
     rows = {'delta': delta, 'logp_theta': -info['mle_loss']}
     return sum(jnp.mean(term) for term in terms), rows
 
@@ -154,7 +155,7 @@ def test_ddo_of_edm2(precision, monkeypatch):
     grads = _check_ddo(
       golden, run(theta, reference, batch, keys), precision, ''
     )
-    theta = jax.jit(model.project)(theta)
+    theta = jax.jit(model.rules.project)(theta)
     results = run(theta, reference, batch, keys)
     _check_ddo(golden, results, precision, 'train_')
   # The log-variance is no part of the likelihood's surrogate.
@@ -178,26 +179,26 @@ def test_learning_rate_of_edm2(name):
   """lr_schedule.npz: ramp-up, then the inverse square root."""
   golden = golden_io.load('lr_schedule.npz')
   options = golden_io.read_json(golden, f'{name}_opts')
-  phase = config_lib.Phase(
+  optimizer = state_lib.Optimizer(
     warmup_images=int(options.get('rampup_Mimg', 10) * 1e6),
     decay='inverse_sqrt' if options['ref_batches'] else 'none',
     decay_images=options['ref_batches'] * options['batch_size'],
   )
-  _check_rates(golden, name, options['ref_lr'], phase)
+  _check_rates(golden, name, options['ref_lr'], optimizer)
 
 
 @pytest.mark.golden
 def test_learning_rate_of_edm():
   """lr_schedule.npz: a ramp-up of 10 M images."""
   golden = golden_io.load('lr_schedule.npz')
-  phase = config_lib.Phase(warmup_images=10_000_000)
-  _check_rates(golden, 'edm_lr_1e-3_rampup10M', 1e-3, phase)
+  optimizer = state_lib.Optimizer(warmup_images=10_000_000)
+  _check_rates(golden, 'edm_lr_1e-3_rampup10M', 1e-3, optimizer)
 
 
-def _check_rates(golden, name, peak, phase):
+def _check_rates(golden, name, peak, optimizer):
   with golden_io.precision('f64'):
     seen = jnp.asarray(golden['cur_nimg'])
-    rate = peak * state_lib.learning_rate_factor(phase, seen)
+    rate = peak * optimizer.factor(seen, images=10**10)
   np.testing.assert_allclose(rate, golden[name], rtol=1e-12)
 
 
@@ -219,30 +220,35 @@ EDM2 = edm2.Edm2Config(
 
 
 @pytest.mark.parametrize(
-  ('config', 'objective'), [(EDM, 'mle'), (EDM2, 'mle'), (EDM2, 'ddo')]
+  ('knobs', 'loss'),
+  [(EDM, objective.MLE()), (EDM2, objective.MLE()), (EDM2, ddo.DDO(4.0, 0.05))],
 )
-def test_models_fit_the_step(config, objective):
+def test_models_fit_the_step(knobs, loss):
   """Traced only: what the step takes and gives, of a model from its config."""
-  phase = config_lib.Phase(
-    objective=objective, batch_size=2, label_drop=0.1, ema_width=(0.05,)
+  phase = config.Phase(
+    objective=loss,
+    optimizer=config.Optimizer(learning_rate=1e-4),
+    averages=config.Averages(width=(0.05,)),
+    batch_size=2,
+    label_drop=0.1,
   )
-  model = models.build(config_lib.Config(model=config), phase)
-  assert hash(model) == hash(
-    models.build(config_lib.Config(model=config), phase)
-  )
+  model = knobs.build(noise.LogNormal(-1.2, 1.2))
+  assert model == knobs.build(noise.LogNormal(-1.2, 1.2))
   raw = {
-    'image': np.zeros((2, 8, 8, 3), np.uint8),
+    'stored': np.zeros((2, 8, 8, 3), np.uint8),
     'label': np.zeros(2, np.int32),
     'id': np.arange(2, dtype=np.uint32),
   }
 
   def run(key):
     params = model.init(key)
-    state = state_lib.create(params, phase)
-    hyper = state_lib.Hyper.of(phase, 0)
-    fake = raw if objective == 'ddo' else None
+    transform = phase.optimizer.transform(
+      model.rules, phase.batch_size, phase.images
+    )
+    state = state_lib.create(params, transform, phase.averages)
+    fake = raw if loss.contrastive else None
     return state, step_lib.train_step(
-      state, params, {}, raw, fake, hyper, key, model=model, phase=phase
+      state, params, {}, raw, fake, model, phase, key
     )
 
   before, (after, metrics) = jax.eval_shape(run, jax.random.key(0))

@@ -28,20 +28,20 @@ def _inputs(golden, dtype):
   return x, sigma, label
 
 
-class Mixed(layers.Precond):
+class Mixed(precond.Precond):
   """Nine rows under EDM's preconditioning, the others under another.
 
   So that a network need be compiled but once.
   """
 
-  edm: layers.Precond
-  other: layers.Precond
+  edm: precond.Precond
+  other: precond.Precond
 
   def coefficients(self, sigma):
     first = self.edm.coefficients(sigma[:9])
     last = self.other.coefficients(sigma[9:])
     parts = zip(first, last, strict=True)
-    return layers.Coefficients(*(jnp.concatenate(part) for part in parts))
+    return precond.Coefficients(*(jnp.concatenate(part) for part in parts))
 
 
 @pytest.mark.golden
@@ -291,8 +291,8 @@ def test_dropout_is_by_row():
   [
     ({'image_shape': (28, 28, 1), 'channel_mult': (1, 2, 2, 2)}, 'of 8'),
     ({'image_shape': (32, 16, 3)}, 'square'),
-    ({'network': 'dit'}, 'known: ddpmpp, ncsnpp, adm'),
-    ({'precond': 'flow'}, 'known: edm, vp, ve, iddpm'),
+    ({'network': 'dit'}, 'one of ddpmpp, ncsnpp, adm'),
+    ({'precond': 'ddpm'}, 'one of edm, vp, ve, iddpm, x'),
   ],
 )
 def test_impossible_configs(change, message):

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax.method import likelihood
+from ddo_jax.method import noise
 from ddo_jax.models import edm2
 from ddo_jax.models import edm2_layers
 from ddo_jax.models import layers
@@ -19,7 +19,7 @@ from ddo_jax.weights import edm_names
 
 def _model(golden):
   options = golden_io.read_json(golden, 'config')
-  return edm2.build(golden_io.edm2_config(options), -0.8, 1.6, remat=False)
+  return golden_io.edm2_config(options).build()
 
 
 def _inputs(golden, dtype):
@@ -137,7 +137,7 @@ def test_training_mode(precision):
   """edm2_train.npz: training mode is `project`, then the forward pass."""
   golden = golden_io.load('edm2_train.npz')
   model = _model(golden)
-  project = jax.jit(model.project)
+  project = jax.jit(model.rules.project)
   atol = {'f64': 1e-10, 'f32': 3e-6}[precision]
   with golden_io.precision(precision) as dtype:
     raw = golden_io.params(golden, dtype)
@@ -184,7 +184,7 @@ def _tiny():
     logvar_channels=8,
     dropout=0.3,
   )
-  return edm2.build(config, -0.8, 1.6, remat=False)
+  return config.build(noise.LogNormal(-0.8, 1.6))
 
 
 def _tiny_params(model):
@@ -192,7 +192,7 @@ def _tiny_params(model):
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   draw = np.random.default_rng(0).normal
   random = lambda leaf: np.asarray(draw(size=leaf.shape), np.float32)
-  return jax.jit(model.project)(jax.tree.map(random, shapes))
+  return jax.jit(model.rules.project)(jax.tree.map(random, shapes))
 
 
 def _batch(rows):
@@ -240,15 +240,20 @@ def test_a_step_projects_and_keeps_the_constants():
   """After Adam, and after the average, kernels are on the sphere again."""
   model = _tiny()
   params = _tiny_params(model)
-  phase = config_lib.Phase(batch_size=4, ema_width=(0.1,))
+  averages = state_lib.Averages(width=(0.1,))
+  transform = state_lib.Optimizer(learning_rate=0.1).transform(
+    model.rules, batch_size=4, images=400
+  )
   batch, keys = _batch(4)
 
   @jax.jit
   def step(params):
     loss = lambda p: model.mle_loss(p, {}, batch, keys).mean()
     grads = jax.grad(loss)(params)
-    state = state_lib.create(params, phase)
-    state = state_lib.apply_gradients(state, grads, 0.1, model, phase)
+    state = state_lib.create(params, transform, averages)
+    state = state_lib.apply_gradients(
+      state, grads, transform, averages, model.rules, batch_size=4
+    )
     return grads, state.params, state.ema['power_0.100']
 
   grads, *trees = step(params)

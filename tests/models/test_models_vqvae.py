@@ -103,7 +103,7 @@ def test_tokenizer(precision, atol):
     image = golden_io.nhwc(golden['images_u8']).astype(dtype) / 255 * 2 - 1
     got, decoded = _tokenize(params, image.astype(dtype))
     assert got['f'].dtype == decoded['img_dec'].dtype == dtype
-    pixels = PIXELS.decode(decoded['img_dec'].astype(np.float32))
+    pixels = PIXELS.decode({}, decoded['img_dec'].astype(np.float32))
   np.testing.assert_array_equal(got['ids'], golden['ids'])
   assert got['ids'].dtype == np.int32
   for name in ('enc_out', 'f', 'fhat', 'fhat_scales'):
@@ -143,7 +143,7 @@ def test_truncation():
   """255·x is cut off, not rounded; beyond the range it is clipped."""
   image = np.array([-2, -1, -0.999, 0, 0.999, 1, 2], np.float32)
   wanted = [0, 0, 0, 127, 254, 255, 255]
-  np.testing.assert_array_equal(PIXELS.decode(image), wanted)
+  np.testing.assert_array_equal(PIXELS.decode({}, image), wanted)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import jax
 import pytest
 
 from ddo_jax import errors
-from ddo_jax.models import edm
-from ddo_jax.models import edm2
 from ddo_jax.models import presets
 
 # Parameters as counted in the original programs; constants left out.
@@ -45,14 +43,14 @@ def _shapes(model):
 
 @pytest.mark.parametrize(('name', 'count'), EDM.items())
 def test_parameters_of_edm(name, count):
-  model = edm.build(presets.get(name), 0.0, 1.0, remat=False)
+  model = presets.get(name).build()
   assert golden_io.count(_shapes(model)) == count
 
 
 @pytest.mark.parametrize(('name', 'count'), EDM2.items())
 def test_parameters_of_edm2(name, count):
   """And 199 tensors, with 4 of constants; one less without classes."""
-  params = _shapes(edm2.build(presets.get(name), 0.0, 1.0, remat=False))
+  params = _shapes(presets.get(name).build())
   assert golden_io.count(params) == count
   tensors = 202 if name.endswith('uncond') else 203
   assert len(jax.tree.leaves(params)) == tensors

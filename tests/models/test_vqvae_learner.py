@@ -11,7 +11,7 @@ import var_golden
 from ddo_jax.models import vqvae_learner
 
 LEARNER = dataclasses.replace(
-  vqvae_learner.build(tiny_var.TOKENIZER), module=tiny_var.MODEL.tokenizer
+  vqvae_learner.build(tiny_var.TOKENIZER), module=tiny_var.TINY_TOKENIZER
 )
 
 
@@ -49,7 +49,8 @@ def _by_hand(params, image):
 def test_losses_and_their_gradient():
   """Error of the rounded features' image, and distance over the scales."""
   params = tiny_var.weights()[1]['tokenizer']
-  image = LEARNER.encode({}, jnp.asarray(tiny_var.make_rows(0)['image']), None)
+  stored = jnp.asarray(tiny_var.make_rows(0)['stored'])
+  image = LEARNER.codec.encode({}, stored, None)
 
   @jax.jit
   def run(params, image):
@@ -73,7 +74,7 @@ def test_losses_and_their_gradient():
 def test_what_decays():
   """Kernels; neither biases, nor norms, nor the codebook."""
   shapes = var_golden.vqvae_shapes(tiny_var.TOKENIZER)
-  decays = jax.tree_util.tree_leaves_with_path(LEARNER.decay_mask(shapes))
+  decays = jax.tree_util.tree_leaves_with_path(LEARNER.rules.decay_mask(shapes))
   names = [path[-1].key for path, _ in decays]
   assert set(names) == {'kernel', 'bias', 'scale', 'embedding'}
   assert [on for _, on in decays] == [name == 'kernel' for name in names]

@@ -14,9 +14,10 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax.method import ddo
-from ddo_jax.method import generate
+from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import toy
 from ddo_jax.report import figures
+from ddo_jax.report import grid
 from ddo_jax.report import page as report_page
 from ddo_jax.samplers import heun
 
@@ -56,12 +57,16 @@ def _small_figures():
 def diagnostics():
   """A record's diagnostics of a batch whose top noise bin is empty: null."""
   noise = jnp.linspace(-1.0, 1.0, 16)
-  metrics = jax.jit(ddo.diagnostics, static_argnums=3)(
-    noise + 2, noise - 2, jnp.arange(16) % 7, 8, jnp.array(0.5)
+
+  def logit(log_ratio):
+    return 0.5 * log_ratio
+
+  metrics = jax.jit(ddo.diagnostics, static_argnums=(3, 4))(
+    noise + 2, noise - 2, jnp.arange(16) % 7, 8, logit
   )
   metrics = {name: np.asarray(v).tolist() for name, v in metrics.items()}
-  for name in ('log_ratio_real_by_level', 'log_ratio_fake_by_level'):
-    metrics[name][-1] = None
+  for kind in ('real', 'fake'):
+    metrics[f'log_ratio_{kind}_by_noise_level'][-1] = None
   return metrics
 
 
@@ -91,7 +96,8 @@ def train_record(stage, step, extra):
 def make_run(folder, diagnostics, objective='ddo', **changes):
   """A finished run of one round, and config fields that differ."""
   config = config_lib.Config(model=toy.ToyConfig(), sampler=heun.Heun())
-  config.ddo.objective = objective
+  if objective == 'mle':
+    config.ddo.objective = objective_lib.MLE()
   config = config_lib.to_json(config) | changes
   extra = diagnostics | {'chance_loss': 1.386} if objective == 'ddo' else {}
   log = [train_record('pretrain', step, {}) for step in range(9)]
@@ -106,6 +112,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
     'round': 0,
     'before': summarize(BEFORE),
     'after': summarize(AFTER),
+    'samples': 1_234,
     'promoted': {'step': 4, 'images': 40, 'profile': 'p', 'selection': 0.2},
     'warnings': ['a <warning>'],
     'environment': {'jax': '0.0', 'devices': '1 × <cpu>'},
@@ -117,7 +124,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
   (folder / 'round_000').mkdir(parents=True)
   for name in ('before', 'after'):
     images = np.full((12, 8, 8, 1), 9, np.uint8)
-    generate.save_grid(folder / f'round_000/{name}.png', images, 17)
+    grid.save(folder / f'round_000/{name}.png', images, 17)
   write_json(folder / 'config.json', config)
   write_json(folder / 'round_000' / 'done.json', result)
   write_json(folder / 'summary.json', summary)
@@ -175,7 +182,9 @@ def test_page_holds_the_numbers(finished):
   assert 'Round 0: a &lt;warning&gt;.' in page
   for cell in ('1.5', '50.2', '10.0', '61.8', '100.0', '150.2', '161.8'):
     assert f'<td>{cell}</td>' in page
-  assert '<td>ddo.pool_size</td><td>50000</td>' in page
+  assert '<td>ddo.negatives.size</td><td>50000</td>' in page
+  # The config leaves both open: 0.
+  assert '3 × 1,234 samples: mean' in page
 
 
 def test_marks_say_what_every_seed_says(finished):
@@ -193,6 +202,47 @@ def test_marks_say_what_every_seed_says(finished):
     'nn_ratio': ['better'],
     'memorised': [],
   }
+
+
+def test_scores_under_a_protocol_are_printed_as_papers_do(
+  tmp_path, diagnostics
+):
+  fields = {'evaluation.metric': 'fid', 'evaluation.protocol': 'edm-cifar10'}
+  folder = make_run(tmp_path / 'run', diagnostics, **fields)
+  path = folder / 'round_000' / 'done.json'
+  result = json.loads(path.read_text())
+  for scores in (result['before'], result['after']):
+    fid = scores['fd_train']
+    scores.clear()
+    fid |= {'minimum': min(fid['values']), 'headline': 'minimum'}
+    scores['fid'] = fid
+    scores['odd'] = dict(fid, headline='mean')
+  del result['samples']  # as earlier versions left it
+  write_json(path, result)
+  page = page_of(folder)
+  assert 'fid 0.99 (mean 1.01 ± 0.02) → 0.24 (mean 0.25 ± 0.01) in 1' in page
+  assert 'Fréchet distance in Inception features; lower is better.' in page
+  assert 'A score; not judged.' in page
+  assert '3 seeds: mean' in page
+
+
+def test_a_config_of_earlier_versions(tmp_path, diagnostics):
+  folder = make_run(tmp_path / 'run', diagnostics)
+  config = json.loads((folder / 'config.json').read_text())
+  config = {k: v for k, v in config.items() if not k.startswith('ddo.')}
+  config |= {
+    'ddo.objective': 'ddo',
+    'ddo.alpha': [4.0],
+    'ddo.beta': [0.05, 0.1],
+  }
+  write_json(folder / 'config.json', config | {'ddo.learning_rate': [0.001]})
+  page = page_of(folder)
+  assert 'p), alpha 4, beta 0.05, learning_rate 0.001<' in page
+  assert 'objective ddo' in page
+  new = '_by_noise_level'
+  log = json.loads(json.dumps(read_log(folder)).replace(new, '_by_level'))
+  write_log(folder, log)
+  assert pictures(page_of(folder)) == pictures(page)
 
 
 def test_names_from_files_are_escaped(tmp_path, diagnostics):

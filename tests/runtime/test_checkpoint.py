@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,118 @@ def test_changed_params_are_refused(tmp_path, monkeypatch):
     checkpoint.save_params(tmp_path / 'a', make_params(), {})
   with pytest.raises(errors.UserError, match='do not match their sha256'):
     checkpoint.load_params(tmp_path / 'a', abstract(make_params()))
+
+
+@pytest.mark.parametrize('damage', ['a byte', 'half a file', 'no file'])
+def test_a_damaged_folder_is_named(tmp_path, damage):
+  folder = tmp_path / 'a'
+  numbers = np.random.default_rng(0).standard_normal((64, 64))
+  checkpoint.save_params(folder, {'a': jnp.asarray(numbers)}, {})
+  files = (path for path in folder.rglob('*') if path.is_file())
+  largest = max(files, key=lambda path: path.stat().st_size)
+  raw = bytearray(largest.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  if damage == 'no file':
+    largest.unlink()
+  else:
+    largest.write_bytes(raw[: len(raw) // 2] if damage[0] == 'h' else raw)
+  line = f'the params in {folder} (cannot be read .*|do not match .*); copy'
+  with pytest.raises(errors.UserError, match=line) as caught:
+    checkpoint.load_params(folder, abstract({'a': jnp.asarray(numbers)}))
+  assert '\n' not in str(caught.value)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+  checkpoint.save_params(tmp_path / 'a', make_params(), {})
+  (tmp_path / 'a' / 'meta' / 'metadata').write_text('{"sha256":')
+  with pytest.raises(errors.UserError, match=f'in {tmp_path}/a cannot be read'):
+    checkpoint.load_meta(tmp_path / 'a')
+
+
+@pytest.fixture
+def hashes(monkeypatch):
+  """Counts how often params are hashed."""
+  calls = []
+  tree_hash = checkpoint.tree_hash
+
+  def counted(params):
+    calls.append(None)
+    return tree_hash(params)
+
+  monkeypatch.setattr(checkpoint, 'tree_hash', counted)
+  return calls
+
+
+def test_params_are_hashed_where_they_are_saved_and_verified(tmp_path, hashes):
+  params = make_params(2.0)
+  target = abstract(params)
+  checkpoint.save_params(tmp_path / 'a', params, {'stage': 'a'})
+  assert len(hashes) == 1
+  copied, meta = checkpoint.copy_params(
+    tmp_path / 'a', tmp_path / 'round' / 'b', target
+  )
+  assert len(hashes) == 2
+  again, beside = checkpoint.load_params(
+    tmp_path / 'round' / 'b', target, verify=False
+  )
+  assert len(hashes) == 2
+  assert_equal(copied, params)
+  assert_equal(again, params)
+  assert meta == beside == checkpoint.load_meta(tmp_path / 'a')
+
+
+def test_what_is_copied_is_not_copied_again(tmp_path, hashes):
+  params = make_params(2.0)
+  folder = tmp_path / 'b'
+  checkpoint.save_params(tmp_path / 'a', params, {})
+  checkpoint.copy_params(tmp_path / 'a', folder, abstract(params))
+  checkpoint.save_params(tmp_path / 'a', make_params(3.0), {})
+  del hashes[:]
+  copied, _ = checkpoint.copy_params(tmp_path / 'a', folder, abstract(params))
+  assert_equal(copied, params)
+  assert len(hashes) == 1  # another process may have made the copy
+
+
+def test_params_that_do_not_fit_are_not_copied(tmp_path, monkeypatch):
+  checkpoint.save_params(tmp_path / 'a', make_params(), {})
+  folder = tmp_path / 'b'
+  wide = abstract(make_params(width=4))
+  with pytest.raises(errors.UserError, match='another architecture'):
+    checkpoint.copy_params(tmp_path / 'a', folder, wide)
+  monkeypatch.setattr(checkpoint, 'tree_hash', lambda params: '0' * 64)
+  line = f'the params in {tmp_path}/a do not match'
+  with pytest.raises(errors.UserError, match=line):
+    checkpoint.copy_params(tmp_path / 'a', folder, abstract(make_params()))
+  assert not folder.exists()
+
+
+def test_a_copy_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
+  target = abstract(make_params())
+  checkpoint.save_params(tmp_path / 'a', make_params(), {})
+  folder = tmp_path / 'b'
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, 'copyfile', full_disk)  # by it copytree copies
+    with pytest.raises(errors.UserError, match=f'disk full .* in {tmp_path}'):
+      checkpoint.copy_params(tmp_path / 'a', folder, target)
+  assert not folder.exists()
+  params, _ = checkpoint.copy_params(tmp_path / 'a', folder, target)
+  assert_equal(params, make_params())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
+
+
+def test_bfloat16_is_hashed(tmp_path):
+  params = {'a': jnp.full((2, 3), 2.0, jnp.bfloat16), 'b': jnp.float32(1)}
+  checkpoint.save_params(tmp_path / 'a', params, {})
+  assert_equal(
+    checkpoint.load_params(tmp_path / 'a', abstract(params))[0], params
+  )
+
+
+def test_the_hash_is_what_older_folders_have():
+  params = {'a': np.arange(3, dtype=np.float32), 'b': {'c': np.int32(7)}}
+  assert checkpoint.tree_hash(params) == (
+    '1f9f68eef2bbcacd73b025b844b216b28114cee7ab77790a2f9fcf40687d40c5'
+  )
 
 
 @pytest.mark.parametrize(

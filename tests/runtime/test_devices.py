@@ -1,17 +1,19 @@
 """Placing arrays on devices; samples that do not depend on them."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
 from ddo_jax.method import generate
+from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.samplers import heun
 
@@ -24,7 +26,8 @@ TREE = {
 
 
 def executor(kind='pmap', devices=0):
-  return devices_lib.Executor(config.Executor(kind=kind), devices)
+  config = devices_lib.ExecutorConfig(kind=kind)
+  return devices_lib.Executor(config, devices)
 
 
 def test_all_devices_are_taken():
@@ -40,6 +43,33 @@ def test_a_batch_that_does_not_divide_is_refused(batch, accumulate, near):
   with pytest.raises(errors.UserError, match=line):
     executor().check_batch(batch, accumulate)
   executor().check_batch(near, accumulate)
+
+
+def test_a_batch_that_does_not_divide_is_called_by_its_name():
+  line = r'^config\.ddo\.batch_size 12 is not divisible by 8 devices × 2'
+  with pytest.raises(errors.UserError, match=line):
+    executor().check_batch(12, accumulate=2, name='config.ddo.batch_size')
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'wanted'),
+  [
+    ('kind', 'tpu', r"one of \('pmap', 'fsdp'\)"),
+    ('accumulate', 0, 'a positive integer'),
+    ('sample_batch', -1, 'a positive integer'),
+  ],
+)
+def test_settings_that_make_no_sense_are_refused(field, value, wanted):
+  settings = devices_lib.ExecutorConfig(**{field: value})
+  line = rf'^config\.executor\.{field} is {value!r}; it must be {wanted}$'
+  with pytest.raises(errors.UserError, match=line):
+    settings.check()
+
+
+def test_no_setting_of_the_executor_is_science():
+  fields = dataclasses.fields(devices_lib.ExecutorConfig)
+  assert [field.name for field in fields if field.metadata['science']] == []
+  devices_lib.ExecutorConfig().check()
 
 
 @pytest.mark.parametrize('kind', ['pmap', 'fsdp'])
@@ -59,6 +89,31 @@ def test_fsdp_splits_what_divides_over_the_devices():
   whole = executor('pmap').place_state(TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, whole)
   assert shapes == jax.tree.map(np.shape, TREE)
+
+
+def test_fsdp_keeps_small_leaves_whole(monkeypatch):
+  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 128)
+  placed = executor('fsdp').place_state(TREE)
+  shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, placed)
+  whole = {'matrix': (3, 16), 'vector': (5,), 'number': ()}
+  assert shapes == whole | {'wide': (8, 2)}
+
+
+@pytest.mark.parametrize('threshold', [1, 128])
+def test_checkpoints_move_whichever_leaves_are_split(
+  tmp_path, monkeypatch, threshold
+):
+  """From FSDP to another threshold, to pmap, and to fewer devices."""
+  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', threshold)
+  checkpoint.save_params(tmp_path / 'a', executor('fsdp').place_state(TREE), {})
+  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 128 // threshold)
+  shapes = jax.eval_shape(lambda: TREE)
+  for target in (executor('fsdp'), executor('fsdp', 2), executor('pmap', 1)):
+    shardings = target.state_shardings(shapes)
+    abstract = checkpoint.abstract(shapes, shardings)
+    params, _ = checkpoint.load_params(tmp_path / 'a', abstract)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), TREE)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +180,45 @@ def test_rows_are_mapped_in_order_and_all(batch):
   parts = list(one.map_rows(double, one.replicate(np.float32(2)), rows, batch))
   np.testing.assert_array_equal(np.concatenate(parts), 2 * rows['a'])
   assert sizes == [-(-batch // 8) * 8]
+
+
+def test_a_call_is_dispatched_before_the_last_one_is_fetched(monkeypatch):
+  """And no more than one: two results are on the devices at most."""
+  events = []
+  real_fetch = devices_lib.fetch
+
+  def fetch(result):
+    events.append(f'fetch {int(result[0])}')
+    return real_fetch(result)
+
+  def fn(params, rows):
+    del params
+    events.append(f'dispatch {int(rows[0])}')
+    return rows
+
+  monkeypatch.setattr(devices_lib, 'fetch', fetch)
+  one = executor(devices=1)
+  rows = np.arange(7)
+  for part in one.map_rows(fn, None, rows, batch=2):
+    events.append(f'use {int(part[0])}')
+  assert events == [
+    'dispatch 0',
+    'dispatch 2',
+    'fetch 0',
+    'use 0',
+    'dispatch 4',
+    'fetch 2',
+    'use 2',
+    'dispatch 6',
+    'fetch 4',
+    'use 4',
+    'fetch 6',
+    'use 6',
+  ]
+
+
+def test_no_rows_are_no_calls():
+  assert list(executor().map_rows(None, None, np.arange(0), batch=2)) == []
 
 
 class Denoiser(nn.Module):

@@ -1,5 +1,7 @@
 """Guidance by a second network: its interval, its weights, its labels."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import pytest
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.method import diffusion
+from ddo_jax.method import noise
 from ddo_jax.samplers import ablation
+from ddo_jax.samplers import contract
 from ddo_jax.samplers import dpm_solver_v3
 from ddo_jax.samplers import guidance
 from ddo_jax.samplers import heun
@@ -66,6 +70,15 @@ def test_the_guide_is_not_evaluated_elsewhere(sampler):
   assert 0 < len(guided) < len(asked)
 
 
+@pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: type(s).__name__)
+def test_the_contract(sampler):
+  guided = dataclasses.replace(sampler, guidance=3.0, guidance_min=0.1)
+  assert isinstance(guided, contract.Sampler)
+  assert guided.reads == 'denoise'
+  assert guided.unguided() == dataclasses.replace(guided, guidance=1.0)
+  assert hash(guided.unguided()) != hash(guided)
+
+
 def test_an_empty_interval_is_a_mistake():
   with pytest.raises(errors.UserError, match='guidance_min is 3'):
     guidance.guided(model, guide, 2.0, 3.0, 2.0)
@@ -96,9 +109,7 @@ def guided_model(num_classes=2, guide=None):
     denoiser=Constant(num_classes + 1),
     example_shape=SHAPE,
     num_classes=num_classes,
-    sigma_data=0.5,
-    p_mean=-0.5,
-    p_std=1.0,
+    weight=noise.EdmWeight(0.5),
     guide=guide,
   )
 

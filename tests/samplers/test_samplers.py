@@ -10,6 +10,7 @@ import pytest
 
 from ddo_jax import rng
 from ddo_jax.method import diffusion
+from ddo_jax.method import noise
 from ddo_jax.samplers import guidance
 from ddo_jax.samplers import heun
 
@@ -132,9 +133,7 @@ MODEL = diffusion.Diffusion(
   denoiser=Shift(),
   example_shape=SHAPE,
   num_classes=3,
-  sigma_data=S,
-  p_mean=-0.5,
-  p_std=1.0,
+  weight=noise.EdmWeight(S),
 )
 PARAMS, GUIDE = (MODEL.init(rng.stream(seed)) for seed in range(2))
 LABELS, NONE = [0, 1, 2, 0], [3, 3, 3, 3]

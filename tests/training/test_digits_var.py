@@ -13,13 +13,13 @@ from configs import digits_var
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
-from ddo_jax import models
+from ddo_jax.method import negatives
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import records
-from ddo_jax.samplers import scalewise
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import loop as loop_lib
-from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
 
 def tiny() -> config_lib.Config:
@@ -31,8 +31,9 @@ def tiny() -> config_lib.Config:
   for phase in (config.tokenizer, config.pretrain, config.ddo):
     phase.batch_size = 8
     phase.images = 2 * 8
-  config.ddo.eval_images = 8
-  config.ddo.round_trip = False  # its step would compile for long
+  config.ddo.rhythm.eval_images = 8
+  # The round trip's step would compile for long.
+  config.ddo.negatives = negatives.Online(round_trip=False)
   config.executor.sample_batch = 64
   config.evaluation = dataclasses.replace(
     config.evaluation, selection_samples=64, samples=64, seeds=1
@@ -57,7 +58,7 @@ def workdir(tmp_path_factory, jobs):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop_lib, 'run', watched)
-    main.run(tiny(), folder)
+    main.selfplay(tiny(), folder)
   return folder
 
 
@@ -77,7 +78,7 @@ def test_the_reference_is_reduced_and_the_start_is_not(workdir, jobs):
   kernel = lambda params: params['blocks']['ffn']['fc1']['kernel']
   assert kernel(job.reference).dtype == jnp.bfloat16
   assert kernel(job.start()).dtype == np.float32
-  leaves = jax.tree.leaves(job.model.reduced(job.start()))
+  leaves = jax.tree.leaves(job.model.rules.reduce(job.start()))
   for ours, kept in zip(jax.tree.leaves(job.reference), leaves, strict=True):
     np.testing.assert_array_equal(ours, kept)
 
@@ -112,30 +113,41 @@ def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
 
 def test_online_fakes_are_drawn_without_guidance_or_filter(tmp_path):
   config = tiny()
-  config.sampler = scalewise.Scalewise(2.0, 'minus_one', top_k=5, top_p=0.9)
-  run = run_lib.Run(config, tmp_path)
-  model = models.build(config, config.ddo)
-  rest = (0, model, {}, None, None, None)
-  job = run.job(tmp_path / 'round_000', config.ddo, *rest)
-  assert job.sampler == scalewise.Scalewise(1.0, 'minus_one')
-  assert run.job(tmp_path / 'pretrain', config.pretrain, *rest).sampler is None
+  config.sampler = ancestral.Ancestral(2.0, 'minus_one', top_k=5, top_p=0.9)
+  run = workspace.Run(config, tmp_path)
+
+  def sampler_of(name, phase):
+    job = run.job(
+      folder=tmp_path / name,
+      phase=phase,
+      model=run.model,
+      frozen={},
+      start=None,
+      reference=None,
+      fake=None,
+    )
+    return job.sampler
+
+  unguided = ancestral.Ancestral(1.0, 'minus_one')
+  assert sampler_of('round_000', config.ddo) == unguided
+  assert sampler_of('pretrain', config.pretrain) is None
 
 
 def test_it_returns_at_once(workdir):
   before = (workdir / 'metrics.jsonl').read_bytes()
-  main.run(tiny(), workdir)
+  main.selfplay(tiny(), workdir)
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
 def test_another_run_takes_its_weights(workdir, tmp_path):
   config = tiny()
   config.init_from = str(workdir / 'pretrain' / 'params')
-  run = run_lib.Run(config, tmp_path / 'a')
+  run = workspace.Run(config, tmp_path / 'a')
   with pytest.raises(errors.UserError, match='tokenizer_from'):
-    round_lib.pretrain(run)
+    run_lib.pretrain(run)
   config.tokenizer_from = str(workdir / 'tokenizer' / 'params')
-  run = run_lib.Run(config, tmp_path / 'b')
-  assert round_lib.pretrain(run) == workdir / 'pretrain' / 'params'
+  run = workspace.Run(config, tmp_path / 'b')
+  assert run_lib.pretrain(run) == workdir / 'pretrain' / 'params'
   assert not (tmp_path / 'b' / 'tokenizer').exists()
-  own = run_lib.Run(tiny(), workdir).frozen
+  own = workspace.Run(tiny(), workdir).frozen
   jax.tree.map(np.testing.assert_array_equal, run.frozen, own)

@@ -12,6 +12,8 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import sources
+from ddo_jax.method import ddo
+from ddo_jax.method import noise
 from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
@@ -20,22 +22,18 @@ from ddo_jax.training import loop as loop_lib
 
 BATCH, STEPS = 16, 12
 SHAPE, CLASSES = (4, 4, 1), 3
-MODEL = toy.build(
-  toy.ToyConfig('mlp', 8, 1, SHAPE, CLASSES),
-  p_mean=-0.5,
-  p_std=1.2,
-  remat=False,
+MODEL = toy.ToyConfig('mlp', 8, 1, SHAPE, CLASSES).build(
+  noise=noise.LogNormal(-0.5, 1.2)
 )
 PHASE = config_lib.Phase(
+  objective=ddo.DDO(alpha=2.0, beta=0.1),
   images=STEPS * BATCH,
   batch_size=BATCH,
-  alpha=(2.0,),
-  beta=(0.1,),
-  learning_rate=(1e-2,),
-  ema_halflife=(30.0, 60.0),
-  eval_images=6 * BATCH,
-  save_images=3 * BATCH,
-  log_images=2 * BATCH,
+  optimizer=config_lib.Optimizer(learning_rate=1e-2),
+  averages=config_lib.Averages(halflife=(30.0, 60.0)),
+  rhythm=config_lib.Rhythm(
+    eval_images=6 * BATCH, save_images=3 * BATCH, log_images=2 * BATCH
+  ),
 )
 
 
@@ -65,7 +63,6 @@ def make_job(executor, tmp_path):
       folder=tmp_path / 'round_000',
       seed=0,
       phase=PHASE,
-      round_index=0,
       model=MODEL,
       start=lambda: params,
       reference=params,
@@ -156,7 +153,9 @@ def test_an_undefined_score_stops_the_run(make_job):
 def test_a_loss_that_is_not_finite_stops_the_run(make_job):
   job = make_job()
   interruption.interrupted(job, 4)
-  wild = dataclasses.replace(job.phase, learning_rate=(1e30,))
+  wild = dataclasses.replace(
+    job.phase, optimizer=config_lib.Optimizer(learning_rate=1e30)
+  )
   with pytest.raises(errors.UserError) as caught:
     loop_lib.run(dataclasses.replace(job, phase=wild))
   line = str(caught.value)

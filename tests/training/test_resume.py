@@ -17,8 +17,11 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax.data import pool as pool_lib
 from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.method import ddo
+from ddo_jax.method import negatives
+from ddo_jax.method import noise
+from ddo_jax.method import objective
 from ddo_jax.models import toy
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
@@ -26,9 +29,9 @@ from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.samplers import heun
 from ddo_jax.training import loop as loop_lib
-from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import step as step_lib
+from ddo_jax.training import workspace
 
 Evaluator = evaluator_lib.Evaluator
 BATCH = 16
@@ -48,25 +51,26 @@ def write_images(folder):
 
 def make_config(images, **fields):
   """Two rounds of 12 steps; the pool has three shards."""
-  common = {'batch_size': BATCH, 'log_images': 2 * BATCH}
   pretrain = config_lib.Phase(
-    objective='mle',
+    objective=objective.MLE(),
     images=PRETRAIN_STEPS * BATCH,
-    learning_rate=(1e-2,),
+    batch_size=BATCH,
     label_drop=0.1,
-    save_images=4 * BATCH,
-    **common,
+    optimizer=config_lib.Optimizer(learning_rate=(1e-2,)),
+    rhythm=config_lib.Rhythm(save_images=4 * BATCH, log_images=2 * BATCH),
   )
-  ddo = config_lib.Phase(
+  rounds = config_lib.Phase(
+    objective=ddo.DDO(alpha=(1.0, 2.0), beta=(0.1, 0.09)),
+    negatives=negatives.Pool(size=160),
     images=ROUND_STEPS * BATCH,
-    alpha=(1.0, 2.0),
-    beta=(0.1, 0.09),
-    learning_rate=(3e-2, 1e-2),
-    ema_halflife=(30.0, 60.0),
-    pool_size=160,
-    eval_images=6 * BATCH,
-    save_images=3 * BATCH,
-    **common,
+    batch_size=BATCH,
+    optimizer=config_lib.Optimizer(learning_rate=(3e-2, 1e-2)),
+    averages=config_lib.Averages(halflife=(30.0, 60.0)),
+    # The noise law changes with the round: nothing is compiled anew.
+    noise=noise.LogNormal(p_mean=(-1.2,), p_std=(1.2, 1.6)),
+    rhythm=config_lib.Rhythm(
+      eval_images=6 * BATCH, save_images=3 * BATCH, log_images=2 * BATCH
+    ),
   )
   return config_lib.Config(
     rounds=fields.pop('rounds', 2),
@@ -74,7 +78,7 @@ def make_config(images, **fields):
     sampler=heun.Heun(3, 0.02, 10.0),
     data=config_lib.Data(source=f'{images}/{{split}}.npz'),
     pretrain=pretrain,
-    ddo=dataclasses.replace(ddo, **fields.pop('ddo', {})),
+    ddo=dataclasses.replace(rounds, **fields.pop('ddo', {})),
     evaluation=config_lib.Evaluation(selection_samples=64, samples=64, seeds=2),
     executor=config_lib.Executor(sample_batch=64, **fields.pop('executor', {})),
     **fields,
@@ -115,9 +119,10 @@ def traces(compiled):
   del compiled
   traced, step, make = [], step_lib.train_step, devices_lib.Executor
 
-  def counted(*args, phase, **static):
-    traced.append(phase.objective)
-    return step(*args, phase=phase, **static)
+  def counted(*args, **static):
+    phase = args[6]
+    traced.append(type(phase.objective).__name__)
+    return step(*args, **static)
 
   by_kind = functools.cache(lambda kind: make(config_lib.Executor(kind=kind)))
   evaluator = functools.cache(Evaluator)
@@ -139,9 +144,9 @@ def traces(compiled):
 def whole(images, tmp_path_factory, traces):
   """The run that nothing interrupts; nobody may change its folder."""
   workdir = tmp_path_factory.mktemp('whole')
-  round_lib.play(make_config(images), workdir)
+  run_lib.play(make_config(images), workdir)
   # Law 7: each objective once, whatever the round's α, β and learning rate.
-  assert traces == ['mle', 'ddo']
+  assert traces == ['MLE', 'DDO']
   return workdir
 
 
@@ -222,7 +227,7 @@ def test_the_whole_run_is_worth_comparing(whole):
 # Where one run is killed, time after time; calls count from its restart.
 KILLS = [
   ('pretraining', loop_lib._Logger, 'push', 7),
-  ('pool', pool_lib.Pool, 'write', 2),
+  ('pool', negatives.FakePool, 'write', 2),
   ('evaluation of the reference', Evaluator, 'scores', 1),
   ('round, before a save', loop_lib._Logger, 'push', 2),
   ('round', loop_lib._Logger, 'push', 6),
@@ -233,8 +238,8 @@ KILLS = [
   ('report', Evaluator, 'scores', 2),
 ]
 SECOND_KILLS = [
-  ('between rounds', checkpoint, 'save_params', 1),
-  ('second pool', pool_lib.Pool, 'write', 3),
+  ('between rounds', checkpoint, 'copy_params', 1),
+  ('second pool', negatives.FakePool, 'write', 3),
   ('second round', loop_lib._Logger, 'push', 5),
 ]
 
@@ -245,7 +250,7 @@ def kill(place, config, workdir, whole):
   with pytest.MonkeyPatch.context() as patch:
     at_call(patch, *call, interrupt)
     with pytest.raises(KeyboardInterrupt):
-      round_lib.play(config, workdir)
+      run_lib.play(config, workdir)
   got, expected = log_of(workdir), log_of(whole)
   assert got == expected[: len(got)], f'killed in {name}'
 
@@ -257,11 +262,11 @@ def test_law_4_a_run_killed_anywhere_ends_as_the_whole_one(
   for place in KILLS:
     kill(place, one, tmp_path, whole)
   assert not (tmp_path / 'summary.json').exists()
-  assert len(round_lib.play(one, tmp_path)['rounds']) == 1
+  assert len(run_lib.play(one, tmp_path)['rounds']) == 1
   # Another round is the same command with a larger number.
   for place in SECOND_KILLS:
     kill(place, two, tmp_path, whole)
-  assert len(round_lib.play(two, tmp_path)['rounds']) == 2
+  assert len(run_lib.play(two, tmp_path)['rounds']) == 2
   assert_same(tmp_path, whole)
 
 
@@ -269,7 +274,7 @@ def test_a_finished_run_returns_at_once(images, whole, tmp_path, monkeypatch):
   shutil.copytree(whole, tmp_path / 'run')
   monkeypatch.setattr(loop_lib, 'run', interrupt)
   monkeypatch.setattr(Evaluator, 'scores', interrupt)
-  round_lib.play(make_config(images), tmp_path / 'run')
+  run_lib.play(make_config(images), tmp_path / 'run')
   assert_same(tmp_path / 'run', whole)
 
 
@@ -278,7 +283,7 @@ def child(workdir, images, call, signum):
   if signum:
     send = functools.partial(os.kill, os.getpid(), signum)
     at_call(pytest.MonkeyPatch(), loop_lib._Logger, 'push', call, send)
-  round_lib.play(make_config(images), pathlib.Path(workdir))
+  run_lib.play(make_config(images), pathlib.Path(workdir))
 
 
 def run_child(environment, workdir, images, call=0, signum=0):
@@ -315,23 +320,24 @@ def test_law_4_with_real_signals(compiled, images, whole, tmp_path):
 
 
 def test_a_changed_science_field_is_refused(images, whole):
-  config = make_config(images, seed=1, ddo={'alpha': (3.0,)})
+  changed = ddo.DDO(alpha=(3.0,), beta=(0.1, 0.09))
+  config = make_config(images, seed=1, ddo={'objective': changed})
   before = (whole / 'config.json').read_bytes()
   with pytest.raises(errors.UserError) as caught:
-    round_lib.play(config, whole)
+    run_lib.play(config, whole)
   line = str(caught.value)
   assert 'seed: 0 -> 1' in line and str(whole) in line
-  assert 'ddo.alpha: [1.0, 2.0] -> [3.0]' in line
+  assert 'ddo.objective.alpha: [1.0, 2.0] -> [3.0]' in line
   assert (whole / 'config.json').read_bytes() == before
 
 
 def test_init_from_names_the_weights(images, whole, tmp_path):
   origin = whole / 'pretrain' / 'params'
   config = make_config(images, rounds=0, init_from=str(origin))
-  assert round_lib.pretrain(run_lib.Run(config, tmp_path)) == origin
+  assert run_lib.pretrain(workspace.Run(config, tmp_path)) == origin
   missing = dataclasses.replace(config, rounds=1, init_from=str(tmp_path))
   with pytest.raises(errors.UserError, match=f'no params in {tmp_path}'):
-    round_lib.play(missing, tmp_path / 'run')
+    run_lib.play(missing, tmp_path / 'run')
 
 
 def test_weights_of_another_architecture_are_refused(images, whole, tmp_path):
@@ -339,7 +345,7 @@ def test_weights_of_another_architecture_are_refused(images, whole, tmp_path):
   config = make_config(images, init_from=origin)
   config.model.hidden = 16
   with pytest.raises(errors.UserError, match='another architecture') as e:
-    round_lib.play(config, tmp_path)
+    run_lib.play(config, tmp_path)
   assert 'wanted (16,)' in str(e.value) and origin in str(e.value)
 
 
@@ -350,5 +356,5 @@ def test_the_pool_of_another_reference_is_refused(images, whole, tmp_path):
   shutil.rmtree(second / 'reference')
   shutil.copytree(whole / 'pretrain' / 'params', second / 'reference')
   with pytest.raises(errors.UserError, match='drawn with reference') as e:
-    round_lib.play(make_config(images), tmp_path / 'run')
+    run_lib.play(make_config(images), tmp_path / 'run')
   assert str(second / 'fakes') in str(e.value) and first.exists()

@@ -5,8 +5,9 @@ import pytest
 from configs import digits
 from configs import digits_var
 from ddo_jax import errors
+from ddo_jax.method import negatives
 from ddo_jax.training import round as round_lib
-from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,7 @@ def test_warnings_tell_of_the_second_half(accuracy, saturated, wanted):
 @pytest.mark.parametrize(
   ('name', 'change'),
   [
-    ('ddo', {'objective': 'cca'}),
-    ('ddo', {'objective': 'dpo'}),
+    ('ddo', {'negatives': negatives.OtherLabels()}),
     ('pretrain', {'label_drop': 0.1}),
   ],
 )
@@ -39,11 +39,11 @@ def test_a_model_without_classes_cannot_go_by_labels(tmp_path, name, change):
   config = digits.get_config()
   config.model.num_classes = 0
   config.pretrain.label_drop = config.ddo.label_drop = 0.0
-  run_lib.Run(config, tmp_path)
+  workspace.Run(config, tmp_path)
   for field, value in change.items():
     setattr(getattr(config, name), field, value)
-  with pytest.raises(errors.UserError, match=f'config.{name} has object'):
-    run_lib.Run(config, tmp_path)
+  with pytest.raises(errors.UserError, match=f'config.{name} has negatives'):
+    workspace.Run(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
   config, other = (recipe.get_config() for recipe in recipes)
   config.sampler = other.sampler
   with pytest.raises(errors.UserError, match=r'sampler is .* wants'):
-    run_lib.Run(config, tmp_path)
+    workspace.Run(config, tmp_path)

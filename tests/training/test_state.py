@@ -1,44 +1,45 @@
 """Optimizers, schedules and averages, VAR's among them."""
 
-import dataclasses
-
 import golden_io
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ddo_jax import config as config_lib
-from ddo_jax.models import var
+from ddo_jax.method import likelihood
 from ddo_jax.training import state as state_lib
 
 
-def _model(**changes):
-  return dataclasses.replace(var.build(var.VarConfig(), remat=False), **changes)
+class OneDecays(likelihood.WeightRules):
+  """Only p1 decays."""
+
+  def decay_mask(self, params):
+    return {name: name == 'p1' for name in params}
 
 
-def schedule(phase, images):
-  factor = state_lib.learning_rate_factor
-  return [float(factor(phase, jnp.int32(seen))) for seen in images]
+def schedule(optimizer, images):
+  return [float(optimizer.factor(jnp.int32(seen), 100)) for seen in images]
 
 
 def test_the_learning_rate_warms_up_and_decays():
-  phase = config_lib.Phase(images=100, warmup_images=10)
-  assert schedule(phase, [0, 5, 10, 99]) == [0, 0.5, 1, 1]
-  phase = config_lib.Phase(images=100, decay='linear', decay_images=20)
-  assert schedule(phase, [0, 80, 90, 100]) == [1, 1, 0.5, 0]
-  phase = config_lib.Phase(images=100, decay='inverse_sqrt', decay_images=10)
-  assert schedule(phase, [0, 10, 40]) == pytest.approx([1, 1, 0.5])
+  optimizer = state_lib.Optimizer(warmup_images=10)
+  assert schedule(optimizer, [0, 5, 10, 99]) == [0, 0.5, 1, 1]
+  optimizer = state_lib.Optimizer(decay='linear', decay_images=20)
+  assert schedule(optimizer, [0, 80, 90, 100]) == [1, 1, 0.5, 0]
+  optimizer = state_lib.Optimizer(decay='inverse_sqrt', decay_images=10)
+  assert schedule(optimizer, [0, 10, 40]) == pytest.approx([1, 1, 0.5])
 
 
 def test_the_average_halves_what_is_old_in_its_halflife():
-  phase = config_lib.Phase(batch_size=8, ema_halflife=(16.0,))
-  state = state_lib.create({'a': jnp.full(3, 2.0)}, phase)
+  averages = state_lib.Averages(halflife=(16.0,))
+  rules = likelihood.WeightRules()
+  transform = state_lib.Optimizer(1.0).transform(rules, 8, 100)
+  state = state_lib.create({'a': jnp.full(3, 2.0)}, transform, averages)
   zero = {'a': jnp.zeros(3)}
   state = state.replace(params=zero)
   for _ in range(2):  # two steps of 8 images, without a gradient
     state = state_lib.apply_gradients(
-      state, zero, jnp.float32(1), _model(), phase
+      state, zero, transform, averages, rules, batch_size=8
     )
   (average,) = state.ema.values()
   np.testing.assert_allclose(average['a'], np.ones(3), rtol=1e-6)
@@ -51,18 +52,24 @@ def test_only_what_var_decays_decays():
   golden = golden_io.load('loss_functions.npz')
   with golden_io.precision('f64'):
     names = ('p1', 'p2')
-    phase = config_lib.Phase(adam_b2=0.95, weight_decay=0.05, batch_size=1)
-    model = _model(decayed=lambda params: {'p1': True, 'p2': False})
+    averages = state_lib.Averages()
+    rules = OneDecays()
     start = {n: jnp.asarray(golden[f'aw_{n}_0']) for n in names}
-    state = state_lib.create(start, phase)
+    state = None
     for step in range(3):
       grads = {n: jnp.asarray(golden[f'aw_g{n[1]}_{step}']) for n in names}
       norm = float(golden['aw_norms'][step])
       assert abs(float(optax.tree.norm(grads)) - norm) <= 1e-10
       # The original divides by the norm + 1e-6 where it clips.
-      clipped = dataclasses.replace(phase, clip_norm=2 * norm / (norm + 1e-6))
+      transform = state_lib.Optimizer(
+        learning_rate=golden['aw_lr'],
+        adam_b2=0.95,
+        weight_decay=0.05,
+        clip_norm=2 * norm / (norm + 1e-6),
+      ).transform(rules, 1, 100)
+      state = state or state_lib.create(start, transform, averages)
       state = state_lib.apply_gradients(
-        state, grads, golden['aw_lr'], model, clipped
+        state, grads, transform, averages, rules, batch_size=1
       )
       for n in names:
         wanted = golden[f'aw_{n}_{step + 1}']
@@ -77,8 +84,7 @@ def test_the_schedule_of_var(name, batch, warmup):
   """loss_functions.npz: the rate at micro-iterations of DDO's scripts."""
   golden = golden_io.load('loss_functions.npz')
   steps = int(golden[f'sched_{name}_iters'])
-  phase = config_lib.Phase(
-    images=100_352,
+  optimizer = state_lib.Optimizer(
     warmup_images=warmup * batch,
     warmup_start=0.005,
     decay='lin0',
@@ -90,5 +96,5 @@ def test_the_schedule_of_var(name, batch, warmup):
       golden[f'sched_{name}_g_it'], golden[f'sched_{name}_lr_mult'], strict=True
     ):
       seen = jnp.float64(step) * batch
-      got = state_lib.learning_rate_factor(phase, seen)
+      got = optimizer.factor(seen, 100_352)
       assert abs(float(got) - wanted) <= 1e-12, step

@@ -1,5 +1,6 @@
 """The step at θ = θ_ref, its gradient, and one result on any devices."""
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ddo_jax import config
 from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
+from ddo_jax.method import noise
 from ddo_jax.models import edm2
 from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
@@ -26,6 +28,7 @@ CLASSES = 3
 DROP = 0.3
 SHAPE = (4, 4, 1)
 ALPHA, BETA = 2.0, 0.05
+OBJECTIVE = ddo.DDO(alpha=ALPHA, beta=BETA)
 
 
 class Case(NamedTuple):
@@ -68,15 +71,18 @@ def make_rows(seed):
   numbers = np.random.default_rng(seed)
   image = numbers.integers(0, 17, (BATCH, *SHAPE), np.uint8)
   label = np.arange(BATCH, dtype=np.int32) % CLASSES
-  return {'image': image, 'label': label}
+  return {'stored': image, 'label': label}
+
+
+LAW = noise.LogNormal(-0.5, 1.2)
 
 
 def make_model(network='mlp', remat=False):
   if network == 'edm2':
     knobs = edm2.Edm2Config(SHAPE, CLASSES, 4, (1,), 1, (), 4)
-    return edm2.build(knobs, p_mean=-0.5, p_std=1.2, remat=remat)
-  knobs = toy.ToyConfig(network, 8, 1, SHAPE, CLASSES)
-  return toy.build(knobs, p_mean=-0.5, p_std=1.2, remat=remat)
+  else:
+    knobs = toy.ToyConfig(network, 8, 1, SHAPE, CLASSES)
+  return knobs.build(noise=LAW, remat=remat)
 
 
 def make_params(model):
@@ -84,7 +90,7 @@ def make_params(model):
   shapes = jax.eval_shape(model.init, rng.stream(0))
   numbers = np.random.default_rng(0)
   normal = lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32)
-  return model.project(jax.tree.map(normal, shapes))
+  return model.rules.project(jax.tree.map(normal, shapes))
 
 
 class Bench:
@@ -95,20 +101,16 @@ class Bench:
     self.model = make_model(case.network, case.remat)
     self.params = make_params(self.model)
     self.phase = config.Phase(
+      objective=ddo.DDO(normalize=case.normalize),
       batch_size=BATCH,
       images=100 * BATCH,
-      normalize=case.normalize,
       label_drop=case.label_drop,
-      ema_halflife=(100.0,),
+      averages=config.Averages(halflife=(100.0,)),
       # Adam's usual 1e-8 turns the rounding noise of a vanishing gradient
       # into a step of full length.
-      adam_eps=1e-3,
+      optimizer=config.Optimizer(adam_eps=1e-3),
     )
-    static = {
-      'model': self.model,
-      'phase': self.phase.static(),
-      'accumulate': case.accumulate,
-    }
+    static = {'accumulate': case.accumulate}
     if case.kind == 'jit':
       self.place = self.place_batch = lambda tree: tree
       self.step_fn = jax.jit(functools.partial(self._traced, **static))
@@ -126,23 +128,36 @@ class Bench:
     return step_lib.train_step(*args, **kwargs)
 
   def start(self):
-    state = state_lib.create(self.params, self.phase)
-    return (
-      state if self.case.kind == 'jit' else self._executor.place_state(state)
+    transform = self.phase.optimizer.transform(
+      self.model.rules, BATCH, self.phase.images
     )
+    state = state_lib.create(self.params, transform, self.phase.averages)
+    if self.case.kind == 'jit':
+      return state
+    return self._executor.place_state(state)
 
-  def run(self, steps, alpha=ALPHA, beta=BETA, learning_rate=1e-2):
+  def run(self, steps, alpha=ALPHA, beta=BETA, learning_rate=1e-2, law=LAW):
     """The state after some steps from the reference, and all metrics."""
-    values = map(jnp.float32, (alpha, beta, learning_rate))
-    hyper = state_lib.Hyper(*values)
-    hyper, key = self.place((hyper, rng.stream(0, 'test')))
-    state, history = self.start(), []
+    phase = dataclasses.replace(
+      self.phase,
+      objective=dataclasses.replace(
+        self.phase.objective, alpha=alpha, beta=beta
+      ),
+      optimizer=dataclasses.replace(
+        self.phase.optimizer, learning_rate=learning_rate
+      ),
+    )
+    model = self.model.replace(noise=law)
+    numbers = jax.tree.map(jnp.float32, (model, config.at_round(phase, 0)))
+    model, phase, key = self.place((*numbers, rng.stream(0, 'test')))
+    state = self.start()
+    history = []
     for step in range(steps):
       real, fake = make_rows(2 * step), make_rows(2 * step + 1)
       real['id'] = np.arange(BATCH, dtype=np.uint32) + step * BATCH
       real, fake = self.place_batch((real, fake))
       state, metrics = self.step_fn(
-        state, self.reference, {}, real, fake, hyper, key
+        state, self.reference, {}, real, fake, model, phase, key
       )
       history.append(jax.device_get(metrics))
     return state, history
@@ -207,12 +222,12 @@ def test_law_1_the_log_ratio_to_itself_is_exactly_0(network, remat):
   model = make_model(network, remat)
   params = make_params(model)
   rows = make_rows(0)
-  x = model.encode({}, jnp.array(rows['image']), first_keys())
+  x = model.codec.encode({}, jnp.array(rows['stored']), first_keys())
   batch = likelihood.Batch(x, jnp.array(rows['label']), jnp.arange(BATCH))
   log_ratio = jax.jit(model.log_ratio)
   same, info = log_ratio(params, params, {}, batch, first_keys())
   np.testing.assert_array_equal(same, np.zeros(BATCH))
-  metrics = ddo.diagnostics(same, same, info['level'], 8, jnp.float32(BETA))
+  metrics = ddo.diagnostics(same, same, info['noise_bin'], 8, OBJECTIVE.logit)
   assert metrics['accuracy'] == 0.5
   # And to another it is the difference of two log-likelihoods.
   other = jax.tree.map(lambda p: p + 0.01, params)
@@ -231,7 +246,7 @@ def expected_gradient(label_drop):
   dropped = jnp.array(first_drop(label_drop))
 
   def expectation(params, rows, weight, weight_dropped):
-    x = jnp.array(rows['image'], jnp.float32) / 8 - 1
+    x = jnp.array(rows['stored'], jnp.float32) / 8 - 1
     label = jnp.where(dropped, CLASSES, rows['label'])
     batch = likelihood.Batch(x, label, jnp.arange(BATCH))
     log_prob = model.log_prob(params, {}, batch, keys)
@@ -253,7 +268,7 @@ def expected_gradient(label_drop):
 def test_law_2_the_gradient_at_the_reference(case, divisor):
   state, _ = bench(case).run(1)
   # Adam's first moment, of zero before, is (1 − b1) of the gradient.
-  got = jax.tree.map(lambda m: m / (1 - 0.9), state.opt_state[1].mu)
+  got = jax.tree.map(lambda m: m / (1 - 0.9), state.opt_state[0].mu)
   expected = expected_gradient(case.label_drop)
   expected = jax.tree.map(lambda g: g / divisor, expected)
   assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 0.01
@@ -302,7 +317,13 @@ def test_law_7_nothing_is_traced_twice(case, caplog):
   ten_steps(case)
   assert bench(case).traces == 1
   with jax.log_compiles():
-    _, history = bench(case).run(3, alpha=3.0, beta=0.1, learning_rate=1e-3)
+    _, history = bench(case).run(
+      3,
+      alpha=3.0,
+      beta=0.1,
+      learning_rate=1e-3,
+      law=noise.LogNormal(-0.4, 2.0),
+    )
   assert bench(case).traces == 1
   assert not [m for m in caplog.messages if '_traced' in m]
   # The new values were heeded.
@@ -324,15 +345,18 @@ def test_projected_weights_stay_projected():
 
 def test_real_and_fake_rows_alternate():
   real, fake = {'a': jnp.arange(3)}, {'a': 10 + jnp.arange(3)}
-  got = step_lib.interleave(real, fake)['a']
-  assert got.tolist() == [0, 10, 1, 11, 2, 12]
+  pairs = step_lib.interleave(real, fake)
+  assert pairs['a'].tolist() == [0, 10, 1, 11, 2, 12]
+  first, second = step_lib.split_pairs(pairs)
+  np.testing.assert_array_equal(first['a'], real['a'])
+  np.testing.assert_array_equal(second['a'], fake['a'])
 
 
-def test_samples_of_a_step_are_rounded_to_levels():
+def test_samples_of_a_step_are_rounded_to_pixel_values():
   """As if they had been stored: or else the discriminator sees it."""
   model = make_model()
   x = jnp.linspace(-1, 1, 3 * 16).reshape(3, *SHAPE)
-  got = model.round_trip({}, x, first_keys()[:3])
+  got = model.codec.round_trip({}, x, first_keys()[:3])
   np.testing.assert_array_equal(got * 8, np.round(got * 8))
   np.testing.assert_allclose(got, x, atol=1 / 16 + 1e-6)
   assert np.any(got != x)

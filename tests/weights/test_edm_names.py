@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from ddo_jax import errors
-from ddo_jax.models import edm
-from ddo_jax.models import edm2
 from ddo_jax.models import presets
 from ddo_jax.weights import edm_names
 
@@ -36,7 +34,7 @@ def test_round_trip_of_edm(network):
   """edm_ddpmpp.npz, edm_ncsnpp.npz, edm_adm.npz: sd, n_params."""
   golden = golden_io.load(f'edm_{network}.npz')
   config = golden_io.edm_config(golden_io.read_json(golden, 'config'))
-  model = edm.build(config, 0.0, 1.0, remat=False)
+  model = config.build()
   _check_round_trip(golden, model, TAPS[network])
 
 
@@ -46,7 +44,7 @@ def test_round_trip_of_edm2(case):
   """edm2_cond.npz, edm2_uncond.npz: sd, n_params."""
   golden = golden_io.load(f'edm2_{case}.npz')
   config = golden_io.edm2_config(golden_io.read_json(golden, 'config'))
-  _check_round_trip(golden, edm2.build(config, 0.0, 1.0, remat=False), ())
+  _check_round_trip(golden, config.build(), ())
 
 
 def test_another_filter_is_refused():
@@ -66,7 +64,7 @@ def test_another_filter_is_refused():
 def test_released_state_dict(name, tensors, scalars):
   """As many tensors as released, and scalars of the buffers among them."""
   config = presets.get(name)
-  model = edm.build(config, 0.0, 1.0, remat=False)
+  model = config.build()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.int8), shapes)
   state = edm_names.to_official(params, TAPS[config.network])

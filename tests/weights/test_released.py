@@ -13,7 +13,6 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
-from ddo_jax import models
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -106,7 +105,7 @@ PIPE = official_files.Persistent('AugmentPipe', {'p': 0.12})
 
 def state_of(config, dtype=np.float32):
   """Random official weights of a config; none is 0, no two are alike."""
-  model = models.build(config_lib.Config(model=config), config_lib.Phase())
+  model = config.build()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda s: draw.normal(size=s.shape), shapes)
@@ -133,6 +132,17 @@ def same_bits(a, b):
 
 def convert(source, output, **options):
   return main.convert(str(source), pathlib.Path(output), **options)
+
+
+def test_params_may_be_a_released_file(tmp_path):
+  """--params=x.pkl is converted on the way to samples and scores."""
+  path = tmp_path / 'edm-x.pkl'
+  write_pkl(path, 'edm2')
+  folder = main.params_folder(path, config_lib.Config(), tmp_path / 'out')
+  assert folder == tmp_path / 'out' / 'params'
+  assert released.load_folder(folder).config == CASES['edm2'][2]
+  assert main.params_folder(folder, config_lib.Config(), tmp_path) == folder
+  assert main.params_folder(None, config_lib.Config(), tmp_path) is None
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -331,9 +341,7 @@ def test_converted_weights_denoise_as_the_original(tmp_path):
   path = tmp_path / 'edm-x.pkl'
   path.write_bytes(official_files.dumps(table))
   weights = released.load_folder(convert(path, tmp_path / 'folder'))
-  model = models.build(
-    config_lib.Config(model=weights.config), config_lib.Phase()
-  )
+  model = weights.config.build()
   x = golden_io.nhwc(golden['x'])
   label = golden_io.labels(golden['class_labels'])
   got = jax.jit(model.denoise)(

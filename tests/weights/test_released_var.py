@@ -11,17 +11,18 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
+from ddo_jax import settings
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.runtime import checkpoint
-from ddo_jax.samplers import scalewise
-from ddo_jax.training import run as run_lib
+from ddo_jax.samplers import ancestral
+from ddo_jax.training import workspace
 from ddo_jax.weights import released
 from ddo_jax.weights import torch_zip
 
 TOKENIZER = vqvae.VqvaeConfig((2, 2, 1), (1, 2), 6, 3, base=32, mult=(1,))
 CONFIG = var.VarConfig(TOKENIZER, num_classes=3, depth=2, width=8, heads=2)
-RECIPE = config_lib.Config(model=CONFIG, sampler=scalewise.Scalewise())
+RECIPE = config_lib.Config(model=CONFIG, sampler=ancestral.Ancestral())
 
 
 def state_of(config):
@@ -87,17 +88,17 @@ def test_a_run_reads_the_folder(tmp_path):
   config = dataclasses.replace(RECIPE, tokenizer_from=str(tmp_path / 'folder'))
   for phase in (config.tokenizer, config.pretrain, config.ddo):
     phase.batch_size = 8
-  run = run_lib.Run(config, tmp_path / 'run')
+  run = workspace.Run(config, tmp_path / 'run')
   same(jax.device_get(run.frozen['tokenizer']), params)
   lost = dataclasses.replace(config, tokenizer_from='')
   with pytest.raises(errors.UserError, match='no params in'):
-    _ = run_lib.Run(lost, tmp_path / 'run').frozen
+    _ = workspace.Run(lost, tmp_path / 'run').frozen
 
 
 def test_a_runs_own_tokenizer_is_written(tmp_path):
   """Its folder is of the whole run's config."""
   params, _ = state_of(TOKENIZER)
-  meta = {'stage': 'tokenizer', 'config': config_lib.to_json(RECIPE)}
+  meta = {'stage': 'tokenizer', 'config': settings.to_json(RECIPE)}
   checkpoint.save_params(tmp_path / 'params', params, meta)
   weights = released.load_folder(tmp_path / 'params')
   assert weights.config == TOKENIZER

@@ -1,1 +1,1 @@
-"""Formulas over arrays of features; the evaluators wire them."""
+"""Metrics of arrays of features, and what each of them means."""

@@ -1,7 +1,7 @@
 """The Fréchet distance between two sets of features, in float64.
 
-FID (Heusel et al. 2017, arXiv 1706.08500, eq. 6) is this distance for
-Inception features; the digits use the features of `metrics.classifier`.
+FID (Heusel et al. 2017, arXiv 1706.08500, eq. 6) is this distance between
+Inception features; the digits use the features of `networks.classifier`.
 """
 
 import dataclasses
@@ -10,11 +10,19 @@ import numpy as np
 
 from ddo_jax import errors
 
-_ROWS = 4_096  # rows widened to float64 at once; bounds memory only
+_ROWS = 4_096  # rows that are widened to float64 at once, to bound memory
 
 
 def check_features(name: str, features: np.ndarray) -> np.ndarray:
-  """Returns `features` as an array; UserError unless [N, D] and finite."""
+  """Returns features as an array.
+
+  Args:
+    name: what an error calls them.
+    features: [N, D] with N, D > 0, finite, of any real type.
+
+  Raises:
+    UserError: they have another shape, or hold NaN or Inf.
+  """
   features = np.asarray(features)
   if features.ndim != 2 or 0 in features.shape:
     raise errors.UserError(
@@ -32,14 +40,14 @@ def check_features(name: str, features: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-  """Mergeable sums of features, from which mean and covariance follow.
+  """Sums of features, from which mean and covariance follow.
 
-  The sums are raw (not centred), which is what makes merging a plain addition.
-  The price: the covariance loses about log10(mean²/variance) of float64's 16
-  digits, nothing for features of order one.
+  The sums are raw, not centred, so that the sums of two sets are merged by
+  addition. For this the covariance loses about log10(mean²/variance) of
+  float64's 16 digits, which is nothing for features of order one.
 
   Attributes:
-    n: number of rows.
+    n: the number of rows.
     total: [D] float64, Σ x.
     outer: [D, D] float64, Σ x xᵀ.
   """
@@ -50,14 +58,15 @@ class Statistics:
 
   @classmethod
   def of(cls, features: np.ndarray) -> 'Statistics':
-    """The statistics of `features` [N, D], any real type.
+    """Sums features [N, D] of any real type, in the order of their rows.
 
     Raises:
-      UserError: if `features` is not [N, D] or holds NaN or Inf.
+      UserError: `features` is not [N, D], or holds NaN or Inf.
     """
     features = check_features('features', features)
     width = features.shape[1]
-    total, outer = np.zeros(width), np.zeros((width, width))
+    total = np.zeros(width)
+    outer = np.zeros((width, width))
     for start in range(0, len(features), _ROWS):
       rows = features[start : start + _ROWS].astype(np.float64)
       total += rows.sum(axis=0)
@@ -65,10 +74,10 @@ class Statistics:
     return cls(len(features), total, outer)
 
   def merge(self, other: 'Statistics') -> 'Statistics':
-    """The statistics of both sets of rows together.
+    """Returns the statistics of both sets of rows together.
 
     Raises:
-      UserError: if the two have different numbers of features.
+      UserError: the two have different numbers of features.
     """
     if self.total.shape != other.total.shape:
       raise errors.UserError(
@@ -81,15 +90,15 @@ class Statistics:
 
   @property
   def mean(self) -> np.ndarray:
-    """The mean [D]."""
+    """The mean of the rows, [D]."""
     return self.total / self.n
 
   @property
   def covariance(self) -> np.ndarray:
-    """The unbiased covariance [D, D] (divided by n - 1).
+    """The unbiased covariance of the rows, [D, D]: divided by n − 1.
 
     Raises:
-      UserError: if there are fewer than two rows.
+      UserError: there are fewer than two rows.
     """
     if self.n < 2:
       raise errors.UserError(
@@ -100,7 +109,15 @@ class Statistics:
 
 
 def _root(name: str, matrix: np.ndarray) -> np.ndarray:
-  """R with R Rᵀ = `matrix`; UserError unless it is a covariance."""
+  """Returns R with R Rᵀ = `matrix`.
+
+  Args:
+    name: what an error calls the matrix.
+    matrix: [D, D], symmetric.
+
+  Raises:
+    UserError: the matrix is no covariance.
+  """
   noise = len(matrix) * np.finfo(np.float64).eps
   try:
     root = np.linalg.cholesky(matrix)
@@ -108,16 +125,19 @@ def _root(name: str, matrix: np.ndarray) -> np.ndarray:
       return root
   except np.linalg.LinAlgError:
     pass
-  # Singular, or nearly: ten times slower, but it can tell zeros from noise.
+  # The matrix is singular, or nearly. This takes ten times as long, but it can
+  # tell zeros from noise.
   values, vectors = np.linalg.eigh(matrix)
-  # A covariance rounded to float32, as some files hold it, has about -1e-7.
+  # Covariances that were rounded to float32, as in some files, have eigenvalues
+  # of about −1e-7 of the largest.
   if values.min() < -1e-5 * max(values.max(), 0.0):
     raise errors.UserError(
       f'{name} has eigenvalues from {values.min():.3g} to '
       f'{values.max():.3g}; a covariance has none below 0: use the features '
       'of float64 sums, of order one'
     )
-  # What eigh leaves of a missing rank is rounding, whose root would be 1e-8.
+  # What eigh leaves of a missing rank is rounding error, and its root would be
+  # 1e-8.
   values = np.where(values > noise * values.max(), values, 0.0)
   return vectors * np.sqrt(values)[None, :]
 
@@ -128,12 +148,12 @@ def distance_of_moments(
   mean_b: np.ndarray,
   covariance_b: np.ndarray,
 ) -> float:
-  """The squared Fréchet (2-Wasserstein) distance of two Gaussians.
+  """Returns the squared Fréchet (2-Wasserstein) distance of two Gaussians.
 
-  |m_a - m_b|² + tr A + tr B - 2 tr (A^½ B A^½)^½ (Dowson & Landau 1982). With
-  A = R Rᵀ and B = S Sᵀ the last trace is the sum of the singular values of
-  Rᵀ S: no matrix square root, no complex numbers, and no root of a product's
-  tiny eigenvalues, which would leave 1e-8 each.
+  It is |m_a − m_b|² + tr A + tr B − 2 tr (A^½ B A^½)^½ (Dowson & Landau 1982).
+  With A = R Rᵀ and B = S Sᵀ, the last trace is the sum of the singular values
+  of Rᵀ S. This takes no matrix square root, no complex numbers, and no root of
+  a product's tiny eigenvalues, each of which would leave an error of 1e-8.
 
   Args:
     mean_a: [D].
@@ -142,12 +162,13 @@ def distance_of_moments(
     covariance_b: [D, D], likewise.
 
   Returns:
-    The distance in squared units of the features, 0 or more up to rounding:
-    about 1e-13 of the traces, also for singular matrices.
+    The distance in squared units of the features. Its rounding error is about
+    1e-13 of the traces, also for singular matrices, so that it may lie that far
+    below 0.
 
   Raises:
-    UserError: if shapes disagree, a number is NaN or Inf, or a matrix has
-      clearly negative eigenvalues.
+    UserError: shapes disagree, a number is NaN or Inf, or a matrix has clearly
+      negative eigenvalues.
   """
   moments = [mean_a, covariance_a, mean_b, covariance_b]
   moments = [np.asarray(x, dtype=np.float64) for x in moments]
@@ -171,10 +192,11 @@ def distance_of_moments(
 
 
 def distance(a: Statistics, b: Statistics) -> float:
-  """The Fréchet distance of two sets of features; see `distance_of_moments`.
+  """Returns the Fréchet distance of two sets of features.
+
+  See `distance_of_moments`.
 
   Raises:
-    UserError: if the numbers of features differ or a set has fewer than two
-      rows.
+    UserError: the numbers of features differ, or a set has fewer than two rows.
   """
   return distance_of_moments(a.mean, a.covariance, b.mean, b.covariance)

@@ -1,8 +1,9 @@
-"""The Inception Score (Salimans et al. 2016, arXiv 1606.03498), two ways.
+"""The Inception Score (Salimans et al. 2016, arXiv 1606.03498), in two forms.
 
-exp E KL(p(y|x) ‖ p(y)), with p(y) the mean over a chunk of samples. The class
-probabilities are those of the last layer without its bias. Published numbers
-come by either convention; they differ by percents, so name the one you use.
+The score is exp E KL(p(y|x) ‖ p(y)), where p(y) is the mean over a chunk of
+samples and the class probabilities are those of the last layer without its
+bias. Published numbers follow one of two conventions, which differ by percents,
+so name the one you use.
 """
 
 import itertools
@@ -14,22 +15,24 @@ from scipy import special
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
-_SEED = 2020  # of torch-fidelity's shuffle
+_SEED = 2020  # torch-fidelity shuffles by this seed
 _OPENAI_CHUNK = 5_000
-_SORTED = 6.0  # standard deviations of the count of equal neighbours
+# More equal neighbours than this many standard deviations above the expected
+# number mean that the samples are sorted.
+_SORTED = 6.0
 
 
 class InceptionScore(NamedTuple):
-  """Mean and population standard deviation over the chunks; from 1 upward."""
+  """Mean and population standard deviation over the chunks; the mean is ≥ 1."""
 
   mean: float
   sd: float
 
 
 def _score(probabilities: np.ndarray) -> float:
-  """The score of one chunk of rows [n, classes]."""
+  """Returns the score of one chunk of probabilities [n, classes]."""
   marginal = probabilities.mean(axis=0, keepdims=True)
-  # rel_entr is 0 where p is, which softmax reaches by underflow.
+  # Softmax underflows to p = 0, where rel_entr is 0 as it should be.
   divergence = special.rel_entr(probabilities, marginal).sum(axis=1)
   return np.exp(divergence.mean())
 
@@ -41,15 +44,18 @@ def _summary(scores: list[float]) -> InceptionScore:
 def torch_fidelity(
   logits_unbiased: np.ndarray, splits: int = 10, shuffle: bool = True
 ) -> InceptionScore:
-  """As torch-fidelity: shuffled, ten equal splits, float64.
+  """Returns torch-fidelity's score: ten equal splits of shuffled samples.
 
   Args:
-    logits_unbiased: [N, classes], `inception.Taps.logits_unbiased`, id order.
-    splits: chunks.
-    shuffle: by its fixed seed, so that sorted samples do no harm.
+    logits_unbiased: [N, classes], `inception.Taps.logits_unbiased` in the order
+      of the ids.
+    splits: the number of chunks.
+    shuffle: whether samples are shuffled, by a fixed seed, so that sorted ones
+      do no harm.
 
   Raises:
-    UserError: not [N, classes], NaN or Inf, or fewer rows than splits.
+    UserError: the logits are not [N, classes], hold NaN or Inf, or are fewer
+      than the splits.
   """
   logits = frechet.check_features('logits', logits_unbiased)
   n = len(logits)
@@ -70,18 +76,19 @@ def torch_fidelity(
 def openai(
   logits_unbiased: np.ndarray, chunk: int = _OPENAI_CHUNK
 ) -> InceptionScore:
-  """As OpenAI's evaluator: contiguous chunks of 5,000 in the file's order.
+  """Returns the score of OpenAI's evaluator: chunks of 5,000 in a file's order.
 
-  It publishes the mean alone, and computes in float32 (a difference of 1e-7).
-  A file sorted by class gives a score that is far too low, since a chunk then
-  knows few classes: that is refused.
+  OpenAI publishes the mean alone, and computes in float32, which makes a
+  difference of 1e-7. A file that is sorted by class is refused: each of its
+  chunks would know few classes, and the score would be far too low.
 
   Args:
     logits_unbiased: [N, classes], in the order of the file.
-    chunk: rows of a chunk; the last may be shorter.
+    chunk: the number of rows in a chunk; the last chunk may be shorter.
 
   Raises:
-    UserError: not [N, classes], NaN or Inf, or sorted by class.
+    UserError: the logits are not [N, classes], hold NaN or Inf, or are sorted
+      by class.
   """
   logits = frechet.check_features('logits', logits_unbiased)
   if chunk < 1:
@@ -98,13 +105,17 @@ def openai(
 
 
 def check_shuffled(classes: np.ndarray) -> None:
-  """Raises UserError if samples stand sorted, or in runs, by class.
+  """Checks that samples are not sorted, or in runs, by class.
 
-  Neighbours of one class are counted; in random order they number
-  (N - 1) Σ n_c (n_c - 1)/(N (N - 1)), give or take a square root.
+  Neighbours of one class are counted. In random order their expected number is
+  (N − 1) Σ n_c (n_c − 1)/(N (N − 1)), with a standard deviation of about its
+  square root.
 
   Args:
     classes: [N] labels or predicted classes, in the file's order.
+
+  Raises:
+    UserError: the samples are sorted.
   """
   n = len(classes)
   counts = np.unique(classes, return_counts=True)[1].astype(np.float64)

@@ -1,7 +1,8 @@
 """The Kernel Inception Distance (Bińkowski et al. 2018, arXiv 1801.01401).
 
-The unbiased squared maximum mean discrepancy under (x·y/D + 1)³; its
-expectation does not depend on the number of images, unlike FID's.
+It is the unbiased squared maximum mean discrepancy under the kernel
+(x·y/D + 1)³. Unlike FID's, its expectation does not depend on the number of
+images.
 """
 
 from typing import NamedTuple
@@ -11,14 +12,14 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
-_SEED = 2020  # torch-fidelity's
+_SEED = 2020  # torch-fidelity draws its subsets by this seed
 _TILE = 2_048
 
 
 class Kid(NamedTuple):
   """Mean and population standard deviation over the subsets.
 
-  The latter is that of one subset, not the error of the mean.
+  The deviation is that of one subset, not the error of the mean.
   """
 
   mean: float
@@ -26,7 +27,7 @@ class Kid(NamedTuple):
 
 
 def _kernel_sum(a: np.ndarray, b: np.ndarray, tile: int) -> float:
-  """Σ_ij (a_i·b_j/D + 1)³ in float64."""
+  """Returns Σ_ij (a_i·b_j/D + 1)³, in float64."""
   total = 0.0
   for i in range(0, len(a), tile):
     x = a[i : i + tile].astype(np.float64) / a.shape[1]
@@ -38,13 +39,14 @@ def _kernel_sum(a: np.ndarray, b: np.ndarray, tile: int) -> float:
 
 
 def _self_sum(a: np.ndarray, tile: int) -> float:
-  """Σ_{i≠j} (a_i·a_j/D + 1)³."""
+  """Returns Σ_{i≠j} (a_i·a_j/D + 1)³, in float64."""
   wide = a.astype(np.float64)
   diagonal = (np.square(wide).sum(axis=1) / a.shape[1] + 1) ** 3
   return _kernel_sum(a, a, tile) - float(diagonal.sum())
 
 
 def _check(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns both sets as arrays; UserError if they do not go together."""
   real = frechet.check_features('real', real)
   fake = frechet.check_features('fake', fake)
   if real.shape[1] != fake.shape[1]:
@@ -60,18 +62,21 @@ def _check(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mmd2(real: np.ndarray, fake: np.ndarray, tile: int = _TILE) -> float:
-  """The unbiased estimate from all pairs; may be slightly below 0.
+  """Returns the unbiased estimate from all pairs; it may lie just below 0.
 
   Args:
     real: [N, D] features.
     fake: [M, D] features.
-    tile: rows at once; memory is 8·tile² bytes and a small multiple.
+    tile: the number of rows of each set that are compared at once; memory is a
+      small multiple of 8·tile² bytes.
 
   Raises:
-    UserError: fewer than two rows, NaN or Inf, or different D.
+    UserError: a set has fewer than two rows or holds NaN or Inf, or the sets
+      have different D.
   """
   real, fake = _check(real, fake)
-  n, m = len(real), len(fake)
+  n = len(real)
+  m = len(fake)
   within = _self_sum(real, tile) / (n * (n - 1))
   within += _self_sum(fake, tile) / (m * (m - 1))
   return within - 2 * _kernel_sum(fake, real, tile) / (n * m)
@@ -80,16 +85,18 @@ def mmd2(real: np.ndarray, fake: np.ndarray, tile: int = _TILE) -> float:
 def kid(
   real: np.ndarray, fake: np.ndarray, subsets: int = 100, size: int = 1_000
 ) -> Kid:
-  """As torch-fidelity: the mean over random subsets, in float64.
+  """Returns torch-fidelity's mean over random subsets, in float64.
 
   Args:
     real: [N, D] features.
     fake: [M, D] features.
-    subsets: how many.
-    size: rows of each set in a subset, drawn without replacement.
+    subsets: the number of subsets.
+    size: the number of rows that a subset has of each set, drawn without
+      replacement.
 
   Raises:
-    UserError: as `mmd2`, no subset, or a set with fewer than `size` rows.
+    UserError: there is no subset, a set has fewer than `size` rows or holds NaN
+      or Inf, or the sets have different D.
   """
   real, fake = _check(real, fake)
   if not 2 <= size <= min(len(real), len(fake)) or subsets < 1:

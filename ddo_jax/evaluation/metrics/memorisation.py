@@ -1,7 +1,7 @@
-"""Do samples sit closer to the training images than unseen images do?
+"""Do samples lie closer to the training images than unseen images do?
 
-A Fréchet distance to the training set rewards copies of it; these two numbers
-show them. Distances are Euclidean, between raw pixels.
+A Fréchet distance to the training set rewards copies of it; the two numbers
+here reveal them. Distances are Euclidean, between raw pixels.
 """
 
 from typing import NamedTuple
@@ -11,19 +11,34 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import prdc
 
-# Held-out images nearer to the training set than this share of them are
-# the measure of "too near".
+# A sample counts as memorised if it is nearer to the training set than this
+# share of the held-out images is.
 QUANTILE = 0.02
+
+
+class HeldOut(NamedTuple):
+  """How near held-out images are to the training set.
+
+  Attributes:
+    mean: the mean distance to the nearest training image, in pixel units.
+    near: the distance below which a sample counts as memorised: the 2 %
+      quantile over the held-out images; > 0.
+  """
+
+  mean: float
+  near: float
 
 
 class Memorisation(NamedTuple):
   """How near samples are to the training set.
 
   Attributes:
-    nn_ratio: mean distance of samples to their nearest training image over
-      the same mean of held-out images; > 0, and 1 means like held-out images.
-    memorised: share in [0, 1] of samples nearer to a training image than the
-      2 % quantile of held-out images; about 0.02 means like held-out images.
+    nn_ratio: the samples' mean distance to their nearest training image,
+      divided by the same mean over held-out images; > 0, and 1 means that
+      samples are as far away as held-out images.
+    memorised: the share in [0, 1] of samples that are nearer to a training
+      image than the 2 % quantile of held-out images; held-out images
+      themselves have about 0.02.
   """
 
   nn_ratio: float
@@ -33,24 +48,26 @@ class Memorisation(NamedTuple):
 def nearest_distance(
   images: np.ndarray, train: np.ndarray, tile: int = prdc.TILE
 ) -> np.ndarray:
-  """The pixel distance of each image to its nearest training image.
+  """Returns the pixel distance of each image to its nearest training image.
 
   Args:
     images: [N, ...] of any real type.
     train: [M, ...] of the same type and image shape.
-    tile: images compared at once (`prdc.kth_distance`).
+    tile: the number of images compared at once; see `prdc.kth_distance`.
 
   Returns:
     [N] float64, Euclidean, in units of the pixels.
 
   Raises:
-    UserError: if type or image shape differ, or there are no images.
+    UserError: the types or image shapes differ, or there are no images.
   """
-  images, train = np.asarray(images), np.asarray(train)
-  kinds = [(x.dtype.name, x.shape[1:]) for x in (images, train)]
-  if kinds[0] != kinds[1]:
+  images = np.asarray(images)
+  train = np.asarray(train)
+  kind = (images.dtype.name, images.shape[1:])
+  train_kind = (train.dtype.name, train.shape[1:])
+  if kind != train_kind:
     raise errors.UserError(
-      f'images are {kinds[0]} and training images {kinds[1]}; both must have '
+      f'images are {kind} and training images {train_kind}; both must have '
       'one type and shape: compare raw pixels as the source stores them'
     )
   if not (images.size and train.size):
@@ -60,41 +77,40 @@ def nearest_distance(
     )
   images = images.reshape(len(images), -1)
   train = train.reshape(len(train), -1)
-  return np.sqrt(prdc.kth_distance(images, train, 1, tile))
+  return np.sqrt(prdc.kth_distance(images, train, k=1, tile=tile))
 
 
-def compare(
-  samples: np.ndarray,
-  train: np.ndarray,
-  held_out: np.ndarray,
-  tile: int = prdc.TILE,
-) -> Memorisation:
-  """Compares samples with held-out images by their distance to `train`.
+def describe_held_out(distance: np.ndarray) -> HeldOut:
+  """Describes held-out images by their distances to the training set.
 
   Args:
-    samples: [N, ...] generated images, rounded and clipped as the data is.
-    train: [M, ...] the images the model was trained on.
-    held_out: [L, ...] images of the same source that it never saw.
-    tile: images compared at once (`prdc.kth_distance`).
-
-  Returns:
-    (nn_ratio, memorised), python floats.
+    distance: [L], as `nearest_distance` gives them.
 
   Raises:
-    UserError: if the images differ in type or shape, a set is empty, or so
-      many held-out images are copies of training images that none is "nearer".
+    UserError: so many held-out images are copies of training images that no
+      sample could be nearer than they are.
   """
-  sample_distance = nearest_distance(samples, train, tile)
-  held_out_distance = nearest_distance(held_out, train, tile)
-  near = np.quantile(held_out_distance, QUANTILE)
+  near = np.quantile(distance, QUANTILE)
   if near == 0:
-    copies = (held_out_distance == 0).mean()
+    copies = (distance == 0).mean()
     raise errors.UserError(
       f'{copies:.0%} of the held-out images are copies of training images, '
       f'so nothing can be nearer than they are; at most {QUANTILE:.0%} may '
       'be: use a split without duplicates'
     )
+  return HeldOut(mean=float(distance.mean()), near=float(near))
+
+
+def compare(distance: np.ndarray, held_out: HeldOut) -> Memorisation:
+  """Compares samples with held-out images.
+
+  Args:
+    distance: [N] distances of samples to their nearest training image, as
+      `nearest_distance` gives them. Samples must be rounded and clipped as the
+      data is.
+    held_out: the held-out images of the same data source.
+  """
   return Memorisation(
-    nn_ratio=float(sample_distance.mean() / held_out_distance.mean()),
-    memorised=float((sample_distance < near).mean()),
+    nn_ratio=float(distance.mean() / held_out.mean),
+    memorised=float((distance < held_out.near).mean()),
   )

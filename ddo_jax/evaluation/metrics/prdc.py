@@ -1,9 +1,9 @@
 """Precision and recall by k-nearest-neighbour manifolds, and their distances.
 
-Kynkäänniemi et al. 2019 (arXiv 1904.06991): each set of features is
-approximated by the union of balls around its points that reach to their k-th
-neighbour. Precision is the share of fakes inside the real manifold, recall the
-share of reals inside the fake one.
+Kynkäänniemi et al. 2019 (arXiv 1904.06991) approximate each set of features by
+the union of the balls around its points that reach to their k-th neighbour.
+Precision is the share of fakes inside the real manifold, and recall the share
+of reals inside the fake manifold.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
-# Rows of a tile: its distances take 8 MiB, near to the caches, and 50,000 rows
-# of 2,048 features keep BLAS as busy as larger tiles would.
+# Rows in a tile, whose distances take 8 MiB, which is near to what caches hold.
+# With 50,000 rows of 2,048 features BLAS is as busy as with larger tiles.
 TILE = 1_024
 
 
 class PrecisionRecall(NamedTuple):
-  """Shares in [0, 1]: `precision` of the fakes, `recall` of the reals."""
+  """Shares in [0, 1]: `precision` of the fakes and `recall` of the reals."""
 
   precision: float
   recall: float
@@ -29,11 +29,17 @@ class PrecisionRecall(NamedTuple):
 def _tiles(
   a: np.ndarray, b: np.ndarray, tile: int, half: bool = False
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
-  """Yields (rows, columns, float64 |a_i - b_j|² of that tile of pairs).
+  """Yields (rows, columns, float64 |a_i − b_j|² of that tile of pairs).
 
-  |a|² + |b|² - 2 a·b in float64: exact for integers (raw pixels), and to about
-  1e-16 (|a|² + |b|²) for float32 features, where float32 sums would lose near
-  neighbours to cancellation. `half`: only tiles on and right of the diagonal.
+  They are formed as |a|² + |b|² − 2 a·b in float64, which is exact for integers
+  (raw pixels), and right to about 1e-16 (|a|² + |b|²) for float32 features,
+  where float32 sums would lose near neighbours to cancellation.
+
+  Args:
+    a: [N, D].
+    b: [M, D].
+    tile: the number of rows of `a` and of `b` in a tile.
+    half: whether only tiles on and right of the diagonal are wanted.
   """
   for i in range(0, len(a), tile):
     rows = slice(i, i + tile)
@@ -49,6 +55,7 @@ def _tiles(
 
 
 def _check_pair(a: np.ndarray, b: np.ndarray, k: int, tile: int) -> None:
+  """Raises UserError if the k-th of `b` to a row of `a` makes no sense."""
   if a.shape[1] != b.shape[1]:
     raise errors.UserError(
       f'rows of {a.shape[1]} and of {b.shape[1]} numbers have no distance; '
@@ -66,21 +73,22 @@ def _check_pair(a: np.ndarray, b: np.ndarray, k: int, tile: int) -> None:
 def kth_distance(
   a: np.ndarray, b: np.ndarray, k: int, tile: int = TILE
 ) -> np.ndarray:
-  """The distance of each row of `a` to its k-th nearest row of `b`, squared.
+  """Returns the squared distance of each row of `a` to its k-th nearest of `b`.
 
   Args:
-    a: [N, D], any real type.
+    a: [N, D], of any real type.
     b: [M, D].
-    k: 1 is the nearest. Among a set's own rows each is its own nearest, so the
-      k-th neighbour of `kth_distance(a, a, ...)` is number k + 1.
-    tile: rows of `a` and of `b` compared at once; memory is 8·tile² bytes and
-      a small multiple. The result depends on it by rounding only.
+    k: the neighbour's number; 1 is the nearest. Among a set's own rows each is
+      its own nearest, so that its k-th neighbour has the number k + 1 there.
+    tile: the number of rows of `a` and of `b` that are compared at once; memory
+      is a small multiple of 8·tile² bytes. The result depends on it by rounding
+      only.
 
   Returns:
     [N] float64, squared Euclidean.
 
   Raises:
-    UserError: if an array is not [N, D] and finite, D differs, or k > M.
+    UserError: an array is not [N, D] or not finite, D differs, or k > M.
   """
   a = frechet.check_features('a', a)
   b = frechet.check_features('b', b)
@@ -92,7 +100,12 @@ def kth_distance(
 
 
 def _keep_nearest(nearest: np.ndarray, squared: np.ndarray) -> None:
-  """Takes the smallest of `nearest` [n, k] and `squared` [n, m], in place."""
+  """Keeps the k smallest of each row of both arrays in `nearest`.
+
+  Args:
+    nearest: [n, k] the smallest so far; changed in place.
+    squared: [n, m] new candidates.
+  """
   k = nearest.shape[1]
   candidates = np.concatenate([nearest, squared], axis=1)
   candidates.partition(k - 1, axis=1)
@@ -100,20 +113,22 @@ def _keep_nearest(nearest: np.ndarray, squared: np.ndarray) -> None:
 
 
 def radii(rows: np.ndarray, k: int = 3, tile: int = TILE) -> np.ndarray:
-  """The distance of each row to its k-th neighbour in its own set, squared.
+  """Returns the squared distance of each row to its k-th neighbour in the set.
 
-  `kth_distance(rows, rows, k + 1)` at half the cost: distances are symmetric.
+  These are the numbers of `kth_distance(rows, rows, k + 1)` at half the cost,
+  since distances are symmetric.
 
   Args:
-    rows: [N, D], N > k, any real type.
-    k: the neighbour; the row itself is not counted.
-    tile: as in `kth_distance`.
+    rows: [N, D], N > k, of any real type.
+    k: the neighbour's number; the row itself is not counted.
+    tile: the number of rows compared at once; see `kth_distance`.
 
   Returns:
-    [N] float64, squared Euclidean: the balls of `precision_recall`.
+    [N] float64, squared Euclidean: the radii of the balls of
+    `precision_recall`.
 
   Raises:
-    UserError: if `rows` is not [N, D] and finite, or N <= k.
+    UserError: `rows` is not [N, D] or not finite, or N ≤ k.
   """
   rows = frechet.check_features('rows', rows)
   _check_pair(rows, rows, k, tile)
@@ -127,6 +142,7 @@ def radii(rows: np.ndarray, k: int = 3, tile: int = TILE) -> np.ndarray:
 
 
 def _check_neighbours(name: str, rows: np.ndarray, k: int) -> None:
+  """Raises UserError unless every row has a k-th neighbour."""
   if len(rows) <= k:
     raise errors.UserError(
       f'{name} has {len(rows)} rows; the {k}-th neighbour of a row needs '
@@ -137,24 +153,25 @@ def _check_neighbours(name: str, rows: np.ndarray, k: int) -> None:
 def precision_recall(
   real: np.ndarray, fake: np.ndarray, k: int = 3, tile: int = TILE
 ) -> PrecisionRecall:
-  """Improved precision and recall (arXiv 1904.06991, eq. 1-2).
+  """Returns improved precision and recall (arXiv 1904.06991, eq. 1-2).
 
-  A point is inside a ball whose radius it exactly meets (≤). Equal distances
-  are told apart to float64 rounding of the squared norms.
+  A point at exactly a ball's radius is inside. Distances are compared to
+  float64 rounding of the squared norms.
 
   Args:
     real: [N, D] features of real images, N > k.
-    fake: [M, D] features of samples, M > k. Both shares depend on N and M:
-      compare only numbers of equal set sizes.
-    k: the neighbour that a ball reaches to, the point itself not counted.
-    tile: rows compared at once, as in `kth_distance`.
+    fake: [M, D] features of samples, M > k. Both shares depend on N and M, so
+      compare only numbers from sets of equal sizes.
+    k: the number of the neighbour that a ball reaches to; the point itself is
+      not counted.
+    tile: the number of rows compared at once; see `kth_distance`.
 
   Returns:
-    (precision, recall), python floats in [0, 1].
+    (precision, recall), Python floats in [0, 1].
 
   Raises:
-    UserError: if a set is not [N, D], holds NaN or Inf, has k rows or fewer,
-      or the two have different D.
+    UserError: a set is not [N, D], holds NaN or Inf, or has k rows or fewer, or
+      the two have different D.
   """
   real = frechet.check_features('real', real)
   fake = frechet.check_features('fake', fake)

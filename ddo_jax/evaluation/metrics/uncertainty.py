@@ -1,13 +1,14 @@
-"""How far a score can be trusted: seeds, an interval, the limit of many images.
+"""How far a score can be trusted: an interval, and the limit of many images.
 
-All three take features cut into disjoint groups of seeds as mergeable sums, so
-that no image is looked at twice. They answer different questions; the label of
-each result says which.
+Both estimates take features cut into disjoint groups of seeds, as sums that
+can be merged, so that no image is looked at twice. They answer different
+questions; the label of each result says which.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import math
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -15,22 +16,26 @@ from scipy import stats
 
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.evaluation.metrics import statistics
 
+# Returns the score of a set of images from the sums of its features.
 Metric = Callable[[frechet.Statistics], float]
 
-_LEVEL = 0.95
+_LEVEL = 0.95  # of the interval
+_JACKKNIFE_GROUPS = 10
+_LIMIT_GROUPS = 4
 
 
 class Interval(NamedTuple):
   """A score with its sampling error.
 
   Attributes:
-    value: of all images.
-    low: end of the interval.
-    high: its other end.
-    standard_error: of `value`, from sampling alone; the bias of a finite
-      number of images (FID's is positive) is not in it.
-    label: what this is.
+    value: the score of all images.
+    low: the lower end of the interval.
+    high: its upper end.
+    standard_error: the error of `value` from sampling alone; the bias of a
+      finite number of images (FID's is positive) is not in it.
+    label: says what this is.
   """
 
   value: float
@@ -45,10 +50,10 @@ class Limit(NamedTuple):
 
   Attributes:
     value: the intercept; not to be compared with scores of N images.
-    slope: of the score against 1/N.
-    sizes: [K] images, ascending.
-    scores: [K] mean score of disjoint sets of that size.
-    label: what this is.
+    slope: the slope of the score against 1/N.
+    sizes: [K] numbers of images, ascending.
+    scores: [K] the mean score of disjoint sets of that size.
+    label: says what this is.
   """
 
   value: float
@@ -61,7 +66,11 @@ class Limit(NamedTuple):
 def _total(
   groups: Sequence[frechet.Statistics], fewest: int
 ) -> frechet.Statistics:
-  """All groups as one; UserError unless enough, of equal numbers of rows."""
+  """Merges all groups.
+
+  Raises:
+    UserError: there are fewer groups than `fewest`, or they differ in size.
+  """
   sizes = sorted({group.n for group in groups})
   if len(groups) < fewest or len(sizes) != 1:
     raise errors.UserError(
@@ -75,28 +84,29 @@ def _total(
 
 
 def jackknife(groups: Sequence[frechet.Statistics], metric: Metric) -> Interval:
-  """A 95 % interval by leaving out one group at a time.
+  """Estimates a 95 % interval by leaving out one group at a time.
 
-  The standard error is √((G-1)/G Σ (θ₋ᵢ - mean θ₋)²) (Efron & Stein 1981), the
-  interval that of Student's t of G - 1 degrees of freedom.
+  The standard error is √((G−1)/G Σ (θ₋ᵢ − mean θ₋)²) (Efron & Stein 1981); the
+  interval is that of Student's t with G − 1 degrees of freedom.
 
   Args:
     groups: G ≥ 5 disjoint groups of equally many images; 10 to 20 are usual.
-    metric: such as `lambda s: frechet.distance(s, reference)`; called G + 1
-      times.
+    metric: the score; it is called G + 1 times.
 
   Raises:
-    UserError: too few groups, or of different sizes.
+    UserError: there are too few groups, or they differ in size.
   """
   total = _total(groups, 5)
   value = metric(total)
-  without = [
-    frechet.Statistics(
-      total.n - group.n, total.total - group.total, total.outer - group.outer
+  scores = []
+  for group in groups:
+    rest = frechet.Statistics(
+      n=total.n - group.n,
+      total=total.total - group.total,
+      outer=total.outer - group.outer,
     )
-    for group in groups
-  ]
-  left = np.array([metric(rest) for rest in without])
+    scores.append(metric(rest))
+  left = np.array(scores)
   count = len(groups)
   error = math.sqrt((count - 1) / count * np.square(left - left.mean()).sum())
   reach = error * float(stats.t.ppf((1 + _LEVEL) / 2, count - 1))
@@ -105,36 +115,77 @@ def jackknife(groups: Sequence[frechet.Statistics], metric: Metric) -> Interval:
 
 
 def extrapolate(groups: Sequence[frechet.Statistics], metric: Metric) -> Limit:
-  """The score at N → ∞, from a line in 1/N (Chong & Forsyth 2020).
+  """Estimates the score at N → ∞ from a line in 1/N (Chong & Forsyth 2020).
 
-  Sets of s = 1, 2, 4, ... groups and of all G are scored, disjoint ones of one
-  size averaged, and score = value + slope/N is fitted by least squares, each
-  size weighted by its number of sets (arXiv 1911.07023 draws random subsets).
+  Sets of 1, 2, 4, ... groups and of all G are scored, and disjoint sets of one
+  size are averaged. score = value + slope/N is fitted by least squares, each
+  size weighted by its number of sets. (arXiv 1911.07023 draws random subsets.)
 
   Args:
     groups: G ≥ 4 disjoint groups of equally many images, each of more images
       than features: the law holds from there on.
-    metric: as in `jackknife`; called about 2·G times.
+    metric: the score; it is called about 2·G times.
 
   Raises:
-    UserError: too few groups, of different sizes, or too small.
+    UserError: there are too few groups, or they differ in size or are too
+      small.
   """
   total = _total(groups, 4)
-  each, width = groups[0].n, len(total.total)
+  each = groups[0].n
+  width = len(total.total)
   if each <= width:
     raise errors.UserError(
       f'groups of {each} images for {width} features; a limit needs more '
       'images than features in each: use fewer groups or more images'
     )
   count = len(groups)
-  steps = [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
-  scores, weights = [], []
+  steps = [2**i for i in range(count.bit_length()) if 2**i < count]
+  steps.append(count)
+  scores = []
+  weights = []
   for step in steps:
-    sets = [groups[i : i + step] for i in range(0, count - step + 1, step)]
-    scores.append(np.mean([metric(_total(s, 1)) for s in sets]))
+    starts = range(0, count - step + 1, step)
+    sets = [_total(groups[start : start + step], 1) for start in starts]
+    scores.append(np.mean([metric(one) for one in sets]))
     weights.append(len(sets))
   sizes = each * np.array(steps)
   # polyfit takes the square root of least squares' weights.
   slope, value = np.polyfit(1 / sizes, scores, 1, w=np.sqrt(weights))
   label = f'extrapolated to infinitely many images from {each} to {total.n}'
   return Limit(float(value), float(slope), sizes, np.array(scores), label)
+
+
+def of_distance(
+  features: np.ndarray, real: frechet.Statistics | statistics.Moments
+) -> dict[str, dict[str, Any]]:
+  """Estimates how far a Fréchet distance can be trusted.
+
+  Args:
+    features: [N, D] of the samples, in the order of their seeds.
+    real: what they are compared with.
+
+  Returns:
+    {'jackknife': ..., 'limit': ...}, the fields of `Interval` and `Limit` as
+    JSON values. An estimate is missing where its groups would have no more
+    images than features: their singular covariances say nothing.
+  """
+
+  def metric(sums: frechet.Statistics) -> float:
+    return frechet.distance(sums, real)
+
+  def groups(count: int) -> list[frechet.Statistics]:
+    even = features[: len(features) - len(features) % count]
+    return [frechet.Statistics.of(part) for part in np.split(even, count)]
+
+  count, width = features.shape
+  found = {}
+  if count // _JACKKNIFE_GROUPS > width:
+    interval = jackknife(groups(_JACKKNIFE_GROUPS), metric)
+    found['jackknife'] = interval._asdict()
+  if count // _LIMIT_GROUPS > width:
+    limit = extrapolate(groups(_LIMIT_GROUPS), metric)
+    found['limit'] = limit._asdict() | {
+      'sizes': limit.sizes.tolist(),
+      'scores': limit.scores.tolist(),
+    }
+  return found

@@ -1,1 +1,1 @@
-"""Networks whose features are measured in."""
+"""Networks whose features images are compared in."""

@@ -1,7 +1,7 @@
 """A small classifier: class accuracy, and features for the other metrics.
 
-For sets that Inception was not made for (digits, Fashion-MNIST) the layer
-before the logits of a small network is the feature space.
+For data that Inception was not made for (digits, Fashion-MNIST), the layer
+before the logits of a small network serves as the feature space.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ import optax
 from ddo_jax import errors
 from ddo_jax import rng
 
-FEATURES = 32  # width of the penultimate layer
+FEATURES = 32  # width of the layer before the logits
 _HIDDEN = 256
 _STEPS = 1_000
 _BATCH = 256
-_LEARNING_RATE = 4e-3  # peak; cosine to 0
+_LEARNING_RATE = 4e-3  # the peak, from which a cosine falls to 0
 _WEIGHT_DECAY = 1e-4
-# Gaussian noise on the inputs, in their units of [-1, 1]: without it digits
-# test accuracy is a point lower.
+# Standard deviation of the noise on inputs in [−1, 1]. Without it, the accuracy
+# on held-out digits is a percentage point lower.
 _NOISE = 0.5
-_CHUNK = 1_024  # images a call of the compiled network
+_CHUNK = 1_024  # images in a call of the compiled network
 
 
 class Network(nn.Module):
-  """A perceptron of two hidden layers, the second one the features."""
+  """A perceptron of two hidden layers; the second one gives the features."""
 
   num_classes: int
 
@@ -39,28 +39,33 @@ class Network(nn.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Maps x [B, D] to (features [B, 32], logits [B, num_classes])."""
     dense = functools.partial(nn.Dense, precision='highest')
-    # Features before their activation: a unit that is off for nearly all images
-    # would be one of almost no variance, normalised to an outlier detector.
+    # Features are taken before their activation. After it, a unit that is off
+    # for nearly all images would have almost no variance, and normalising it
+    # would make it a detector of outliers.
     features = dense(FEATURES)(nn.silu(dense(_HIDDEN)(x)))
     return features, dense(self.num_classes)(nn.silu(features))
 
 
 def _inputs(images: jax.Array, pixel_values: jax.Array) -> jax.Array:
-  """Raw pixels 0 .. pixel_values-1 to float32 in [-1, 1]."""
+  """Maps raw pixels 0 .. pixel_values−1 to float32 in [−1, 1]."""
   return images.astype(jnp.float32) * (2 / (pixel_values - 1)) - 1
 
 
 def _initial(network: Network, width: int, key: jax.Array) -> Any:
-  """LeCun-normal kernels and zero biases, cut from one random draw.
+  """Returns LeCun-normal kernels and zero biases, cut from one random draw.
 
-  Flax's own initialisation draws once a kernel, and compiling those draws
-  takes longer than the whole training.
+  Flax's own initialisation draws once for each kernel, and compiling those
+  draws takes longer than the whole training.
   """
   shapes = jax.eval_shape(network.init, key, jnp.zeros((1, width)))
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
   flat, unravel = flatten_util.ravel_pytree(zeros)
   normal = unravel(jax.random.normal(key, flat.shape))
-  scale = lambda leaf: leaf * leaf.shape[0] ** -0.5 * (leaf.ndim == 2)
+
+  def scale(leaf: jax.Array) -> jax.Array:
+    is_kernel = leaf.ndim == 2
+    return leaf * leaf.shape[0] ** -0.5 * is_kernel
+
   return jax.tree.map(scale, normal)
 
 
@@ -72,16 +77,17 @@ def _train(
   pixel_values: jax.Array,
   key: jax.Array,
 ) -> Any:
-  """The network's params after all steps.
+  """Returns the network's params after all steps.
 
-  One scan: matrix products do not slow down in it on CPU (convolutions do).
+  The steps are one scan: on CPU, convolutions would slow down in it, but matrix
+  products do not.
 
   Args:
-    network: static.
-    images: [N, D] uint8; they stay so, and only a batch at a time is float.
+    network: the module; static.
+    images: [N, D] uint8; only a batch at a time becomes float.
     labels: [N] int32.
-    pixel_values: [] float32.
-    key: [] of which every step folds its own.
+    pixel_values: [] float32, the number of values of a pixel.
+    key: [] a key, of which every step folds its own.
   """
   schedule = optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS)
   optimizer = optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
@@ -100,7 +106,7 @@ def _train(
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), None
 
-  # Steps fold 0 .. _STEPS-1 into the key; the number after them is free.
+  # Steps fold 0 .. _STEPS−1 into the key; the number after them is free.
   init_key = jax.random.fold_in(key, _STEPS)
   params = _initial(network, images.shape[1], init_key)
   carry = (params, optimizer.init(params))
@@ -112,7 +118,14 @@ def _train(
 def _forward(
   network: Network, params: Any, images: jax.Array, pixel_values: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Features [B, 32] and the most probable class [B] of uint8 images [B, D]."""
+  """Returns features [B, 32] and the most probable class [B] of images.
+
+  Args:
+    network: the module; static.
+    params: its weights.
+    images: [B, D] uint8.
+    pixel_values: [] float32, the number of values of a pixel.
+  """
   features, logits = network.apply(params, _inputs(images, pixel_values))
   return features, jnp.argmax(logits, axis=1).astype(jnp.int32)
 
@@ -154,14 +167,14 @@ def _check_training(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-  """A trained network; made by `fit`.
+  """A trained network, as `fit` makes it.
 
   Attributes:
     network: the module.
     params: its weights, on the device.
-    image_shape: shape of one image.
-    pixel_values: pixel values are 0 .. pixel_values-1.
-    deviation: [32] float32, standard deviation of the raw features over the
+    image_shape: the shape of one image.
+    pixel_values: the number of values of a pixel, 0 .. pixel_values−1.
+    deviation: [32] float32, the standard deviation of the raw features over the
       training split.
   """
 
@@ -172,21 +185,21 @@ class Classifier:
   deviation: np.ndarray
 
   def apply(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features and predicted classes of images.
+    """Returns features and predicted classes of images.
 
-    Images go through in chunks of one size, the last one padded, so any number
-    of them runs the one compiled program and an image's numbers do not depend
-    on its neighbours.
+    Images go through in chunks of one size, the last one padded, so that any
+    number of them runs the one compiled program and an image's numbers do not
+    depend on its neighbours.
 
     Args:
-      images: uint8 [N, *image_shape], raw values 0 .. pixel_values-1.
+      images: uint8 [N, *image_shape], raw values 0 .. pixel_values−1.
 
     Returns:
       features: float32 [N, 32], each of variance 1 over the training split.
       predicted: int32 [N], the most probable class.
 
     Raises:
-      UserError: if the images are not of that type, shape and range.
+      UserError: the images are not of that type, shape and range.
     """
     images = np.asarray(images)
     _check_images(images, self.pixel_values)
@@ -196,9 +209,10 @@ class Classifier:
         f'to {self.image_shape}: fit one to the set you evaluate'
       )
     rows = images.reshape(len(images), -1)
-    # Explicit transfers: callers may forbid the implicit ones.
+    # Transfers are explicit because callers may forbid implicit ones.
     pixel_values = jax.device_put(np.float32(self.pixel_values))
-    features, predicted = [], []
+    features = []
+    predicted = []
     for start in range(0, len(rows), _CHUNK):
       chunk = rows[start : start + _CHUNK]
       padded = np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))
@@ -220,24 +234,26 @@ def fit(
 ) -> Classifier:
   """Trains a classifier, in a few seconds on CPU.
 
-  An MLP (256 and 32 hidden units) by AdamW, 1,000 steps of 256 noisy images
-  drawn with replacement. The same bits every time on one machine with one
-  number of devices (XLA sums in an order that follows its number of threads).
+  A perceptron of 256 and 32 hidden units is trained by AdamW for 1,000 steps of
+  256 noisy images, drawn with replacement. The result has the same bits every
+  time on one machine with one number of devices; XLA sums in an order that
+  follows its number of threads.
 
   Args:
-    images: uint8 [N, ...], the training split, raw values 0 .. pixel_values-1.
+    images: uint8 [N, ...], the training split, raw values 0 .. pixel_values−1.
     labels: integers [N] in [0, num_classes).
-    num_classes: 2 or more.
-    pixel_values: number of pixel values (256; 17 for the digits).
-    seed: of the initial weights, the minibatches and the noise.
+    num_classes: the number of classes, 2 or more.
+    pixel_values: the number of values of a pixel (256; 17 for the digits).
+    seed: settles the initial weights, the minibatches and the noise.
 
   Returns:
     The classifier, its features normalised over `images`.
 
   Raises:
-    UserError: if images or labels are not as above, or all images are alike.
+    UserError: images or labels are not as above, or all images are alike.
   """
-  images, labels = np.asarray(images), np.asarray(labels)
+  images = np.asarray(images)
+  labels = np.asarray(labels)
   _check_training(images, labels, num_classes, pixel_values)
   network = Network(num_classes)
   rows = images.reshape(len(images), -1)

@@ -1,10 +1,10 @@
 """Features of images, to the same bits whatever the number of devices.
 
 A compiled network may round a row differently in another place of the batch,
-or in a batch of another size. So every image has its place by its id: block
-id // ROWS, row id % ROWS, always in a program of ROWS images on one device.
-A GPU's compiler may choose its convolutions by timing them; bits that are to
-outlive the process need its deterministic setting as well.
+or in a batch of another size. Every image therefore has its place by its id,
+row id % ROWS of block id // ROWS, always in a program of ROWS images on one
+device. A GPU's compiler may choose its convolutions by timing them; bits that
+are to outlive the process need its deterministic setting as well.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-ROWS = 64  # images of a block
+ROWS = 64  # images in a block
 
 
 def by_blocks(
@@ -26,20 +26,21 @@ def by_blocks(
   devices: Sequence[jax.Device] = (),
   rows: int = ROWS,
 ) -> Iterator[tuple[np.ndarray, Any]]:
-  """Yields (ids [B], what the network says of them), block by block.
+  """Yields ids [B] and what the network makes of their images, by blocks.
+
+  While the caller works, one block a device is under way.
 
   Args:
-    network: jitted, (params, [rows,H,W,C]) -> tree of [rows,...]; row-wise: a
-      row's result depends on that row alone.
-    params: its arrays; a copy goes to every device.
+    network: a jitted function (params, [rows,H,W,C]) -> tree of [rows,...] that
+      works row by row: a row's result depends on that row alone.
+    params: the network's arrays; a copy goes to every device.
     images: gives the images [B,H,W,C] of ids [B].
-    ids: whole numbers from 0, in any order; `Accumulator.missing` on resume.
-    devices: blocks take turns on these; default: this process's.
-    rows: of a block; part of what fixes the bits.
+    ids: the images' ids, whole numbers from 0, in any order.
+    devices: blocks take turns on these; () takes this process's.
+    rows: the number of images in a block, which is part of what fixes the bits.
 
   Returns:
-    A generator, ids ascending, of trees of numpy arrays; one block a device
-    is under way while the caller works.
+    A generator of (ids, tree of numpy arrays [B,...]), ids ascending.
   """
   devices = list(devices) or jax.local_devices()
   copies = [jax.device_put(params, device) for device in devices]
@@ -54,10 +55,16 @@ def by_blocks(
     out = network(copies[place], jax.device_put(block, devices[place]))
     pending.append((mine, out))
     if len(pending) > len(devices):
-      yield _fetch(*pending.pop(0), rows)
+      oldest, done = pending.pop(0)
+      yield oldest, _fetch(done, oldest % rows)
   for mine, out in pending:
-    yield _fetch(mine, out, rows)
+    yield mine, _fetch(out, mine % rows)
 
 
-def _fetch(mine: np.ndarray, out: Any, rows: int) -> tuple[np.ndarray, Any]:
-  return mine, jax.tree.map(lambda x: np.asarray(x)[mine % rows], out)
+def _fetch(out: Any, places: np.ndarray) -> Any:
+  """Fetches some rows of a block from its device."""
+
+  def fetch(leaf: jax.Array) -> np.ndarray:
+    return np.asarray(leaf)[places]
+
+  return jax.tree.map(fetch, out)

@@ -1,8 +1,8 @@
-"""Resizing as the evaluation networks' programs do it, to the last bit or so.
+"""Resizing as the evaluation networks' programs do it, to float32 rounding.
 
-Three rules, all separable. The two bilinear ones differ by up to half a source
-pixel, which moves a FID by more than methods differ: statistics made with one
-must not be held against statistics made with the other.
+There are three rules, all separable. The two bilinear ones differ by up to half
+a source pixel, which moves a FID by more than methods differ: statistics made
+with one of them must not be compared with statistics made with the other.
 """
 
 import functools
@@ -20,15 +20,17 @@ from ddo_jax import errors
 # EDM2, OpenAI). 'half_pixel': PyTorch's interpolate (pytorch-fid).
 Bilinear = Literal['tf1', 'half_pixel']
 
-_ANTIALIASED, _PLAIN = -0.5, -0.75  # Keys' a, as PyTorch takes it in each
-_REACH = 2.0  # of Keys' kernel, in pixels
+# The constant a of Keys' bicubic kernel, as PyTorch chooses it.
+_ANTIALIASED = -0.5
+_PLAIN = -0.75
+_REACH = 2.0  # half the width of Keys' kernel, in pixels
 
 
 def check_images(images: jax.Array) -> jax.Array:
-  """Returns raw images [B,H,W,3] of 0 to 255 as float32.
+  """Returns raw images [B,H,W,3] of pixel values 0 to 255 as float32.
 
   Raises:
-    UserError: if they are neither uint8 nor float32, or of another shape.
+    UserError: they are neither uint8 nor float32, or have another shape.
   """
   known = images.dtype in (jnp.uint8, jnp.float32)
   if images.ndim != 4 or images.shape[-1] != 3 or not known:
@@ -40,11 +42,11 @@ def check_images(images: jax.Array) -> jax.Array:
 
 
 class Table(NamedTuple):
-  """Linear interpolation along an axis: v[lo] + (v[hi] - v[lo])·fraction.
+  """Linear interpolation along an axis: v[lo] + (v[hi] − v[lo])·fraction.
 
   Attributes:
-    lo: [out] int32 source index.
-    hi: [out] int32, lo + 1, clamped to the border.
+    lo: [out] int32, the lower source index.
+    hi: [out] int32, lo + 1 clamped to the border.
     fraction: [out] float32 in [0, 1).
   """
 
@@ -55,10 +57,10 @@ class Table(NamedTuple):
 
 @functools.cache
 def bilinear_table(size: int, out: int, rule: Bilinear = 'tf1') -> Table:
-  """The interpolation of `size` pixels to `out`, without antialiasing.
+  """Returns the interpolation of `size` pixels to `out`, not antialiased.
 
   Raises:
-    UserError: if a size is below 1 or the rule is unknown.
+    UserError: a size is below 1, or the rule is unknown.
   """
   if rule not in typing.get_args(Bilinear):
     raise errors.UserError(
@@ -68,7 +70,7 @@ def bilinear_table(size: int, out: int, rule: Bilinear = 'tf1') -> Table:
     raise errors.UserError(
       f'cannot resize {size} pixels to {out}; both must be 1 or more'
     )
-  if rule == 'tf1':  # source = i·size/out, in float32 as there
+  if rule == 'tf1':  # source = i·size/out, in float32 as TensorFlow has it
     scale = np.float32(size) / np.float32(out)
     source = np.arange(out, dtype=np.float32) * scale
   else:  # pixel centres correspond
@@ -92,7 +94,7 @@ def bilinear(images: jax.Array, out: int, rule: Bilinear = 'tf1') -> jax.Array:
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-  """Keys' kernel; 0 at a distance of two pixels and beyond."""
+  """Evaluates Keys' kernel, which is 0 at two pixels' distance and beyond."""
   x = np.abs(x)
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = (((x - 5) * x + 8) * x - 4) * a
@@ -101,11 +103,11 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 @functools.cache
 def bicubic_matrix(size: int, out: int) -> np.ndarray:
-  """Antialiased bicubic resize along an axis, PyTorch's (antialias=True).
+  """Returns PyTorch's antialiased bicubic resize along an axis.
 
   Returns:
-    [out, size] float64; rows sum to one, weights beyond the border are left
-    out before that. Apply it to both axes.
+    [out, size] float64, to be applied to both axes. Weights beyond the border
+    are left out, and then each row is scaled to sum to one.
   """
   scale = size / out
   width = max(scale, 1.0)  # the kernel widens as the image shrinks
@@ -123,15 +125,15 @@ def bicubic_matrix(size: int, out: int) -> np.ndarray:
 
 @functools.cache
 def bicubic_point_matrix(size: int, out: int, scale: float) -> np.ndarray:
-  """Bicubic interpolation along an axis without antialiasing, PyTorch's.
+  """Returns PyTorch's bicubic interpolation along an axis, not antialiased.
 
   Args:
-    size: numbers that there are.
-    out: numbers wanted.
-    scale: out/size, or what the caller's program says instead of it.
+    size: the number of source values.
+    out: the number of values wanted.
+    scale: out/size, or what the program that is followed says instead of it.
 
   Returns:
-    [out, size] float64; beyond the border the border repeats.
+    [out, size] float64; beyond the border, the value at the border repeats.
   """
   matrix = np.zeros((out, size))
   for i in range(out):
@@ -146,6 +148,5 @@ def bicubic(images: jax.Array, out: int) -> jax.Array:
   """Resizes [B,H,W,C] float32 to [B,out,out,C] by `bicubic_matrix`."""
   rows = bicubic_matrix(images.shape[1], out).astype(np.float32)
   columns = bicubic_matrix(images.shape[2], out).astype(np.float32)
-  exact = {'precision': jax.lax.Precision.HIGHEST}
-  images = jnp.einsum('oh,bhwc->bowc', rows, images, **exact)
-  return jnp.einsum('ow,bhwc->bhoc', columns, images, **exact)
+  images = jnp.einsum('oh,bhwc->bowc', rows, images, precision='highest')
+  return jnp.einsum('ow,bhwc->bhoc', columns, images, precision='highest')

@@ -1,4 +1,4 @@
-"""Reference files of EDM, EDM2, OpenAI and ADM, and broken ones."""
+"""Statistics files of EDM, EDM2, OpenAI and ADM, and broken ones."""
 
 import pickle
 
@@ -9,7 +9,7 @@ import pytest
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import statistics
-from ddo_jax.weights import references
+from ddo_jax.weights import fid_stats
 
 
 def table(width, seed=0):
@@ -26,15 +26,15 @@ def assert_moments(got, expected):
 def test_edms_file(tmp_path):
   path = tmp_path / 'cifar10-32x32.npz'
   np.savez(path, **table(2_048))
-  reference = references.read(path)
-  assert_moments(reference.of('fid'), table(2_048))
-  assert reference.of('fid').n == 0 and not reference.has_images
-  assert reference.of('fid').provenance['file'] == path.name
-  assert len(reference.of('fid').provenance['sha256']) == 64
+  stats = fid_stats.read(path)
+  assert_moments(stats.of('fid'), table(2_048))
+  assert stats.of('fid').n == 0 and not stats.has_images
+  assert stats.of('fid').provenance['file'] == path.name
+  assert len(stats.of('fid').provenance['sha256']) == 64
   with pytest.raises(errors.UserError, match='of fid, not of fd_dinov2'):
-    reference.of('fd_dinov2')
+    stats.of('fd_dinov2')
   with pytest.raises(errors.UserError, match='no images in it'):
-    reference.images()
+    stats.images()
 
 
 @pytest.mark.parametrize('protocol', [2, 4])
@@ -46,10 +46,10 @@ def test_edm2s_file(tmp_path, protocol):
     'fd_dinov2': table(1_024, seed=1),
   }
   path.write_bytes(pickle.dumps(tree, protocol))
-  reference = references.read(path)
-  assert_moments(reference.of('fid'), tree['fid'])
-  assert_moments(reference.of('fd_dinov2'), tree['fd_dinov2'])
-  assert reference.of('fid').n == 1_281_167
+  stats = fid_stats.read(path)
+  assert_moments(stats.of('fid'), tree['fid'])
+  assert_moments(stats.of('fd_dinov2'), tree['fd_dinov2'])
+  assert stats.of('fid').n == 1_281_167
 
 
 def test_openais_file(tmp_path):
@@ -57,10 +57,10 @@ def test_openais_file(tmp_path):
   spatial = {f'{k}_s': v for k, v in table(2_023, seed=2).items()}
   images = np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
   np.savez(path, arr_0=images, **table(2_048), **spatial)
-  reference = references.read(path)
-  assert_moments(reference.of('fid'), table(2_048))
-  assert_moments(reference.of('sfid'), table(2_023, seed=2))
-  np.testing.assert_array_equal(reference.images(), images)
+  stats = fid_stats.read(path)
+  assert_moments(stats.of('fid'), table(2_048))
+  assert_moments(stats.of('sfid'), table(2_023, seed=2))
+  np.testing.assert_array_equal(stats.images(), images)
 
 
 def test_our_own_file(tmp_path):
@@ -69,7 +69,7 @@ def test_our_own_file(tmp_path):
   sums = frechet.Statistics.of(rows)
   moments = statistics.Moments.of(sums, {'network': 'dinov2'})
   statistics.save(path, moments)
-  got = references.read(path).of('fd_dinov2')
+  got = fid_stats.read(path).of('fd_dinov2')
   assert_moments(got, {'mu': sums.mean, 'sigma': sums.covariance})
   assert got.n == 40 and got.provenance['network'] == 'dinov2'
   with np.load(path, allow_pickle=False) as arrays:  # as EDM's fid.py does
@@ -82,10 +82,8 @@ def test_the_small_golden_of_edm():
   generated = frechet.Statistics.of(golden['feat_gen'])
   np.testing.assert_allclose(generated.mean, golden['mu'], rtol=1e-12)
   np.testing.assert_allclose(generated.covariance, golden['sigma'], rtol=1e-10)
-  sums = statistics.Accumulator(12)
-  sums.add(np.arange(260), golden['feat_ref'])
-  reference = statistics.Moments(golden['mu_ref'], golden['sigma_ref'])
-  for other in (reference, sums.statistics()):
+  stored = statistics.Moments(golden['mu_ref'], golden['sigma_ref'])
+  for other in (stored, frechet.Statistics.of(golden['feat_ref'])):
     got = frechet.distance(generated, other)
     assert got == pytest.approx(float(golden['fid']), rel=1e-8)
 
@@ -95,7 +93,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / name
     write(path)
     with pytest.raises(errors.UserError, match=said) as caught:
-      references.read(path)
+      fid_stats.read(path)
     assert '\n' not in str(caught.value)
 
   images = {'arr_0': np.zeros((2, 4, 4, 3), np.uint8)}

@@ -1,4 +1,8 @@
-"""Published reference statistics: EDM's, EDM2's, OpenAI's and ADM's files."""
+"""Published statistics files for FID: EDM's, EDM2's, OpenAI's and ADM's.
+
+Such a file holds the mean and the covariance of a data set's features, with
+which a Fréchet distance compares those of generated images.
+"""
 
 from collections.abc import Mapping
 import dataclasses
@@ -14,7 +18,8 @@ from ddo_jax.weights import files
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import provenance
 
-# What each kind of features has; a file of other widths is of other features.
+# The width of each kind of features; a file of other widths is of other
+# features.
 WIDTHS = {'fid': 2_048, 'sfid': 2_023, 'fd_dinov2': 1_024}
 
 _WANTED = (
@@ -25,13 +30,13 @@ _IMAGES = 'arr_0'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reference:
-  """A reference file.
+class FidStats:
+  """The content of a statistics file.
 
   Attributes:
-    path: where it lies.
-    moments: by kind of features: 'fid', 'sfid', 'fd_dinov2'.
-    has_images: the file also holds images, for precision and recall.
+    path: where the file lies.
+    moments: the moments by kind of features: 'fid', 'sfid', 'fd_dinov2'.
+    has_images: whether the file also holds images, for precision and recall.
   """
 
   path: pathlib.Path
@@ -39,7 +44,7 @@ class Reference:
   has_images: bool = False
 
   def of(self, kind: str) -> statistics.Moments:
-    """The moments of one kind of features.
+    """Returns the moments of one kind of features.
 
     Raises:
       errors.UserError: the file has none of that kind.
@@ -47,12 +52,12 @@ class Reference:
     if kind not in self.moments:
       raise errors.UserError(
         f'{self.path} has statistics of {", ".join(self.moments)}, not of '
-        f'{kind}; give a reference file that has'
+        f'{kind}; give a statistics file that has'
       )
     return self.moments[kind]
 
   def images(self) -> np.ndarray:
-    """The images [N,H,W,3] uint8 that OpenAI's files hold (2 GB at 256²).
+    """Returns the images [N,H,W,3] uint8 in OpenAI's files (2 GB at 256²).
 
     Raises:
       errors.UserError: the file holds none.
@@ -70,64 +75,72 @@ class Reference:
 def _moments(
   table: Any, mean: str, covariance: str, n: int, origin: Mapping[str, str]
 ) -> statistics.Moments:
-  mean, covariance = (
-    np.asarray(table[name], np.float64) for name in (mean, covariance)
+  """The moments that a table holds under two names."""
+  return statistics.Moments(
+    mean=np.asarray(table[mean], np.float64),
+    covariance=np.asarray(table[covariance], np.float64),
+    n=n,
+    provenance=origin,
   )
-  return statistics.Moments(mean, covariance, n, origin)
 
 
-def _of_npz(path: pathlib.Path, origin: dict[str, str]) -> Reference:
+def _read_npz(path: pathlib.Path, origin: dict[str, str]) -> FidStats:
+  """Reads EDM's, OpenAI's and our own files."""
   arrays = statistics.read_npz(path, skip=(_IMAGES,))
   with np.load(path, allow_pickle=False) as all_arrays:
     has_images = _IMAGES in all_arrays.files
   if not {'mu', 'sigma'} <= arrays.keys():
     kind = 'a batch of samples' if has_images else 'something else'
-    raise ValueError(f'no mu and sigma: {kind}, not a reference')
+    raise ValueError(f'no mu and sigma: {kind}, not statistics')
   if 'provenance' in arrays:
     origin = json.loads(str(arrays['provenance'])) | origin
-  kind = {v: k for k, v in WIDTHS.items()}.get(arrays['mu'].size, 'fid')
+  # These files do not say which features they are of; the width does.
+  kind_of_width = {width: kind for kind, width in WIDTHS.items()}
+  kind = kind_of_width.get(arrays['mu'].size, 'fid')
   n = int(arrays.get('n', 0))
   moments = {kind: _moments(arrays, 'mu', 'sigma', n, origin)}
   if 'mu_s' in arrays:
     moments['sfid'] = _moments(arrays, 'mu_s', 'sigma_s', n, origin)
-  return Reference(path, moments, has_images)
+  return FidStats(path, moments, has_images)
 
 
-def _of_pickle(path: pathlib.Path, origin: dict[str, str]) -> Reference:
+def _read_pickle(path: pathlib.Path, origin: dict[str, str]) -> FidStats:
+  """Reads EDM2's files, which hold one table for each kind of features."""
   tree = pickle_reader.read(path)
   if not isinstance(tree, dict):
     raise ValueError('a pickle without a table')
   n = int(tree.get('num_images', 0))
-  moments = {
-    kind: _moments(tree[kind], 'mu', 'sigma', n, origin)
-    for kind in WIDTHS
-    if isinstance(tree.get(kind), dict)
-  }
+  moments = {}
+  for kind in WIDTHS:
+    table = tree.get(kind)
+    if isinstance(table, dict):
+      moments[kind] = _moments(table, 'mu', 'sigma', n, origin)
   if not moments:
     raise ValueError(f'none of {", ".join(WIDTHS)} in it')
-  return Reference(path, moments)
+  return FidStats(path, moments)
 
 
-def read(path: pathlib.Path) -> Reference:
-  """Reads a reference file.
+def read(path: pathlib.Path) -> FidStats:
+  """Reads a statistics file.
 
   Args:
-    path: an .npz or .pkl; see the module.
+    path: an .npz of EDM, OpenAI, ADM or ddo_jax, or a .pkl of EDM2.
 
   Raises:
-    errors.UserError: missing, damaged, of other features, or no reference.
+    errors.UserError: the file is missing, damaged, of other features, or
+      holds no statistics.
   """
   with files.refusing(path, _WANTED):
     origin = provenance.describe(path)
     if path.suffix == '.pkl':
-      reference = _of_pickle(path, origin)
+      fid_stats = _read_pickle(path, origin)
     elif path.suffix == '.npz':
-      reference = _of_npz(path, origin)
+      fid_stats = _read_npz(path, origin)
     else:
       raise ValueError(f'the suffix {path.suffix!r} tells no known layout')
-    for kind, moments in reference.moments.items():
+    for kind, moments in fid_stats.moments.items():
       if moments.mean.size != WIDTHS[kind]:
         raise ValueError(
           f'{moments.mean.size} features under {kind}, which has {WIDTHS[kind]}'
         )
-  return reference
+  return fid_stats

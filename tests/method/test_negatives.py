@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from ddo_jax import errors
-from ddo_jax.data import pool as pool_lib
+from ddo_jax.method import generate
+from ddo_jax.method import negatives
 
 IDENTITY = {'reference': 'abc', 'sampler': {'num_steps': 3}, 'stream': [0, 'a']}
 
 
 def open_pool(folder, size=10, shard_size=4, **identity):
-  return pool_lib.Pool(folder, size, shard_size, IDENTITY | identity)
+  return negatives.FakePool(folder, size, shard_size, IDENTITY | identity)
 
 
 def draw(ids):
@@ -19,7 +20,7 @@ def draw(ids):
     np.zeros((len(ids), 2, 2, 1), np.uint8)
     + ids.astype(np.uint8)[:, None, None, None]
   )
-  return images, pool_lib.balanced_labels(ids, 3)
+  return images, generate.balanced_labels(ids, 3)
 
 
 def fill(pool, shards=None):
@@ -28,12 +29,12 @@ def fill(pool, shards=None):
 
 
 def test_labels_are_balanced_by_id():
-  labels = pool_lib.balanced_labels(np.arange(31), 3)
+  labels = generate.balanced_labels(np.arange(31), 3)
   assert np.bincount(labels).tolist() == [11, 10, 10]
   assert labels.dtype == np.int32
-  half = pool_lib.balanced_labels(np.arange(16, 31), 3)
+  half = generate.balanced_labels(np.arange(16, 31), 3)
   np.testing.assert_array_equal(half, labels[16:])
-  assert not pool_lib.balanced_labels(np.arange(5), 0).any()
+  assert not generate.balanced_labels(np.arange(5), 0).any()
 
 
 def test_a_pool_is_read_back_whole(tmp_path):

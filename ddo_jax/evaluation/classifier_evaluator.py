@@ -1,0 +1,154 @@
+"""The evaluator of data that no protocol is about, such as the digits."""
+
+from collections.abc import Iterator
+import hashlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from ddo_jax import errors
+from ddo_jax.data import sources
+from ddo_jax.evaluation import evaluator
+from ddo_jax.evaluation import rows as rows_lib
+from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.evaluation.metrics import memorisation
+from ddo_jax.evaluation.metrics import prdc
+from ddo_jax.evaluation.metrics import statistics
+from ddo_jax.evaluation.metrics import uncertainty
+from ddo_jax.evaluation.networks import classifier
+from ddo_jax.method import generate
+
+_CHUNK = 1_024  # images that are embedded at once
+_KINDS = {
+  'features': rows_lib.Kind(classifier.FEATURES),
+  'predicted': rows_lib.Kind(1),
+  # The distance to the nearest training image; a ratio of means of it is a
+  # score, to float64's digits.
+  'nearest': rows_lib.Kind(1, np.float64),
+}
+
+
+def _hash(images: np.ndarray) -> str:
+  return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+
+
+class ClassifierEvaluator:
+  """Measures images in a classifier's features; an `evaluator.Evaluator`.
+
+  The classifier is trained on the training split, always to the same weights.
+  The scores are `fd_train` and `fd_test` (Fréchet distances to both splits),
+  `accuracy` (the share of samples classified as their own label), `precision`,
+  `recall`, `nn_ratio` and `memorised` (see `metrics`).
+
+  Attributes:
+    num_images: 5,000.
+    num_blocks: 3.
+    minima: (), as every score is reported by its mean.
+  """
+
+  num_images = 5_000
+  num_blocks = 3
+  minima = ()
+
+  def __init__(self, train: sources.Source, test: sources.Source):
+    """Reads both splits whole and fits the classifier.
+
+    Raises:
+      errors.UserError: the data has no labels, or the held-out images are
+        copies of the training images.
+    """
+    if train.num_classes < 2:
+      raise errors.UserError(
+        f'{train.name} has {train.num_classes} classes; evaluation fits a'
+        ' classifier and wants 2 or more: give the images labels'
+      )
+    self._train, labels = train.read(np.arange(len(train)))
+    test_images, _ = test.read(np.arange(len(test)))
+    self._identity = {
+      'classifier': {
+        'train': train.name,
+        'train_sha256': _hash(self._train),
+        'test': test.name,
+        'test_sha256': _hash(test_images),
+      }
+    }
+    self._classifier = classifier.fit(
+      self._train, labels, train.num_classes, train.pixel_values
+    )
+    self._features, _ = self._classifier.apply(self._train)
+    test_features, _ = self._classifier.apply(test_images)
+    self._statistics = {
+      'fd_train': frechet.Statistics.of(self._features),
+      'fd_test': frechet.Statistics.of(test_features),
+    }
+    self._held_out = memorisation.describe_held_out(
+      memorisation.nearest_distance(test_images, self._train)
+    )
+
+  def identity(self) -> dict[str, Any]:
+    """Returns the names and hashes of the splits."""
+    return self._identity
+
+  def ids(self, block: int, count: int) -> np.ndarray:
+    """Returns 0 .. count−1 for every block: blocks differ by their keys."""
+    del block
+    return np.arange(count)
+
+  def labels(self, ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns every class equally often."""
+    return generate.balanced_labels(ids, num_classes)
+
+  def _embed(
+    self, take: rows_lib.Take, ids: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, rows_lib.Rows]]:
+    for start in range(0, len(ids), _CHUNK):
+      mine = ids[start : start + _CHUNK]
+      images = take(mine)
+      features, predicted = self._classifier.apply(images)
+      nearest = memorisation.nearest_distance(images, self._train)
+      rows = {
+        'features': features,
+        'predicted': predicted[:, None],
+        'nearest': nearest[:, None],
+      }
+      yield mine, rows
+
+  def embed(
+    self,
+    images: rows_lib.Images,
+    count: int,
+    name: str,
+    folder: pathlib.Path | None = None,
+  ) -> rows_lib.Rows:
+    """Returns features, predicted class and distance to the training set."""
+    return rows_lib.gather(self._embed, _KINDS, images, count, name, folder)
+
+  def scores(
+    self, rows: rows_lib.Rows, labels: np.ndarray | None = None
+  ) -> evaluator.Scores:
+    """Returns all scores of a set of images; no `accuracy` without labels."""
+    features = rows['features']
+    sums = frechet.Statistics.of(features)
+    scores = {
+      name: frechet.distance(sums, real)
+      for name, real in self._statistics.items()
+    }
+    if labels is not None:
+      scores['accuracy'] = float(np.mean(rows['predicted'][:, 0] == labels))
+    scores |= prdc.precision_recall(self._features, features)._asdict()
+    near = memorisation.compare(rows['nearest'][:, 0], self._held_out)
+    return scores | near._asdict()
+
+  def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
+    """Returns the sampling errors of both Fréchet distances."""
+    return {
+      name: uncertainty.of_distance(rows['features'], real)
+      for name, real in self._statistics.items()
+    }
+
+  def notes(self, count: int, num_blocks: int) -> list[str]:
+    """Returns a line where there are too few images for a covariance."""
+    del num_blocks
+    note = statistics.rank_note('these images', count, classifier.FEATURES)
+    return [note] if note else []

@@ -1,0 +1,69 @@
+"""What each score measures, and which way is better.
+
+The evaluators produce scores by name; a report judges them by this table.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Meaning:
+  """The meaning of a score.
+
+  Attributes:
+    measures: what the number is, as the beginning of a sentence.
+    wish: what a good value is, as the end of that sentence.
+    cost: maps the score to a number of which less is better.
+  """
+
+  measures: str
+  wish: str
+  cost: Callable[[float], float]
+
+
+def _low(measures: str) -> Meaning:
+  def cost(value: float) -> float:
+    return value
+
+  return Meaning(measures, 'lower is better', cost)
+
+
+def _high(measures: str) -> Meaning:
+  def cost(value: float) -> float:
+    return -value
+
+  return Meaning(measures, 'higher is better', cost)
+
+
+def _distance_from_one(value: float) -> float:
+  return abs(value - 1)
+
+
+def _excess_memorised(value: float) -> float:
+  # By definition 0.02 of the held-out images are: to have fewer is no merit.
+  return max(value - 0.02, 0)
+
+
+MEANINGS = {
+  'fd_train': _low('Fréchet distance of samples to the training images'),
+  'fd_test': _low('Fréchet distance of samples to held-out images'),
+  'fid': _low('Fréchet distance in Inception features'),
+  'sfid': _low('Fréchet distance in spatial Inception features'),
+  'fd_dinov2': _low('Fréchet distance in DINOv2 features'),
+  'kid': _low('Kernel distance in Inception features'),
+  'inception_score': _high('Inception Score: sharp and varied classes'),
+  'accuracy': _high('Share of samples classified as the class asked for'),
+  'precision': _high('Share of samples that lie among the real images'),
+  'recall': _high('Share of real images that lie among the samples'),
+  'nn_ratio': Meaning(
+    'Distance to the nearest training image, over that of held-out images',
+    'near 1 is better: below, samples are copies; above, off the data',
+    _distance_from_one,
+  ),
+  'memorised': Meaning(
+    'Share of samples nearer to a training image than 98 % of held-out images',
+    'up to 0.02 is good',
+    _excess_memorised,
+  ),
+}

@@ -1,0 +1,133 @@
+"""The contract of samplers, on one page.
+
+A `Sampler` is a mutable dataclass of settings with `unsafe_hash=True`. It is
+mutable so that `--config.sampler.x=v` can write a field, and hashed once it is
+built, as a static argument of compiled functions. It knows no model. It drives
+one of two small interfaces, which its class attribute `reads` names:
+
+  'denoise'  a denoiser D(x; σ), a `Denoise`, as `heun.Heun` does;
+  'stages'   a model that is sampled stage after stage, a `Stages`, as
+             `ancestral.Ancestral` does.
+
+A model says which of the two it offers, and refuses samplers of the other kind
+(`method.likelihood.check_sampler`).
+
+Every row has a key of its own, and its sample depends on nothing else: not on
+the other rows, the size of the batch or the number of devices.
+"""
+
+from typing import Any
+from typing import ClassVar
+from typing import NamedTuple
+from typing import Protocol
+
+import jax
+
+
+class Denoise(Protocol):
+  """A denoiser with its params and labels bound."""
+
+  def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Returns the clean data [B,...] expected of x [B,...] at sigma [B]."""
+
+
+class Predict(Protocol):
+  """The model's part of one stage."""
+
+  def __call__(
+    self, stage: int | jax.Array, label: jax.Array, inputs: Any, past: Any
+  ) -> tuple[jax.Array, Any]:
+    """Predicts the tokens of a stage.
+
+    Args:
+      stage: the number of the stage, from 0.
+      label: the classes, [B] int.
+      inputs: what `Begin` or `Advance` said that the model reads here, B rows.
+      past: what the stage before returned, B rows.
+
+    Returns:
+      The logits [B,n,V] of the stage's n tokens, and the past for the next
+      stage.
+    """
+
+
+class Advance(Protocol):
+  """What becomes of the tokens that were drawn at a stage."""
+
+  def __call__(
+    self, stage: int | jax.Array, vectors: jax.Array, canvas: Any
+  ) -> tuple[Any, Any]:
+    """Takes the vectors of the drawn tokens.
+
+    Args:
+      stage: the number of the stage, from 0.
+      vectors: the codebook's vectors of the stage's tokens, [B,n,C].
+      canvas: the canvas before this stage.
+
+    Returns:
+      The canvas with the vectors in it, and the inputs of the next stage;
+      after the last stage nobody reads those.
+    """
+
+
+class Begin(Protocol):
+  """What sampling starts from."""
+
+  def __call__(self, rows: int) -> tuple[Any, Any, Any]:
+    """Returns (inputs, past, canvas) before the first stage, for `rows` rows.
+
+    All three are pytrees. The first axis of every leaf of the inputs has one
+    entry for each row.
+    """
+
+
+class Stages(NamedTuple):
+  """An ordered model of tokens, with its params bound.
+
+  A next-scale model draws all tokens of one scale at a stage. A next-token
+  model draws one, and keeps the keys and values of its attention in the past.
+
+  Attributes:
+    sizes: the number of tokens that are drawn at each stage.
+    none: the label that means "no label".
+    codebook: the vector that the model reads for each token, [V,C].
+    begin: makes the inputs, the past and the canvas before the first stage.
+    predict: predicts the tokens of a stage.
+    advance: puts the drawn tokens on the canvas.
+    scanned: all stages have one shape, `predict` and `advance` accept a traced
+      stage number, and inputs, past and canvas keep their shapes. The sampler
+      then compiles one stage and scans over it, where it would unroll all.
+  """
+
+  sizes: tuple[int, ...]
+  none: int
+  codebook: jax.Array
+  begin: Begin
+  predict: Predict
+  advance: Advance
+  scanned: bool = False
+
+
+class Sampler:
+  """The base class of all samplers.
+
+  A sampler is called in one of two ways. One that reads 'denoise' is called as
+  `sampler(denoise, shape, keys)`, with a `Denoise`, the shape of one sample and
+  the rows' keys [B], and returns the samples [B, *shape] in the denoiser's
+  units. It has three fields for the model, which builds the guided denoiser
+  (`guidance.guided`): `guidance`, where 1 is none, `guidance_min` and
+  `guidance_max`.
+
+  One that reads 'stages' is called as `sampler(stages, label, keys)`, with a
+  `Stages`, the classes [B] int and the rows' keys [B], and returns the tokens
+  [B,L] int32 of all stages and the last canvas.
+
+  Attributes:
+    reads: 'denoise' or 'stages', the interface that the sampler drives.
+  """
+
+  reads: ClassVar[str]
+
+  def unguided(self) -> 'Sampler':
+    """Returns the sampler of p_ref itself: no guidance and no filter."""
+    raise NotImplementedError

@@ -1,0 +1,103 @@
+"""Settings: how dataclasses are written down, compared and typed in.
+
+Each group of settings is a dataclass beside the code that it sets; `config`
+composes them. A field's metadata may say {'science': False}: it may then change
+inside one run's folder.
+"""
+
+import ast
+from collections.abc import Iterator
+import dataclasses
+import json
+from typing import Any
+
+from ddo_jax import errors
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+  """Returns a field's default; MISSING where it has none."""
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default
+
+
+def flatten(
+  config: Any, prefix: str = ''
+) -> Iterator[tuple[str, Any, bool, Any]]:
+  """Yields (dotted name, value, is science, default) of every leaf."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    name = prefix + field.name
+    if dataclasses.is_dataclass(value):
+      science = field.metadata.get('science', True)
+      default = type(_default_of(field)).__name__
+      yield f'{name}.type', type(value).__name__, science, default
+      yield from flatten(value, name + '.')
+    else:
+      science = field.metadata.get('science', True)
+      yield name, value, science, _default_of(field)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """Returns a config, or a group of it, as JSON values by dotted name."""
+  leaves = {name: value for name, value, _, _ in flatten(config)}
+  return json.loads(json.dumps(leaves))
+
+
+def science_changes(config: Any, recorded: dict[str, Any]) -> list[str]:
+  """Returns lines 'name: recorded -> now' for science fields that differ.
+
+  A field that is new since the record was made counts as recorded at its
+  default, so that an upgrade does not orphan a run.
+  """
+  now = to_json(config)
+  lines = []
+  for name, _, science, default in flatten(config):
+    if default is not dataclasses.MISSING:
+      default = json.loads(json.dumps(default, default=repr))
+    before = recorded.get(name, default)
+    if science and before != now[name]:
+      lines.append(f'{name}: {before!r} -> {now[name]!r}')
+  gone = [name for name in recorded if name not in now]
+  lines += [f'{name}: {recorded[name]!r} -> gone' for name in gone]
+  return lines
+
+
+def _classes(base: type) -> dict[str, type]:
+  """Returns the classes below a base, also those outside of the package."""
+  found = {}
+  for kind in base.__subclasses__():
+    found[kind.__name__] = kind
+    found |= _classes(kind)
+  return found
+
+
+def parse_object(base: type, text: str) -> Any:
+  """Returns the object that a command line names, e.g. 'mle'.
+
+  Args:
+    base: a class such as `objective.Objective`; any class below it that the
+      recipe has imported may be named, in any case and with underscores.
+    text: a name, or a call whose arguments are literals given by keyword, such
+      as 'FDivergence(kind="hellinger", beta=(0.1,))'. Nothing is executed.
+
+  Raises:
+    errors.UserError: no such class, or no such arguments.
+  """
+  known = _classes(base)
+  by_name = {name.lower(): kind for name, kind in known.items()}
+  try:
+    node = ast.parse(text.strip(), mode='eval').body
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if call.args:
+      raise ValueError('arguments go by keyword')
+    name = call.func.id.replace('_', '').lower()
+    arguments = {
+      keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
+    }
+    return by_name[name](**arguments)
+  except (SyntaxError, ValueError, AttributeError, KeyError, TypeError) as e:
+    raise errors.UserError(
+      f'{text!r} is no {base.__name__} ({e}); wanted one of'
+      f' {", ".join(sorted(known))}, e.g. {min(known)} or {min(known)}(x=1.0)'
+    ) from e

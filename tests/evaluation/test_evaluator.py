@@ -1,0 +1,285 @@
+"""The contract of the evaluators, and the settings that choose one."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from configs import digits
+from ddo_jax import config as config_lib
+from ddo_jax import errors
+from ddo_jax import main
+from ddo_jax.data import image_writer
+from ddo_jax.data import sources
+from ddo_jax.evaluation import classifier_evaluator
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import fidelity
+from ddo_jax.evaluation import measure
+from ddo_jax.evaluation import protocols
+from ddo_jax.evaluation import score
+from ddo_jax.evaluation.metrics import meanings
+from ddo_jax.evaluation.metrics import memorisation
+from ddo_jax.evaluation.networks import classifier
+
+PROTOCOLS = ('', *protocols.PROTOCOLS)
+FEATURES = ('fid', 'sfid', 'fd_dinov2')
+METRICS = (*meanings.MEANINGS, 'fid50k', '')
+# What each protocol's file of statistics has.
+KNOWN = {
+  '': (),
+  'edm-cifar10': ('fid',),
+  'edm2-img64': ('fid', 'fd_dinov2'),
+  'edm2-img512': ('fid', 'fd_dinov2'),
+  'adm-img256': ('fid', 'sfid'),
+}
+
+
+def subsets(values):
+  for size in range(len(values) + 1):
+    yield from itertools.combinations(values, size)
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_every_combination_is_accepted_or_refused_at_once(protocol):
+  for metric, features in itertools.product(METRICS, subsets(FEATURES)):
+    settings = evaluator_lib.Evaluation(
+      protocol=protocol, metric=metric, features=features
+    )
+    measured = features or KNOWN[protocol]
+    if not protocol:
+      measured = ('fd_train', 'fd_test')
+    if not set(features) <= set(KNOWN[protocol]):
+      wrong = ('evaluation.features', features)
+    elif metric not in measured:
+      wrong = ('evaluation.metric', metric)
+    else:
+      evaluator_lib.check(settings)
+      continue
+    with pytest.raises(errors.UserError) as caught:
+      evaluator_lib.check(settings)
+    line = str(caught.value)
+    field, value = wrong
+    assert line.startswith(f'config.{field} is {value!r}; it must be ')
+    choices = measured if field == 'evaluation.metric' else KNOWN[protocol]
+    assert all(repr(choice) in line for choice in choices)
+    assert '\n' not in line
+
+
+def test_the_run_checks_them_before_anything_is_drawn(tmp_path):
+  config = digits.get_config()
+  config.rounds = 0
+  config.pretrain.images = config.pretrain.batch_size
+  config.evaluation.protocol = 'edm-cifar10'
+  config.evaluation.metric = 'sfid'
+  with pytest.raises(errors.UserError, match=r"evaluation.metric is 'sfid'"):
+    main.selfplay(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  config.evaluation.protocol = 'edm'
+  with pytest.raises(errors.UserError, match=r'evaluation\.protocol is'):
+    main.selfplay(config, tmp_path / 'run')
+
+
+def test_only_files_are_free_to_change_inside_a_run():
+  free = [
+    field.name
+    for field in dataclasses.fields(evaluator_lib.Evaluation)
+    if not field.metadata.get('science', True)
+  ]
+  assert free == ['fid_stats', 'inception', 'dinov2']
+  assert config_lib.Evaluation is evaluator_lib.Evaluation
+
+
+@pytest.mark.parametrize(
+  'implementation',
+  [classifier_evaluator.ClassifierEvaluator, fidelity.FidelityEvaluator],
+)
+def test_both_implement_the_contract(implementation):
+  contract = evaluator_lib.Evaluator
+  for name, member in inspect.getmembers(contract, inspect.isfunction):
+    if not name.startswith('_'):
+      ours = inspect.signature(getattr(implementation, name))
+      assert ours == inspect.signature(member), name
+
+
+# --- The classifier's evaluator -----------------------------------------------
+
+
+def make_source(seed, count, side=6):
+  """Images whose brightness tells the class."""
+  random = np.random.default_rng(seed)
+  labels = np.arange(count, dtype=np.int32) % 3
+  images = random.integers(0, 60, (count, side, side, 1), np.uint8)
+  images += (80 * labels).astype(np.uint8)[:, None, None, None]
+  return sources.ArraySource(f'set {seed}', images, labels, num_classes=3)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_steps():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(classifier, '_STEPS', 100)
+    yield
+
+
+@pytest.fixture(scope='module')
+def evaluator(few_steps):
+  return measure.open_evaluator(
+    evaluator_lib.Evaluation(),
+    seed=0,
+    train=make_source(0, 400),
+    open_test=lambda: make_source(1, 200),
+  )
+
+
+def images_of(source, sizes=(13,)):
+  """The images in chunks of these sizes, in turn."""
+
+  def images(ids):
+    turns = itertools.cycle(sizes)
+    while len(ids):
+      size = next(turns)
+      yield source.images[ids[:size]]
+      ids = ids[size:]
+
+  return images
+
+
+def test_scores_of_a_classifier(evaluator):
+  source = make_source(2, 300)
+  rows, labels = measure.read(evaluator, source)
+  scores = evaluator.scores(rows, labels)
+  assert scores.keys() == {
+    'fd_train',
+    'fd_test',
+    'accuracy',
+    'precision',
+    'recall',
+    'nn_ratio',
+    'memorised',
+  }
+  assert scores['accuracy'] > 0.9
+  assert evaluator.scores(rows, (labels + 1) % 3)['accuracy'] < 0.1
+  assert 'accuracy' not in evaluator.scores(rows)
+  assert scores.keys() <= meanings.MEANINGS.keys()
+  train = make_source(0, 400)
+  distance = memorisation.nearest_distance(source.images, train.images)
+  np.testing.assert_array_equal(rows['nearest'][:, 0], distance)
+  copies, _ = measure.read(evaluator, train)
+  assert evaluator.scores(copies)['memorised'] == 1
+  assert abs(evaluator.scores(copies)['fd_train']) < 1e-9
+
+
+def test_rows_go_on_where_they_were_cut_off(evaluator, tmp_path):
+  source = make_source(3, 1_500)
+  whole = evaluator.embed(images_of(source), 1_500, 'a')
+  asked = []
+
+  def cut_off(ids):
+    asked.append(ids)
+    yield source.images[ids[:1_100]]
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    evaluator.embed(cut_off, 1_500, 'b', tmp_path)
+
+  def rest(ids):
+    asked.append(ids)
+    yield from images_of(source, (7, 300))(ids)
+
+  resumed = evaluator.embed(rest, 1_500, 'b', tmp_path)
+  np.testing.assert_array_equal(asked[0], np.arange(1_500))
+  np.testing.assert_array_equal(asked[1], np.arange(1_024, 1_500))
+  for kind, rows in whole.items():
+    np.testing.assert_array_equal(resumed[kind], rows)
+  assert resumed['nearest'].dtype == np.float64
+
+
+def test_what_its_number_hangs_on(evaluator):
+  identity = evaluator.identity()
+  assert identity['classifier']['train'] == 'set 0'
+  assert len(identity['classifier']['test_sha256']) == 64
+  assert json.loads(json.dumps(identity)) == identity
+  np.testing.assert_array_equal(evaluator.ids(2, 5), np.arange(5))
+  np.testing.assert_array_equal(evaluator.labels(np.arange(4), 3), [0, 1, 2, 0])
+  np.testing.assert_array_equal(evaluator.labels(np.arange(4), 0), [0] * 4)
+  assert evaluator.notes(5_000, 3) == []
+  (note,) = evaluator.notes(30, 3)
+  assert 'rank-deficient' in note
+  rows, _ = measure.read(evaluator, make_source(2, 300))
+  found = evaluator.uncertainty(rows)
+  assert found.keys() == {'fd_train', 'fd_test'}
+  assert found['fd_test'].keys() == {'limit'}  # 30 images a tenth are too few
+
+
+def test_data_that_no_classifier_can_be_fitted_to():
+  def open_test():
+    return make_source(1, 50)
+
+  settings = evaluator_lib.Evaluation()
+  plain = sources.ArraySource(
+    'plain', make_source(0, 50).images, np.zeros(50, np.int32)
+  )
+  with pytest.raises(errors.UserError, match='0 classes'):
+    measure.open_evaluator(settings, 0, plain, open_test)
+  with pytest.raises(errors.UserError, match='100% of the held-out'):
+    measure.open_evaluator(settings, 0, make_source(1, 50), open_test)
+
+
+def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
+  """The training images themselves, from an .npz and from a folder."""
+  train = make_source(0, 400)
+  for split, source in (('train', train), ('test', make_source(1, 200))):
+    path = tmp_path / f'{split}.npz'
+    np.savez(path, image=source.images, label=source.labels)
+  config = digits.get_config()
+  config.data.source = str(tmp_path / '{split}.npz')
+  # Fitting it takes long; these are the images that it was fitted to.
+  monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
+  np.savez(tmp_path / 'a.npz', arr_0=train.images, arr_1=train.labels)
+  np.savez(tmp_path / 'b.npz', image=train.images)
+  writer = image_writer.ImageWriter(tmp_path / 'set')
+  writer.add(np.arange(400), train.images, train.labels)
+  writer.close()
+
+  def scores(name):
+    result = score.score_images(
+      config.evaluation, config.seed, config.data, tmp_path / name, tmp_path
+    )
+    assert json.loads((tmp_path / 'eval.json').read_text()) == result
+    assert result['samples'] == 400
+    assert result['classifier']['train'] == str(tmp_path / 'train.npz')
+    return result['scores']
+
+  from_arrays = scores('a.npz')
+  assert from_arrays['accuracy']['mean'] > 0.9
+  assert from_arrays['memorised']['mean'] == 1
+  assert from_arrays['fd_train']['sd'] is None
+  assert scores('set') == from_arrays
+  assert 'accuracy' not in scores('b.npz')
+
+
+def test_statistics_are_of_a_protocol(tmp_path):
+  config = digits.get_config()
+  with pytest.raises(errors.UserError, match=r'evaluation\.protocol is'):
+    score.write_fid_stats(config.evaluation, config.data, tmp_path)
+
+
+# --- What is printed ----------------------------------------------------------
+
+
+def test_the_published_form_of_a_score_is_printed_first():
+  blocks = [{'fid': 2.5, 'kid': 0.2}, {'fid': 1.5, 'kid': 0.1}]
+  scores = measure.summarize(blocks, minima=('fid',))
+  lines = score.lines({'scores': scores, 'notes': ['a note']})
+  assert lines == [
+    'fid              1.5000 (minimum of 2; mean 2.0000 ± 0.7071)',
+    'kid              0.1500 ± 0.0707',
+    'note: a note',
+  ]
+  one = measure.summarize(blocks[:1], minima=('fid',))
+  assert score.lines({'scores': one}) == [
+    'fid              2.5000',
+    'kid              0.2000',
+  ]
