@@ -1,11 +1,11 @@
-"""The digits table: DDO against continued MLE and guidance, 3 seeds.
+"""The digits table: DDO against continued MLE and guidance, on three seeds.
 
 python -m experiments.digits_table --workdir=runs/digits_table
 
-A seed pretrains once and plays its rounds. From the same weights the control
+Each seed pretrains once and plays its rounds. From the same weights the control
 goes on by MLE for the same training compute, at the best of three learning
-rates; guidance takes the best of four scales. All choices are made on the
-selection seed, all numbers are measured on the reporting seeds.
+rates, and guidance takes the best of four scales. Every choice is made on the
+selection seed, and every number is measured on the reporting seeds.
 """
 
 import dataclasses
@@ -19,22 +19,25 @@ import numpy as np
 
 from configs import digits
 from ddo_jax import config as config_lib
-from ddo_jax import models
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import measure
+from ddo_jax.method import generate
+from ddo_jax.method import objective
 from ddo_jax.report import page
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
-from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
+from ddo_jax.training import workspace
 
-WORKDIR = flags.DEFINE_string('workdir', 'runs/digits_table', 'Folder.')
-SEEDS = flags.DEFINE_integer('seeds', 3, 'Pretraining seeds.')
+WORKDIR = flags.DEFINE_string(
+  'workdir', 'runs/digits_table', 'The folder of all runs.'
+)
+SEEDS = flags.DEFINE_integer('seeds', 3, 'The number of pretraining seeds.')
 OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/digits_table.json', 'Result.'
+  'output', 'experiments/results/digits_table.json', 'The file to write.'
 )
 
-# A DDO step on B real and B fake rows: forward and backward of θ on 2B rows
-# and forward of the reference, 2 + 4 + 2 units; an MLE step on B rows: 3.
+# A DDO step on B real and B fake rows runs θ forward and backward on 2B rows
+# and the reference forward: 2 + 4 + 2 units. An MLE step on B rows takes 3.
 COMPUTE = 8 / 3
 LEARNING_RATES = (1e-3, 3e-4, 1e-4)
 SCALES = (1.1, 1.25, 1.5, 2.0)
@@ -50,40 +53,88 @@ METRICS = (
 
 
 def digits_config(seed: int) -> config_lib.Config:
-  """The recipe under another seed."""
+  """Returns the recipe under another seed."""
   config = digits.get_config()
   config.seed = seed
   return config
 
 
+def longer(phase: config_lib.Phase) -> config_lib.Phase:
+  """Returns a phase whose MLE steps cost what the phase's DDO steps cost.
+
+  It is evaluated as often in all.
+  """
+  rhythm = dataclasses.replace(
+    phase.rhythm, eval_images=round(phase.rhythm.eval_images * COMPUTE)
+  )
+  return dataclasses.replace(
+    phase,
+    objective=objective.MLE(),
+    images=round(phase.images * COMPUTE),
+    rhythm=rhythm,
+  )
+
+
+def control_phase(config: config_lib.Config, rate: float) -> config_lib.Phase:
+  """Returns the control's phase: pretraining goes on at a constant rate.
+
+  Args:
+    config: the recipe. The mean of the noise law, the label drop and the
+      half-life of the average are those of its pretraining.
+    rate: the learning rate.
+  """
+  return dataclasses.replace(
+    longer(config.ddo),
+    label_drop=config.pretrain.label_drop,
+    optimizer=dataclasses.replace(
+      config.ddo.optimizer, learning_rate=(rate,), warmup_images=0
+    ),
+    averages=dataclasses.replace(
+      config.ddo.averages, halflife=config.pretrain.averages.halflife
+    ),
+    noise=dataclasses.replace(
+      config.ddo.noise, p_mean=config.pretrain.noise.p_mean
+    ),
+  )
+
+
 def control(
   config: config_lib.Config, workdir: pathlib.Path, params: pathlib.Path
 ) -> tuple[pathlib.Path, list[dict[str, Any]]]:
-  """Continued MLE at the learning rate the selection seed prefers.
+  """Continues MLE at each learning rate and keeps the preferred one.
+
+  Args:
+    config: the recipe.
+    workdir: the seed's folder.
+    params: the folder of the pretrained params.
 
   Returns:
-    The workdir and the rounds of that run.
+    The workdir and the rounds of the run that the selection seed prefers.
   """
   runs = []
   for rate in LEARNING_RATES:
-    mle = dataclasses.replace(
-      config.ddo,
-      objective='mle',
-      images=round(config.ddo.images * COMPUTE),
-      eval_images=round(config.ddo.eval_images * COMPUTE),
-      warmup_images=0,
-      learning_rate=(rate,),
-      p_mean=config.pretrain.p_mean,
-      label_drop=config.pretrain.label_drop,
-      ema_halflife=config.pretrain.ema_halflife,
-    )
     again = dataclasses.replace(
-      config, name='continued MLE', ddo=mle, init_from=str(params)
+      config,
+      name='continued MLE',
+      ddo=control_phase(config, rate),
+      init_from=str(params),
     )
     folder = workdir / f'mle_{rate:g}'
-    runs.append((folder, round_lib.play(again, folder)['rounds']))
-  selection = lambda run: run[1][-1]['promoted']['selection']
+    summary = run_lib.play(again, folder)
+    runs.append((folder, summary['rounds']))
+
+  def selection(run):
+    _, rounds = run
+    return rounds[-1]['promoted']['selection']
+
   return min(runs, key=selection)
+
+
+def generator_at(run: workspace.Run, scale: float) -> generate.Generator:
+  """Returns a run's generator under a guidance scale."""
+  generator = run.generator()
+  generator.sampler = dataclasses.replace(generator.sampler, guidance=scale)
+  return generator
 
 
 def guided(
@@ -92,24 +143,39 @@ def guided(
   params: pathlib.Path,
   scales: tuple[float, ...] = SCALES,
 ) -> dict[str, Any]:
-  """Report scores of the weights under the preferred guidance scale."""
+  """Scores the weights under the guidance scale that selection prefers.
+
+  Args:
+    config: the recipe.
+    workdir: the seed's folder; guided.json there keeps the result.
+    params: the folder of the weights.
+    scales: the guidance scales to try.
+
+  Returns:
+    {'scale', 'scores'}, where the scores are of the reporting seeds.
+  """
   path = workdir / 'guided.json'
   if path.exists():
     return records.read_json(path)
-  run = run_lib.Run(config, workdir / 'ddo')
-  model = models.build(config, config.ddo)
-  weights, _ = run_lib.load_params(params, model, run.executor)
-  choices = []
+  run = workspace.Run(config, workdir / 'ddo')
+  weights, _ = workspace.load_params(params, run.model, run.executor)
+  selection = {}
   for scale in scales:
-    run.config.sampler = dataclasses.replace(config.sampler, guidance=scale)
-    generator = run.generator(model)
-    scores = evaluator_lib.selection_scores(
-      run.evaluator, generator, weights, config
+    scores = measure.selection_scores(
+      evaluator=run.evaluator,
+      generator=generator_at(run, scale),
+      params=weights,
+      settings=config.evaluation,
+      seed=config.seed,
     )
-    choices.append((scores['fd_train'], scale, generator))
-  _, scale, generator = min(choices, key=lambda choice: choice[0])
-  scores = evaluator_lib.report_scores(
-    run.evaluator, generator, weights, config
+    selection[scale] = scores['fd_train']
+  scale = min(selection, key=selection.get)
+  scores = measure.report_scores(
+    evaluator=run.evaluator,
+    generator=generator_at(run, scale),
+    params=weights,
+    settings=config.evaluation,
+    seed=config.seed,
   )
   result = {'scale': scale, 'scores': scores}
   records.write_json(path, result)
@@ -117,13 +183,19 @@ def guided(
 
 
 def _rounds(result: dict[str, Any]) -> str:
+  """Returns '1 round', '2 rounds', … at the end of a round."""
   count = result['round'] + 1
-  return f'{count} round' + 's' * (count > 1)
+  return '1 round' if count == 1 else f'{count} rounds'
 
 
 def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
-  """Every row of the table for one pretraining seed: {row: {metric: mean}}."""
-  rounds = round_lib.play(digits_config(seed), workdir / 'ddo')['rounds']
+  """Plays everything from one pretraining seed.
+
+  Returns:
+    {'rows': {row of the table: {metric: mean}}, 'guidance': the scale chosen,
+    'seconds': of each round}.
+  """
+  rounds = run_lib.play(digits_config(seed), workdir / 'ddo')['rounds']
   params = workdir / 'ddo' / 'pretrain' / 'params'
   folder, mle = control(digits_config(seed), workdir, params)
   page.write(workdir / 'ddo', control=folder)
@@ -143,7 +215,7 @@ def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-  """Markdown: a row a method, mean ± sd over the pretraining seeds."""
+  """Returns Markdown: a row a method, mean ± sd over the pretraining seeds."""
   lines = [
     '| | ' + ' | '.join(METRICS) + ' |',
     '|---' * (len(METRICS) + 1) + '|',
@@ -159,13 +231,12 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(_) -> None:
-  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax's voice
+  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax speaks through absl
   folder = pathlib.Path(WORKDIR.value)
-  results = [
-    one_seed(seed, folder / f'seed_{seed}') for seed in range(SEEDS.value)
-  ]
-  text = table(results)
-  print(text)
+  results = []
+  for seed in range(SEEDS.value):
+    results.append(one_seed(seed, folder / f'seed_{seed}'))
+  print(table(results))
   made = {'results': results, 'environment': devices_lib.environment()}
   records.write_json(pathlib.Path(OUTPUT.value), made)
 

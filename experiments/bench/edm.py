@@ -2,14 +2,14 @@
 
 python -m experiments.bench.edm --model=edm-cifar10-32x32-cond-vp --batch=4
 
-After warm-up, as the median of several calls: a forward pass, the MLE step, the
-DDO step of the same number of real rows (and as many fakes), and 18-step Heun
-sampling. Beside them the compile times, the rate of a plain matrix product in
-the same run, and the bytes of a DDO step, counted from shapes.
+Four calls are timed, each as the median of several after warm-up: a forward
+pass, the MLE step, the DDO step of the same number of real rows (and as many
+fakes), and 18-step Heun sampling. Beside them stand the compile times, the rate
+of a plain matrix product in the same run, and the bytes of a DDO step, counted
+from shapes.
 """
 
 from collections.abc import Callable
-import functools
 import json
 import pathlib
 import time
@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax.method import ddo
 from ddo_jax.method import diffusion
+from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.samplers import heun
-from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
@@ -40,12 +40,12 @@ _BATCH = flags.DEFINE_integer('batch', 4, 'Real rows a step; images a call.')
 _CALLS = flags.DEFINE_integer('calls', 5, 'Timed calls; median reported.')
 _REMAT = flags.DEFINE_bool('remat', False, 'Recompute activations.')
 _OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/edm_speed.json', 'Result.'
+  'output', 'experiments/results/edm_speed.json', 'The file to write.'
 )
 
 
 def timed(call: Callable[[], Any], images: int) -> dict[str, float]:
-  """Times a call: the first compiles, the second warms up."""
+  """Times a call; the first one compiles, the second one warms up."""
   seconds = []
   for _ in range(_CALLS.value + 2):
     start = time.perf_counter()
@@ -60,9 +60,13 @@ def timed(call: Callable[[], Any], images: int) -> dict[str, float]:
 
 
 def matmul_rate(size: int = 2048) -> float:
-  """FLOP/s of a float32 matrix product at the highest precision."""
-  product = jax.jit(lambda a: jnp.matmul(a, a, precision='highest'))
+  """Returns the FLOP/s of a float32 matrix product at the highest precision."""
   matrix = jnp.ones((size, size))
+
+  @jax.jit
+  def product(a):
+    return jnp.matmul(a, a, precision='highest')
+
   return 2 * size**3 / timed(lambda: product(matrix), 1)['seconds']
 
 
@@ -72,66 +76,89 @@ def step_speed(
   phase: config_lib.Phase,
   params: Any,
 ) -> dict[str, float]:
-  """Times the step of a phase on random pixels, its state donated."""
-  rows, draw = phase.batch_size, np.random.default_rng(0)
-  pixels = lambda: {
-    'stored': draw.integers(0, 256, (rows, *model.example_shape), np.uint8),
-    'label': np.zeros(rows, np.int32),
-  }
-  ids = {'id': np.arange(rows, dtype=np.uint32)}
-  real, fake = executor.place_batch(pixels() | ids), None
-  if phase.objective == 'ddo':
+  """Times the step of a phase on random pixels; its state is donated.
+
+  Args:
+    executor: the devices.
+    model: the model, with the phase's noise law.
+    phase: the phase at a round, see `config.at_round`.
+    params: θ and θ_ref, on the devices.
+  """
+  count = phase.batch_size
+  random = np.random.default_rng(0)
+
+  def pixels():
+    return {
+      'stored': random.integers(
+        0, 256, (count, *model.example_shape), np.uint8
+      ),
+      'label': np.zeros(count, np.int32),
+    }
+
+  ids = {'id': np.arange(count, dtype=np.uint32)}
+  real = executor.place_batch(pixels() | ids)
+  fake = None
+  if phase.objective.contrastive:
     fake = executor.place_batch(pixels())
-  hyper, key = executor.replicate((state_lib.Hyper.of(phase, 0), rng.stream(0)))
-  step = executor.compile_step(
-    step_lib.train_step, model=model, phase=phase.static(), accumulate=1
+  step = executor.compile_step(step_lib.train_step, sampler=None, accumulate=1)
+  state = executor.make_state(
+    lambda params: memory.fresh_state(params, model, phase), params
   )
-  create = functools.partial(state_lib.create, phase=phase)
-  state = executor.make_state(create, params)
+  numbers = jax.tree.map(jnp.float32, (model, phase))
+  traced_model, traced_phase, key = executor.replicate(
+    (*numbers, rng.stream(0))
+  )
 
   def call():
     nonlocal state
-    state, metrics = step(state, params, {}, real, fake, hyper, key)
+    state, metrics = step(
+      state, params, {}, real, fake, traced_model, traced_phase, key
+    )
     return metrics
 
-  return timed(call, rows)
+  return timed(call, count)
+
+
+def phase_of(objective: objective_lib.Objective, rows: int) -> config_lib.Phase:
+  """Returns a phase of one average, at its first round."""
+  phase = config_lib.Phase(
+    objective=objective,
+    batch_size=rows,
+    averages=config_lib.Averages(halflife=(1e5,)),
+  )
+  return config_lib.at_round(phase, 0)
 
 
 def measure(name: str, rows: int) -> dict[str, Any]:
-  """All figures of one network."""
-  mle, phase = (
-    config_lib.Phase(objective=name, batch_size=rows, ema_halflife=(1e5,))
-    for name in ('mle', 'ddo')
-  )
-  config = config_lib.Config(
-    model=presets.get(name), executor=config_lib.Executor(remat=_REMAT.value)
-  )
-  model = models.build(config, phase)
-  executor = devices_lib.Executor(config.executor)
+  """Returns all figures of one network."""
+  mle_phase = phase_of(objective_lib.MLE(), rows)
+  ddo_phase = phase_of(ddo.DDO(), rows)
+  model = presets.get(name).build(noise=ddo_phase.noise, remat=_REMAT.value)
+  executor = devices_lib.Executor(config_lib.Executor(remat=_REMAT.value))
   params = executor.make_state(model.init, rng.stream(0))
-  label, keys = (
-    jnp.zeros(rows, jnp.int32),
-    jax.random.split(rng.stream(0), rows),
-  )
-  x, sigma = jnp.ones((rows, *model.example_shape)), jnp.ones(rows)
+  label = jnp.zeros(rows, jnp.int32)
+  keys = jax.random.split(rng.stream(0), rows)
+  x = jnp.ones((rows, *model.example_shape))
+  sigma = jnp.ones(rows)
   denoise = jax.jit(model.denoise)
   sample = jax.jit(model.sample, static_argnums=4)
   sampler = heun.Heun(num_steps=18, sigma_min=0.002, sigma_max=80.0)
   result = {
     'forward': timed(lambda: denoise(params, x, sigma, label), rows),
-    'mle_step': step_speed(executor, model, mle, params),
-    'ddo_step': step_speed(executor, model, phase, params),
+    'mle_step': step_speed(executor, model, mle_phase, params),
+    'ddo_step': step_speed(executor, model, ddo_phase, params),
     'heun_18': timed(lambda: sample(params, {}, label, keys, sampler), rows),
   }
   cost = denoise.lower(params, x, sigma, label).compile().cost_analysis()
-  rate, ceiling = cost['flops'] / result['forward']['seconds'], matmul_rate()
+  rate = cost['flops'] / result['forward']['seconds']
+  ceiling = matmul_rate()
   seconds = {key: value['seconds'] for key, value in result.items()}
   return result | {
     'ddo_over_mle': seconds['ddo_step'] / seconds['mle_step'],
     'forward_gflop_per_image': cost['flops'] / rows / 1e9,
     'forward_gflop_per_second': rate / 1e9,
     'matmul_gflop_per_second': ceiling / 1e9,
-    'step_bytes': memory.counted(model, phase, {}),
+    'step_bytes': memory.counted(model, ddo_phase, {}),
     'batch': rows,
     'remat': _REMAT.value,
     'environment': devices_lib.environment(),

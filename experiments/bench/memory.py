@@ -12,21 +12,39 @@ from ddo_jax.training import state as state_lib
 
 
 def size_of(tree: Any) -> int:
-  """Bytes of arrays or of their shapes."""
+  """Returns the bytes of arrays, or of their shapes."""
   leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'dtype')]
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def fresh_state(
+  params: likelihood.Params,
+  model: likelihood.LikelihoodModel,
+  phase: config_lib.Phase,
+) -> state_lib.TrainState:
+  """Returns the state of a phase's step 0.
+
+  Args:
+    params: where θ starts.
+    model: the model, whose rules say which leaves decay.
+    phase: the phase, which says what the optimizer and the averages keep.
+  """
+  transform = phase.optimizer.transform(
+    model.rules, phase.batch_size, phase.images
+  )
+  return state_lib.create(params, transform, phase.averages)
 
 
 def _kept(
   model: likelihood.LikelihoodModel, rows: int, params: Any, frozen: Any
 ) -> int:
-  """Bytes that the backward pass of θ keeps, of rows and of params."""
-  shape = jax.ShapeDtypeStruct
+  """Returns the bytes that θ's backward pass keeps, of rows and of params."""
   tokens = len(model.example_shape) == 1
+  dtype = jnp.int32 if tokens else jnp.float32
   batch = likelihood.Batch(
-    shape((rows, *model.example_shape), jnp.int32 if tokens else jnp.float32),
-    shape((rows,), jnp.int32),
-    shape((rows,), jnp.uint32),
+    x=jax.ShapeDtypeStruct((rows, *model.example_shape), dtype),
+    label=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    id=jax.ShapeDtypeStruct((rows,), jnp.uint32),
   )
 
   def residuals(params, reference, frozen, batch):
@@ -36,7 +54,8 @@ def _kept(
       ratio, _ = model.log_ratio(params, reference, frozen, batch, keys)
       return jnp.mean(jax.nn.softplus(ratio))
 
-    return jax.vjp(loss, params)[1]
+    _, backward = jax.vjp(loss, params)
+    return backward
 
   return size_of(jax.eval_shape(residuals, params, params, frozen, batch))
 
@@ -46,34 +65,40 @@ def counted(
   phase: config_lib.Phase,
   frozen: likelihood.Frozen,
 ) -> dict[str, int]:
-  """Bytes that a DDO step of one microbatch holds, from shapes.
+  """Counts the bytes that a DDO step of one microbatch holds, from shapes.
 
   Args:
-    model: the family.
-    phase: its batch_size is that of the microbatch.
-    frozen: shapes.
+    model: the model, with its noise law.
+    phase: the phase; its batch_size is that of the microbatch.
+    frozen: the shapes of the frozen weights.
 
   Returns:
-    What stands throughout, by name; 'activations' of θ, those of 2B rows. The
-    reference keeps none.
+    What stands throughout, by name, and 'activations', which the backward pass
+    of θ keeps of 2B rows. The reference keeps none.
   """
   params = jax.eval_shape(model.init, rng.stream(0))
   rows = 2 * phase.batch_size
-  kept = [_kept(model, count, params, frozen) for count in (rows, 2 * rows)]
-  state = jax.eval_shape(lambda p: state_lib.create(p, phase), params)
+  # The difference leaves out what is kept whatever the number of rows.
+  once = _kept(model, rows, params, frozen)
+  twice = _kept(model, 2 * rows, params, frozen)
+
+  def fresh(params):
+    return fresh_state(params, model, phase)
+
+  state = jax.eval_shape(fresh, params)
   return {
     'params': size_of(state.params),
-    'reference': size_of(jax.eval_shape(model.reduced, params)),
+    'reference': size_of(jax.eval_shape(model.rules.reduce, params)),
     'optimizer': size_of(state.opt_state),
     'ema': size_of(state.ema),
     'gradient': size_of(params),
     'frozen': size_of(frozen),
-    'activations': kept[1] - kept[0],
+    'activations': twice - once,
   }
 
 
 def allotted(compiled: Any) -> int:
-  """Bytes of a compiled call, its arguments included: what XLA plans."""
+  """Returns the bytes that XLA plans for a call, its arguments included."""
   found = compiled.memory_analysis()
   fresh = found.output_size_in_bytes - found.alias_size_in_bytes
   return found.argument_size_in_bytes + found.temp_size_in_bytes + fresh

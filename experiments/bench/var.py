@@ -3,7 +3,7 @@
 python -m experiments.bench.var
 python -m experiments.bench.var --preset=var_d16 --rows=16  # an accelerator
 
-Times are medians of alternating blocks with random weights; DDO's step is
+Times are medians of alternating blocks, with random weights. DDO's step is
 measured with fakes of a pool, and with fakes drawn inside. The memory is what
 XLA allots to a call, its arguments included; a step's state is not donated.
 """
@@ -24,14 +24,13 @@ import numpy as np
 
 from configs import digits_var
 from ddo_jax import config as config_lib
-from ddo_jax import models
 from ddo_jax import rng
-from ddo_jax.method import likelihood
+from ddo_jax.method import negatives as negatives_lib
+from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.samplers import ancestral
-from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
@@ -39,19 +38,20 @@ from experiments.bench import memory
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 _PRESET = flags.DEFINE_string(
-  'preset', '', 'A released model; empty: that of configs/digits_var.py.'
+  'preset', '', "A released model; '' is that of configs/digits_var.py."
 )
 _ROWS = flags.DEFINE_integer('rows', 64, 'Real rows of a step, and of samples.')
 _BLOCKS = flags.DEFINE_integer('blocks', 5, 'Timed blocks; median reported.')
 _OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/var.json', 'Result.'
+  'output', 'experiments/results/var.json', 'The file to write.'
 )
 
 
 def _measured(calls: dict[str, Call]) -> dict[str, dict[str, float]]:
-  """Median seconds of each, after a first block, and its MiB."""
+  """Returns each call's median seconds, after a first block, and its MiB."""
   compiled = {
-    name: fn.lower(*args).compile() for name, (fn, args) in calls.items()
+    name: function.lower(*args).compile()
+    for name, (function, args) in calls.items()
   }
   seconds = {name: [] for name in calls}
   for block in range(_BLOCKS.value + 1):
@@ -63,13 +63,14 @@ def _measured(calls: dict[str, Call]) -> dict[str, dict[str, float]]:
   return {
     name: {
       'seconds': float(np.median(seconds[name])),
-      'MiB': memory.allotted(fn) / 2**20,
+      'MiB': memory.allotted(program) / 2**20,
     }
-    for name, fn in compiled.items()
+    for name, program in compiled.items()
   }
 
 
 def _setting() -> config_lib.Config:
+  """Returns the digits' recipe, with the released model that was asked for."""
   config = digits_var.get_config()
   if _PRESET.value:
     config.model = var_presets.get(_PRESET.value)
@@ -77,59 +78,54 @@ def _setting() -> config_lib.Config:
   return config
 
 
-def _weights(
-  config: config_lib.Config, model: likelihood.LikelihoodModel
-) -> tuple[Any, Any]:
-  """Random params of the model, and frozen ones."""
-  learner = models.tokenizer(config.model)
-  params = jax.jit(model.init)(rng.stream(0))
-  return params, {'tokenizer': jax.jit(learner.init)(rng.stream(1))}
-
-
 def _calls(config: config_lib.Config) -> dict[str, Call]:
-  """What is measured, by name."""
+  """Returns what is measured, by name."""
   rows = _ROWS.value
-  model = models.build(config, config.ddo)
-  params, frozen = _weights(config, model)
+  model = config.model.build()
+  learner = config.model.build_tokenizer()
+  params = jax.jit(model.init)(rng.stream(0))
+  frozen = {'tokenizer': jax.jit(learner.init)(rng.stream(1))}
   label = jnp.arange(rows, dtype=jnp.int32) % config.model.num_classes
   ids = jnp.arange(rows, dtype=jnp.uint32)
   keys = rng.per_example(rng.stream(2), ids)
 
   def drawing(guidance):
     sampler = ancestral.Ancestral(guidance=guidance)
-    fn = jax.jit(functools.partial(model.sample, sampler=sampler))
-    return fn, (params, frozen, label, keys)
+    function = jax.jit(functools.partial(model.sample, sampler=sampler))
+    return function, (params, frozen, label, keys)
 
-  shape = (rows, *model.image_shape)
-  image = np.random.RandomState(0).randint(0, model.pixel_values, shape)
-  raw = {'stored': jnp.asarray(image, jnp.uint8), 'label': label, 'id': ids}
+  shape = (rows, *model.codec.stored_shape(model.example_shape))
+  random = np.random.RandomState(0)
+  images = random.randint(0, model.codec.pixel_values, shape)
+  stored = jnp.asarray(images, jnp.uint8)
+  batch = {'stored': stored, 'label': label, 'id': ids}
 
-  state = state_lib.create(params, config.ddo)
-  reference = model.reduced(params)
+  state = memory.fresh_state(params, model, config_lib.at_round(config.ddo, 0))
+  reference = model.rules.reduce(params)
+  step = functools.partial(step_lib.train_step, sampler=ancestral.Ancestral())
 
   def stepping(**changes):
     phase = dataclasses.replace(config.ddo, batch_size=rows, **changes)
-    static = {'model': model, 'phase': phase, 'sampler': ancestral.Ancestral()}
-    fn = jax.jit(functools.partial(step_lib.train_step, **static))
-    hyper = state_lib.Hyper.of(phase, 0)
-    pool = raw if (phase.objective, phase.fakes) == ('ddo', 'pool') else None
-    return fn, (state, reference, frozen, raw, pool, hyper, rng.stream(3))
+    phase = config_lib.at_round(phase, 0)
+    pool = None
+    if phase.objective.contrastive and phase.negatives.needs_pool:
+      pool = batch
+    args = (state, reference, frozen, batch, pool, model, phase, rng.stream(3))
+    return jax.jit(step), args
 
   return {
     'sample': drawing(0.0),
     'sample guided': drawing(1.5),
-    'MLE step': stepping(objective='mle'),
-    'DDO step, pool': stepping(fakes='pool'),
-    'DDO step, online': stepping(fakes='online'),
+    'MLE step': stepping(objective=objective_lib.MLE()),
+    'DDO step, pool': stepping(negatives=negatives_lib.Pool()),
+    'DDO step, online': stepping(negatives=negatives_lib.Online()),
   }
 
 
 def main(_) -> None:
   config = _setting()
-  rows, length = (
-    _ROWS.value,
-    sum(n * n for n in config.model.tokenizer.patch_nums),
-  )
+  rows = _ROWS.value
+  length = sum(n * n for n in config.model.tokenizer.patch_nums)
   results = _measured(_calls(config))
   for result in results.values():
     result['images/s'] = rows / result['seconds']

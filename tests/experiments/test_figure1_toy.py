@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-PATH = pathlib.Path(__file__).parents[2] / 'experiments' / 'figure1_toy.py'
+ROOT = pathlib.Path(__file__).parents[2]
+PATH = ROOT / 'experiments' / 'figure1_toy.py'
 
 
 @pytest.fixture(scope='module')

@@ -1,13 +1,16 @@
 """Released sizes on a CPU: convert, evaluate, one DDO step; time and memory.
 
-python -m pytest -m full_size tests/test_full_size.py
+python -m pytest -m full_size tests/experiments/test_full_size.py
 
-writes experiments/results/full_size.json.
+It writes experiments/results/full_size.json. To measure one network and only
+print the result:
+
+PYTHONPATH=.:tests python tests/experiments/test_full_size.py var_d16
 """
 
-import functools
 import json
 import multiprocessing
+import os
 import pathlib
 import resource
 import subprocess
@@ -16,22 +19,23 @@ import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import official_files
 import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import main
-from ddo_jax import models
 from ddo_jax import rng
+from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.models import presets
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
-from ddo_jax.training import run as run_lib
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
+from ddo_jax.training import workspace
 from ddo_jax.weights import edm_configs
 from ddo_jax.weights import edm_names
 from ddo_jax.weights import torch_zip
@@ -62,13 +66,21 @@ EDM2_S = {
   'model_channels': 192,
   'dropout': 0.0,
 }
-# Preset: its config, real rows of a step, and the knobs of its phase.
+# The package, and the helpers of these tests.
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+# By preset: what gives its config, and the phase that a step is taken of.
 CASES = {
-  'edm-cifar10-32x32-cond-vp': (presets.get, 2, {}),
-  'edm2-img64-s': (presets.get, 1, {'ema_width': (0.05,)}),
-  'var_d16': (var_presets.get, 1, {'normalize': True}),
+  'edm-cifar10-32x32-cond-vp': (presets.get, config_lib.Phase(batch_size=2)),
+  'edm2-img64-s': (
+    presets.get,
+    config_lib.Phase(batch_size=1, averages=config_lib.Averages(width=(0.05,))),
+  ),
+  'var_d16': (
+    var_presets.get,
+    config_lib.Phase(batch_size=1, objective=ddo.DDO(normalize=True)),
+  ),
 }
-# Of a .pkl: the class in it, its arguments, its type.
+# The class that a .pkl holds, its arguments and its type.
 PICKLED = {
   'edm-cifar10-32x32-cond-vp': ('EDMPrecond', CIFAR10, np.float32),
   'edm2-img64-s': ('Precond', EDM2_S, np.float16),
@@ -87,89 +99,117 @@ def random_params(init, dtype):
 
 
 def write_files(name, folder):
-  """Files in the official layout, with random weights."""
-  config = config_lib.Config(model=CASES[name][0](name))
-  model = models.build(config, config.ddo)
+  """Writes files in the official layout, with random weights."""
+  get_config, _ = CASES[name]
+  config = get_config(name)
+  model = config.build()
   if name in PICKLED:
     class_name, kwargs, dtype = PICKLED[name]
     params = random_params(model.init, dtype)
-    state = edm_names.to_official(params, edm_configs.taps_of(config.model))
+    state = edm_names.to_official(params, edm_configs.taps_of(config))
     table = official_files.released(class_name, state, kwargs)
     (folder / 'params.pkl').write_bytes(official_files.dumps(table))
     return
-  learner = models.tokenizer(config.model)
+  learner = config.build_tokenizer()
   for part, init in (('params', model.init), ('tokenizer', learner.init)):
     params = random_params(init, np.float32)
-    patch_nums = config.model.tokenizer.patch_nums
-    state = var_names.to_official(params, patch_nums)
+    state = var_names.to_official(params, config.tokenizer.patch_nums)
     torch_zip.write(folder / f'{part}.pth', state)
 
 
 def load_files(config, model, executor, folder):
   """Converts the files; returns the reference and the frozen weights."""
-  paths = sorted(folder.glob('*.p*'))
-  for path in paths:
+  for path in sorted(folder.glob('*.p*')):
     main.convert(str(path), folder / path.stem, config)
-  load = lambda part, model: run_lib.load_params(
-    folder / part, model, executor
-  )[0]
-  frozen = {}
-  if learner := models.tokenizer(config.model):
-    frozen = {'tokenizer': load('tokenizer', learner)}
-  return load('params', model), frozen
+  reference, _ = workspace.load_params(folder / 'params', model, executor)
+  learner = config.model.build_tokenizer()
+  if learner is None:
+    return reference, {}
+  tokenizer, _ = workspace.load_params(folder / 'tokenizer', learner, executor)
+  return reference, {'tokenizer': tokenizer}
+
+
+class Laps:
+  """Takes the seconds of each piece, and the peak memory so far in GiB."""
+
+  def __init__(self):
+    self.seconds = {}
+    self.peak = {}
+    self._clock = time.perf_counter()
+
+  def lap(self, stage, value):
+    jax.block_until_ready(value)
+    now = time.perf_counter()
+    self.seconds[stage] = now - self._clock
+    self._clock = now
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    self.peak[stage] = usage.ru_maxrss / 2**20  # Linux counts it in KiB
+
+
+def random_rows(model, batch):
+  """Returns real and fake rows of random pixels, as they are stored."""
+  shape = model.codec.stored_shape(model.example_shape)
+  random = np.random.default_rng(1)
+  ids = np.arange(batch, dtype=np.uint32)
+  label = np.arange(batch, dtype=np.int32)
+  real = random.integers(0, 256, (batch, *shape), np.uint8)
+  fake = random.integers(0, 256, (batch, *shape), np.uint8)
+  return (
+    {'stored': real, 'label': label, 'id': ids},
+    {'stored': fake, 'label': label},
+  )
 
 
 def measure(name, folder):
-  """Seconds of each piece, peak memory, and the loss of the first step."""
-  get_config, batch, knobs = CASES[name]
-  phase = config_lib.Phase(batch_size=batch, **knobs)
-  config = config_lib.Config(model=get_config(name), ddo=phase)
-  model = models.build(config, phase)
+  """Measures each piece in seconds and GiB, and the first step's loss."""
+  get_config, phase = CASES[name]
+  phase = config_lib.at_round(phase, 0)
+  batch = phase.batch_size
+  config = config_lib.Config(model=get_config(name))
+  model = config.model.build(noise=phase.noise)
   # Elsewhere, as their publisher would: its memory is not counted here.
   process = multiprocessing.get_context('spawn').Process(
     target=write_files, args=(name, folder)
   )
   process.start()
   process.join()
-  seconds, peak, clock = {}, {}, time.perf_counter()
 
-  def lap(stage, value=None):
-    nonlocal clock
-    jax.block_until_ready(value)
-    now = time.perf_counter()
-    seconds[stage], clock = now - clock, now
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    peak[stage] = usage.ru_maxrss / 2**20  # of Linux's KiB: GiB so far
-
+  laps = Laps()
   executor = devices_lib.Executor(config.executor)
   reference, frozen = load_files(config, model, executor, folder)
-  lap('convert', (reference, frozen))
-  shape = getattr(model, 'image_shape', model.example_shape)
-  draw = np.random.default_rng(1)
-  pixels = lambda: draw.integers(0, 256, (batch, *shape), np.uint8)
-  label, ids = np.arange(batch, dtype=np.int32), np.arange(batch)
-  real = {'stored': pixels(), 'label': label, 'id': ids.astype(np.uint32)}
-  fake = executor.place_batch({'stored': pixels(), 'label': label})
-  real = executor.place_batch(real)
+  laps.lap('convert', (reference, frozen))
+
+  rows, fake_rows = random_rows(model, batch)
+  real = executor.place_batch(rows)
+  fake = executor.place_batch(fake_rows)
   keys = jax.random.split(rng.stream(0), batch)
 
-  def log_prob(params, frozen, image):
-    x = model.encode(frozen, image[0], keys)
-    batch = likelihood.Batch(x, label, ids)
+  def log_prob(params, frozen, stored):
+    x = model.codec.encode(frozen, stored[0], keys)
+    batch = likelihood.Batch(x, rows['label'], rows['id'])
     return model.log_prob(params, frozen, batch, keys)
 
   found = jax.jit(log_prob)(reference, frozen, real['stored'])
-  lap('log-likelihood, compiled', found)
+  laps.lap('log-likelihood, compiled', found)
   assert np.isfinite(found).all()
-  step = executor.compile_step(
-    step_lib.train_step, model=model, phase=phase.static(), accumulate=1
+
+  step = executor.compile_step(step_lib.train_step, sampler=None, accumulate=1)
+  numbers = jax.tree.map(jnp.float32, (model, phase))
+  traced_model, traced_phase, key = executor.replicate(
+    (*numbers, rng.stream(0))
   )
-  hyper, key = executor.replicate((state_lib.Hyper.of(phase, 0), rng.stream(0)))
-  create = functools.partial(state_lib.create, phase=phase)
+  transform = phase.optimizer.transform(model.rules, batch, phase.images)
+
+  def create(params):
+    return state_lib.create(params, transform, phase.averages)
+
   state = executor.make_state(create, reference)
-  lap('state', state)
-  state, metrics = step(state, reference, frozen, real, fake, hyper, key)
-  lap('DDO step, compiled', metrics)
+  laps.lap('state', state)
+  state, metrics = step(
+    state, reference, frozen, real, fake, traced_model, traced_phase, key
+  )
+  laps.lap('DDO step, compiled', metrics)
+
   metrics = jax.device_get(metrics)
   np.testing.assert_allclose(metrics['loss'], metrics['chance_loss'], rtol=1e-3)
   assert metrics['max_abs_logit'] <= 1e-3
@@ -178,8 +218,8 @@ def measure(name, folder):
   return {
     'batch': f'{batch}+{batch}',
     'arrays_millions': size / 1e6,
-    'seconds': seconds,
-    'peak_gib': peak,
+    'seconds': laps.seconds,
+    'peak_gib': laps.peak,
     'loss': float(metrics['loss']),
     'environment': devices_lib.environment(),
   }
@@ -192,7 +232,7 @@ def test_released_size_on_a_cpu(name):
   done = subprocess.run(
     [sys.executable, __file__, name],
     cwd=ROOT,
-    env={'PATH': '', 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+    env={'PATH': '', 'PYTHONPATH': PATHS, 'JAX_PLATFORMS': 'cpu'},
     stdout=subprocess.PIPE,
     text=True,
     check=True,
