@@ -52,15 +52,10 @@ from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
-from ddo_jax.method import siblings  # noqa: F401, named on the command line
 from ddo_jax.report import grid
 from ddo_jax.report import page
 from ddo_jax.runtime import records
-from ddo_jax.samplers import ablation  # noqa: F401, named on the command line
-from ddo_jax.samplers import ancestral  # noqa: F401, as above
 from ddo_jax.samplers import contract
-from ddo_jax.samplers import dpm_solver_v3  # noqa: F401, as above
-from ddo_jax.samplers import heun  # noqa: F401, as above
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace

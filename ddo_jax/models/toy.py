@@ -16,6 +16,9 @@ from ddo_jax.models import layers
 from ddo_jax.models import precond
 
 
+_GROUPS = 8  # of the U-Net's norms
+
+
 @dataclasses.dataclass
 class ToyConfig(likelihood.ModelConfig):
   """A denoiser that trains in seconds.
@@ -61,6 +64,12 @@ class ToyConfig(likelihood.ModelConfig):
       'model.image_shape',
       self.image_shape,
       'of even height and width for the U-Net (pad with config.data.pad_to)',
+    )
+    errors.require(
+      self.network == 'mlp' or self.hidden % _GROUPS == 0,
+      'model.hidden',
+      self.hidden,
+      f'a multiple of {_GROUPS} for the U-Net, the groups of its norms',
     )
     network = networks[self.network](self.hidden, self.blocks, self.num_classes)
     return diffusion.Diffusion(
@@ -139,7 +148,7 @@ class ConvBlock(nn.Module):
     """Returns [B,H,W,channels] of x [B,H,W,C] and condition [B,E]."""
     # The fast variance loses all its digits where the mean is large.
     norm = functools.partial(
-      nn.GroupNorm, 8, epsilon=1e-5, use_fast_variance=False
+      nn.GroupNorm, _GROUPS, epsilon=1e-5, use_fast_variance=False
     )
     zeros = nn.initializers.zeros
     h = nn.silu(norm()(x))
