@@ -9,9 +9,18 @@ import ast
 from collections.abc import Iterator
 import dataclasses
 import json
+import typing
 from typing import Any
 
 from ddo_jax import errors
+
+# A number that may differ from round to round: in a config a tuple with one
+# entry a round, or a number that holds in all; in the step one traced scalar.
+# The command line parses the first form.
+if typing.TYPE_CHECKING:
+  PerRound = Any
+else:
+  PerRound = tuple[float, ...]
 
 
 def _default_of(field: dataclasses.Field) -> Any:
@@ -91,6 +100,8 @@ def parse_object(base: type, text: str) -> Any:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if call.args:
       raise ValueError('arguments go by keyword')
+    if not isinstance(call.func, ast.Name):
+      raise ValueError('no name')
     name = call.func.id.replace('_', '').lower()
     arguments = {
       keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords

@@ -24,7 +24,9 @@ Frozen = Mapping[str, Any]  # weights that are neither trained nor the reference
 class Codec(Protocol):
   """A hashable frozen dataclass without arrays."""
 
-  pixel_values: int  # a pixel of the images is one of 0 .. pixel_values − 1
+  @property
+  def pixel_values(self) -> int:
+    """A pixel of the images is one of 0 .. pixel_values − 1."""
 
   def stored_shape(self, example_shape: Shape) -> Shape:
     """The shape of a stored row, given that of a row in model units."""

@@ -30,7 +30,7 @@ _KINDS = {
 
 
 def _hash(images: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 class ClassifierEvaluator:
@@ -49,7 +49,7 @@ class ClassifierEvaluator:
 
   num_images = 5_000
   num_blocks = 3
-  minima = ()
+  minima: tuple[str, ...] = ()
 
   def __init__(self, train: sources.Source, test: sources.Source):
     """Reads both splits whole and fits the classifier.

@@ -1,5 +1,6 @@
 """The evaluator of a named protocol: FID and its companions."""
 
+from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
@@ -27,7 +28,7 @@ _FOLDERS = (
   pathlib.Path('~/.cache/ddo_jax/references'),
 )
 _KID_SUBSET = 1_000  # images of each set in a subset
-_INCEPTION_SCORES = {
+_INCEPTION_SCORES: dict[str, Callable[[np.ndarray], Any]] = {
   'openai': inception_score.openai,
   'torch_fidelity': inception_score.torch_fidelity,
 }
@@ -80,7 +81,7 @@ class FidelityEvaluator:
     protocol = self.extractor.protocol
     self.num_images = protocol.num_images
     self.num_blocks = protocol.num_blocks
-    self.minima = ()
+    self.minima: tuple[str, ...] = ()
     if protocol.printed == 'minimum':
       self.minima = self.extractor.kinds
     path = _find(protocol.fid_stats)
@@ -117,8 +118,8 @@ class FidelityEvaluator:
       return None
     positions = np.arange(min(count, len(train)))
     index = loader.order(0, positions, len(train))
-    images, _ = features.of_source(train, index)
-    return self.extractor.rows(images, len(index), train.name)
+    chunks, _ = features.of_source(train, index)
+    return self.extractor.rows(chunks, len(index), train.name)
 
   def identity(self) -> dict[str, Any]:
     """Returns the protocol, and the files that the number hangs on."""

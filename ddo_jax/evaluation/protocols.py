@@ -236,11 +236,11 @@ def difference(a: Score, b: Score) -> float:
     unknown = field == 'fid_stats_sha256' and not (ours and theirs)
     if ours != theirs and not unknown:
       reasons.append(f'{field} {ours} and {theirs}')
-  for field in dataclasses.fields(Protocol):
-    ours = getattr(a.protocol, field.name)
-    theirs = getattr(b.protocol, field.name)
+  for name in [field.name for field in dataclasses.fields(Protocol)]:
+    ours = getattr(a.protocol, name)
+    theirs = getattr(b.protocol, name)
     if ours != theirs:
-      reasons.append(f'{field.name} {ours} and {theirs}')
+      reasons.append(f'{name} {ours} and {theirs}')
   if reasons:
     raise errors.UserError(
       f'two scores cannot be compared: {"; ".join(reasons)}; measure both '

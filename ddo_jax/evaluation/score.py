@@ -56,11 +56,12 @@ def score_params(
   output = output or run.workdir
   count = measure.num_images(evaluator, settings)
   num_blocks = measure.num_blocks(evaluator, settings)
+  sampler: Any = config.sampler  # a dataclass, as every sampler is
   about = {
     'params': str(folder),
     'sha256': meta['sha256'],
     'provenance': meta.get('provenance', {}),
-    'sampler': dataclasses.asdict(config.sampler),
+    'sampler': dataclasses.asdict(sampler),
     'samples': count,
     'seeds': num_blocks,
   } | evaluator.identity()

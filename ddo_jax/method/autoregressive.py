@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
-from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import likelihood
 
 Batch = likelihood.Batch
@@ -24,12 +23,11 @@ class TokenNetwork(Protocol):
   Scale-wise models (all tokens of a scale at once) and raster ones (one token
   after the other) differ in this object alone. A hashable frozen dataclass
   without arrays.
-
-  Attributes:
-    length: L, the number of tokens in an image.
   """
 
-  length: int
+  @property
+  def length(self) -> int:
+    """The number L of tokens in an image."""
 
   def init(self, key: jax.Array) -> Params:
     """Returns fresh parameters."""
@@ -72,7 +70,7 @@ class Autoregressive:
   drives: ClassVar[str] = 'stages'
 
   network: TokenNetwork
-  codec: codec_lib.Codec
+  codec: Any
   num_classes: int
   rules: likelihood.WeightRules = likelihood.WeightRules()
   num_bins: int = 1

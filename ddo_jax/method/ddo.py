@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddo_jax import settings
 from ddo_jax.method import objective
 
 # Edges of the histogram of logits. One bin is centred on 0, where every round
@@ -56,8 +57,8 @@ class DDO(objective.Objective):
     normalize: whether the loss is divided by max(α, 1), as published for VAR.
   """
 
-  alpha: tuple[float, ...] = (4.0,)
-  beta: tuple[float, ...] = (0.05,)
+  alpha: settings.PerRound = (4.0,)
+  beta: settings.PerRound = (0.05,)
   normalize: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def loss(

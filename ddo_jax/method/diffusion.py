@@ -192,7 +192,7 @@ class Diffusion:
     x = self.sample(params, frozen, label, keys, sampler)
     return self.codec.decode(frozen, x)
 
-  def guided_by(self, guide: likelihood.LikelihoodModel) -> 'Diffusion':
+  def guided_by(self, guide: Any) -> 'Diffusion':
     """Returns this model with another denoiser as its guide.
 
     Raises:

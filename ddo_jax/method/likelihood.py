@@ -8,6 +8,7 @@ another family implements the contract itself.
 
 import dataclasses
 from typing import Any
+from typing import ClassVar
 from typing import Protocol
 
 from flax import struct
@@ -64,22 +65,29 @@ class LikelihoodModel(Protocol):
 
   A model is an immutable pytree dataclass. What it is made of is static; what a
   round may vary (the noise law's numbers) is traced.
-
-  Attributes:
-    example_shape: the shape of one row in model units.
-    num_classes: the number of classes; 0 for an unconditional model.
-    num_bins: the number of noise bins in the diagnostics.
-    codec: between stored rows and model units.
-    rules: what may be done to the weights.
-    drives: the kind of sampler that fits: 'denoise' or 'stages'.
   """
 
-  example_shape: tuple[int, ...]
-  num_classes: int
-  num_bins: int
-  codec: codec_lib.Codec
-  rules: WeightRules
-  drives: str
+  drives: ClassVar[str]  # the kind of sampler that fits: 'denoise' or 'stages'
+
+  @property
+  def example_shape(self) -> tuple[int, ...]:
+    """The shape of one row in model units."""
+
+  @property
+  def num_classes(self) -> int:
+    """The number of classes; 0 for an unconditional model."""
+
+  @property
+  def num_bins(self) -> int:
+    """The number of noise bins in the diagnostics."""
+
+  @property
+  def codec(self) -> codec_lib.Codec:
+    """What lies between stored rows and model units."""
+
+  @property
+  def rules(self) -> WeightRules:
+    """What may be done to the weights."""
 
   def init(self, key: jax.Array) -> Params:
     """Returns fresh parameters."""

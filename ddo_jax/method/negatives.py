@@ -112,9 +112,8 @@ class Pool(Negatives):
     label = likelihood.hide_labels(
       pairing.fake['label'], pairing.dropped, model.num_classes
     )
-    return pairing.real.replace(
-      x=model.codec.encode(pairing.frozen, stored, encode_keys), label=label
-    )
+    x = model.codec.encode(pairing.frozen, stored, encode_keys)
+    return dataclasses.replace(pairing.real, x=x, label=label)
 
   def check(self, name: str) -> None:
     """Raises UserError unless the size is positive."""
@@ -152,7 +151,7 @@ class Online(Negatives):
     if self.round_trip:
       encode_keys = rng.split_rows(pairing.keys, 'encode')
       x = model.codec.round_trip(pairing.frozen, x, encode_keys)
-    return pairing.real.replace(x=x)
+    return dataclasses.replace(pairing.real, x=x)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -169,7 +168,7 @@ class OtherLabels(Negatives):
     label = likelihood.hide_labels(
       pairing.stored['other_label'], pairing.dropped, model.num_classes
     )
-    return pairing.real.replace(label=label)
+    return dataclasses.replace(pairing.real, label=label)
 
 
 class FakePool:

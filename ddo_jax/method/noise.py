@@ -15,6 +15,7 @@ from jax.scipy import stats
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
 
 
 class NoiseLaw:
@@ -50,8 +51,8 @@ class LogNormal(NoiseLaw):
     p_std: the standard deviation of ln σ, one value a round.
   """
 
-  p_mean: tuple[float, ...] = (-1.2,)
-  p_std: tuple[float, ...] = (1.2,)
+  p_mean: settings.PerRound = (-1.2,)
+  p_std: settings.PerRound = (1.2,)
 
   def sigma(self, z: jax.Array) -> jax.Array:
     """Returns exp(p_mean + p_std z)."""

@@ -8,6 +8,7 @@ no other file; see CONTRIBUTING.md.
 """
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 
 from flax import struct
@@ -53,6 +54,7 @@ class Objective:
 
   contrastive: ClassVar[bool] = True
   compares_labels: ClassVar[bool] = False
+  beta: Any  # the scale of the log-ratio, where `logit` is not overridden
 
   def loss(
     self, log_ratio_real: jax.Array, log_ratio_other: jax.Array, rows: Rows
@@ -84,7 +86,8 @@ class Objective:
     Args:
       name: dotted name of the objective in the config, for the message.
     """
-    for field in dataclasses.fields(self):
+    fields: tuple[dataclasses.Field, ...] = dataclasses.fields(self)  # type: ignore[arg-type]
+    for field in fields:
       if not field.metadata.get('static'):
         errors.require_positive(
           f'{name}.{field.name}', getattr(self, field.name)

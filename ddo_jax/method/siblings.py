@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.method import ddo
 from ddo_jax.method import objective
 
@@ -67,8 +68,8 @@ class FDivergence(objective.Objective):
     normalize: whether the loss is divided by max(α, 1).
   """
 
-  alpha: tuple[float, ...] = (4.0,)
-  beta: tuple[float, ...] = (0.05,)
+  alpha: settings.PerRound = (4.0,)
+  beta: settings.PerRound = (0.05,)
   kind: str = dataclasses.field(default='js', metadata={'static': True})
   order: float = dataclasses.field(default=0.5, metadata={'static': True})
   cap: float = dataclasses.field(default=5.0, metadata={'static': True})
@@ -159,8 +160,8 @@ class CCA(objective.Objective):
 
   compares_labels: ClassVar[bool] = True
 
-  alpha: tuple[float, ...] = (4.0,)
-  beta: tuple[float, ...] = (0.05,)
+  alpha: settings.PerRound = (4.0,)
+  beta: settings.PerRound = (0.05,)
   normalize: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def loss(
@@ -191,7 +192,7 @@ class DPO(objective.Objective):
     beta: β, the scale of the log-ratio, one value a round.
   """
 
-  beta: tuple[float, ...] = (0.05,)
+  beta: settings.PerRound = (0.05,)
 
   def loss(
     self,
@@ -218,7 +219,7 @@ class Unlearning(objective.Objective):
 
   compares_labels: ClassVar[bool] = True
 
-  alpha: tuple[float, ...] = (4.0,)
+  alpha: settings.PerRound = (4.0,)
   normalize: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def logit(self, log_ratio: jax.Array) -> jax.Array:

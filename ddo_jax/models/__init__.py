@@ -39,7 +39,7 @@ def from_json(recorded: dict[str, Any], recipe: Any = None) -> Any:
     errors.UserError: it is of no known model, or of another version.
   """
   name = recorded.get('model.type')
-  known = {kind.__name__: kind for kind in _PARTS}
+  known: dict[str, Any] = {kind.__name__: kind for kind in _PARTS}
   if recipe is not None:
     known |= {kind.__name__: kind for kind in _kinds_of(recipe)}
   try:
@@ -52,7 +52,7 @@ def from_json(recorded: dict[str, Any], recipe: Any = None) -> Any:
 
 
 def _from_json(
-  recorded: dict[str, Any], prefix: str, known: dict[str, type]
+  recorded: dict[str, Any], prefix: str, known: dict[str, Any]
 ) -> Any:
   """Returns the dataclass whose fields, and those of its parts, have a prefix.
 
@@ -61,7 +61,7 @@ def _from_json(
     prefix: the dotted name of the dataclass, with a dot at its end.
     known: the classes by name.
   """
-  fields = {}
+  fields: dict[str, Any] = {}
   parts = set()
   for name, value in recorded.items():
     if not name.startswith(prefix):

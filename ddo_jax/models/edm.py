@@ -299,7 +299,7 @@ class EdmConfig(likelihood.ModelConfig):
     """Returns the model under its preconditioning and EDM's weight."""
     return Edm(
       denoiser=denoiser(self),
-      example_shape=tuple(self.image_shape),
+      example_shape=self.image_shape,
       num_classes=self.num_classes,
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=codec.Pixels(self.pixel_values),
@@ -332,7 +332,7 @@ class Edm(diffusion.Diffusion):
     if self.augment:
       draws = augmentation.draw(rng.split_rows(keys, 'augment'))
       x, rows['augment'] = augmentation.apply(batch.x, draws, self.augment)
-      batch = batch.replace(x=x)
+      batch = dataclasses.replace(batch, x=x)
     _, sigma, noisy, weight = self._noisy(batch, keys)
     denoised = layers.apply_training(
       self.denoiser,

@@ -214,7 +214,7 @@ class Edm2Config(likelihood.ModelConfig):
     )
     return Edm2(
       denoiser=Edm2Precond(network, self.sigma_data, self.logvar_channels),
-      example_shape=tuple(self.image_shape),
+      example_shape=self.image_shape,
       num_classes=self.num_classes,
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=self.codec(),

@@ -59,7 +59,7 @@ def downsample(
   for axis in (1, 2):
     size = (x.shape[axis] + 2 * pad - len(taps)) // 2 + 1
     x = _pad_axis(x, axis, pad)
-    total = 0
+    total: Any = 0
     for k, tap in enumerate(taps):
       part = jax.lax.slice_in_dim(x, k, k + 2 * size - 1, stride=2, axis=axis)
       total += tap / sum(taps) * part
@@ -91,7 +91,7 @@ def upsample(
     for phase in (0, 1):
       # Tap k of the output 2m + phase multiplies the input m + shift, where
       # 2·shift + k = phase + pad.
-      total = 0
+      total: Any = 0
       for k in range((phase + pad) % 2, length, 2):
         start = length // 2 + (phase + pad - k) // 2
         part = jax.lax.slice_in_dim(x, start, start + size, axis=axis)

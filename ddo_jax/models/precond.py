@@ -214,9 +214,9 @@ def iddpm_sigmas(
   j = np.arange(steps + 1, dtype=np.float32)
   alpha_bar = np.sin(np.float32(np.pi / 2) * j / steps / (1 + c_2)) ** 2
   u = np.zeros(steps + 1, np.float32)
-  for j in range(steps, 0, -1):
-    ratio = max(alpha_bar[j - 1] / alpha_bar[j], np.float32(c_1))
-    u[j - 1] = np.sqrt((u[j] ** 2 + 1) / ratio - 1)
+  for i in range(steps, 0, -1):
+    ratio = max(alpha_bar[i - 1] / alpha_bar[i], np.float32(c_1))
+    u[i - 1] = np.sqrt((u[i] ** 2 + 1) / ratio - 1)
   return u
 
 

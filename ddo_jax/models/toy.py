@@ -15,7 +15,6 @@ from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import layers
 from ddo_jax.models import precond
 
-
 _GROUPS = 8  # of the U-Net's norms
 
 
@@ -74,7 +73,7 @@ class ToyConfig(likelihood.ModelConfig):
     network = networks[self.network](self.hidden, self.blocks, self.num_classes)
     return diffusion.Diffusion(
       denoiser=precond.EdmPrecond(network, self.sigma_data),
-      example_shape=tuple(self.image_shape),
+      example_shape=self.image_shape,
       num_classes=self.num_classes,
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=codec.Pixels(self.pixel_values),

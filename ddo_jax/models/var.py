@@ -455,9 +455,7 @@ class VarConfig(likelihood.ModelConfig):
     pixels = codec_lib.Pixels(
       self.tokenizer.pixel_values, self.tokenizer.nearest
     )
-    codec = codec_lib.Tokens(
-      tokenizer, tuple(self.tokenizer.image_shape), pixels
-    )
+    codec = codec_lib.Tokens(tokenizer, self.tokenizer.image_shape, pixels)
     return autoregressive.Autoregressive(
       network=NextScale(network, tokenizer, codec, self.tokenizer.channels),
       codec=codec,

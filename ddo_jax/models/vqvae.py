@@ -10,6 +10,7 @@ row-major order, the coarsest scale first.
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 from flax import linen as nn
@@ -81,8 +82,10 @@ def bicubic_matrix(n: int, size: int) -> np.ndarray:
 
 def resize(x: jax.Array, matrix: np.ndarray) -> jax.Array:
   """Applies a matrix [m,n] to both axes of x [B,n,n,C]; returns [B,m,m,C]."""
-  matrix = jnp.asarray(matrix, x.dtype)
-  return jnp.einsum('ih,bhwc,jw->bijc', matrix, x, matrix, precision='highest')
+  weights = jnp.asarray(matrix, x.dtype)
+  return jnp.einsum(
+    'ih,bhwc,jw->bijc', weights, x, weights, precision='highest'
+  )
 
 
 def phi_index(scales: int) -> tuple[int, ...]:
@@ -280,7 +283,7 @@ class Vqvae(nn.Module):
 
     f = self.features(image)
     sums, _ = self.quantize.accumulate(self.quantize(stop(f)))
-    distance = 0
+    distance: Any = 0
     for f_hat in sums:
       commitment = _COMMITMENT * mean_square(f - stop(f_hat))
       distance += commitment + mean_square(stop(f) - f_hat)

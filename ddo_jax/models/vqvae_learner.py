@@ -64,6 +64,6 @@ def build(config: vqvae.VqvaeConfig) -> Learner:
   """Returns the learner of a tokenizer."""
   return Learner(
     module=vqvae.build(config),
-    image_shape=tuple(config.image_shape),
+    image_shape=config.image_shape,
     codec=codec_lib.Pixels(config.pixel_values, config.nearest),
   )

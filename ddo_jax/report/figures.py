@@ -167,15 +167,15 @@ def _scale(axes: Any, xlabel: str) -> None:
   """
   import matplotlib.ticker as ticker
 
-  values = [line.get_ydata() for axis in axes for line in axis.lines]
-  values = np.concatenate(values).astype(float)
+  curves = [line.get_ydata() for axis in axes for line in axis.lines]
+  values = np.concatenate(curves).astype(float)
   values = values[np.isfinite(values)]
   ratio = values.max() / values.min() if values.min() > 0 else 1
   for axis in axes:
     axis.set_xlabel(xlabel)
     axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
     axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
-    locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
+    locator: ticker.Locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
     if ratio > 4:
       axis.set_yscale('log')
       axis.yaxis.set_minor_locator(ticker.NullLocator())

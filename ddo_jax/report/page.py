@@ -86,15 +86,15 @@ def _read(workdir: pathlib.Path) -> _Run:
   for path in workdir.glob('round_*/done.json'):
     result = records.read_json(path)
     rounds[result['round']] = result
-  rounds = [rounds[index] for index in sorted(rounds)]
-  columns = [result['before'] for result in rounds[:1]]
-  columns += [result['after'] for result in rounds]
+  played = [rounds[index] for index in sorted(rounds)]
+  columns = [result['before'] for result in played[:1]]
+  columns += [result['after'] for result in played]
   stages = collections.defaultdict(list)
   for record in records.read_log(workdir):
     stages[record['stage']].append(record)
   pretrain = stages.pop('pretrain', [])
   stages.pop('tokenizer', None)
-  return _Run(workdir, config, summary, rounds, columns, dict(stages), pretrain)
+  return _Run(workdir, config, summary, played, columns, dict(stages), pretrain)
 
 
 def _table(head: list[str], rows: list[list[str]], css: str = '') -> str:

@@ -33,7 +33,7 @@ def tree_hash(params: Any) -> str:
     array = np.ascontiguousarray(jax.device_get(leaf))
     name = jax.tree_util.keystr(path)
     digest.update(f'{name}{array.shape}{array.dtype}'.encode())
-    digest.update(array)
+    digest.update(array)  # type: ignore[arg-type]
   return digest.hexdigest()
 
 

@@ -116,7 +116,7 @@ class Executor:
     if not divisible:
       return self._whole
     largest = max(divisible, key=lambda axis: leaf.shape[axis])
-    spec = [None] * len(leaf.shape)
+    spec: list[str | None] = [None] * len(leaf.shape)
     spec[largest] = AXIS
     return NamedSharding(self._mesh, PartitionSpec(*spec))
 

@@ -7,6 +7,7 @@ schedule σ(t) and scaling s(t) can be combined to integrate the flow
 """
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 
 import jax
@@ -209,7 +210,7 @@ class Ablation(contract.Sampler):
     fresh = self.churn_noise * np.sqrt(raised**2 - sigma**2)
     # The last step is Euler's, and the slope at its end, t = 0, is not wanted.
     node = np.append((hat + self.alpha * change)[:-1], hat[-1])
-    columns = noise_lib.table(
+    columns: dict[str, Any] = noise_lib.table(
       dtype,
       rescale=self._scale(raised) / self._scale(sigma),
       fresh=fresh * self._scale(raised),

@@ -93,6 +93,6 @@ def iddpm_sigmas(steps: int, c_1: float, c_2: float) -> np.ndarray:
   alpha_bar = np.sin(angle.astype(np.float64)).astype(np.float32) ** 2
   ratio = np.maximum(alpha_bar[:-1] / alpha_bar[1:], np.float32(c_1))
   u = np.zeros(steps + 1)
-  for j in range(steps, 0, -1):
-    u[j - 1] = np.sqrt((u[j] ** 2 + 1) / ratio[j - 1].astype(float) - 1)
+  for i in range(steps, 0, -1):
+    u[i - 1] = np.sqrt((u[i] ** 2 + 1) / ratio[i - 1].astype(float) - 1)
   return u[:-1]

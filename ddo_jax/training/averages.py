@@ -31,9 +31,12 @@ def halflife_weight(
       0 sets no such limit.
   """
   if rampup:
-    halflife = jnp.minimum(halflife, jnp.maximum(images_seen * rampup, 1e-8))
+    ceiling = jnp.maximum(images_seen * rampup, 1e-8)
+    bounded: Any = jnp.minimum(halflife, ceiling)
+  else:
+    bounded = halflife
   # With expm1, for 1 − 0.5^x loses all digits of a long average in float32.
-  return -jnp.expm1(-np.log(2.0) * batch_size / halflife)
+  return -jnp.expm1(-np.log(2.0) * batch_size / bounded)
 
 
 def power_weight(

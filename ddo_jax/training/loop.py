@@ -1,6 +1,7 @@
 """The loop of one phase: the pretraining, or one round."""
 
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -114,7 +115,7 @@ def _termination() -> Iterator[threading.Event]:
     signal.signal(signal.SIGTERM, before)
 
 
-def batches(job: Job, start: int) -> Iterator[Any]:
+def batches(job: Job, start: int) -> Generator[Any, None, None]:
   """Yields (real, fake) on the devices, from step `start` on."""
   phase = job.phase
   paired = phase.objective.contrastive
@@ -149,7 +150,7 @@ class _Logger:
 
   def __init__(self, job: Job):
     self._job = job
-    self._pending = None
+    self._pending: tuple[int, step_lib.Metrics, bool] | None = None
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -220,7 +221,7 @@ def _evaluate(
   job: Job, state: state_lib.TrainState, step: int
 ) -> dict[str, Any]:
   """Scores every candidate; logs and returns the best one's record."""
-  best = None
+  best: dict[str, Any] | None = None
   for profile, params in state.candidates().items():
     scores = job.evaluate(params)
     selection = scores[job.metric]

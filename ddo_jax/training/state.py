@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.method import likelihood
 from ddo_jax.training import averages as averages_lib
 
@@ -59,7 +60,7 @@ class Optimizer:
     clip_norm: largest global norm of the gradient; 0 does not clip.
   """
 
-  learning_rate: tuple[float, ...] = (1.5e-4,)
+  learning_rate: settings.PerRound = (1.5e-4,)
   warmup_images: int = dataclasses.field(default=0, metadata={'static': True})
   warmup_start: float = dataclasses.field(
     default=0.0, metadata={'static': True}

@@ -123,7 +123,7 @@ class Array(pickle_machine.Stateful):
 
   def __init__(self, budget: pickle_machine.Budget, *_: Any):
     self.budget = budget
-    self.array = None
+    self.array: np.ndarray | None = None
 
   def build(self, state: tuple) -> None:
     """Takes (version, shape, dtype, is Fortran, bytes)."""

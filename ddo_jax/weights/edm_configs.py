@@ -119,8 +119,8 @@ def _edm_config(network: pickle_reader.Network) -> edm.EdmConfig:
   options = dict(network.init_kwargs)
   model_type = options.get('model_type')
   # What the original constructors take where an argument is not given.
-  defaults = {'augment_dim': 0}
-  fixed = _FIXED
+  defaults: dict[str, Any] = {'augment_dim': 0}
+  fixed: dict[str, Any] = _FIXED
   if model_type == 'SongUNet':
     taps = _tupled(options.get('resample_filter'))
     kind = 'ncsnpp' if taps == edm_layers.NCSNPP.taps else 'ddpmpp'
@@ -188,7 +188,7 @@ def config_of(
   )
 
 
-def taps_of(config: edm.EdmConfig | edm2.Edm2Config) -> tuple[int, ...]:
+def taps_of(config: edm.EdmConfig | edm2.Edm2Config) -> tuple[float, ...]:
   """Returns the taps of the resampling filter that the state dict stores.
 
   EDM2's state dicts store none: ().

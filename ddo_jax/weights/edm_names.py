@@ -66,8 +66,8 @@ def to_key(path: Path, prefix: str) -> str:
 
 def resample_filter(taps: Sequence[float]) -> np.ndarray:
   """Returns the filter [1,1,n,n] float32 as EDM's checkpoints store it."""
-  taps = np.asarray(taps, np.float32)
-  return np.outer(taps, taps)[None, None] / taps.sum() ** 2
+  row = np.asarray(taps, np.float32)
+  return np.outer(row, row)[None, None] / row.sum() ** 2
 
 
 def to_flax(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import math
 import pathlib
 import struct
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,7 @@ def _fields(raw: memoryview) -> Iterator[tuple[int, Value]]:
     wire = tag & 7
     if wire == _VARINT:
       value, at = _varint(raw, at)
+      yield number, value
     else:
       if wire == _BYTES:
         length, at = _varint(raw, at)
@@ -66,9 +68,9 @@ def _fields(raw: memoryview) -> Iterator[tuple[int, Value]]:
         raise ValueError(f'wire type {wire}, which no GraphDef has')
       if number == 0 or length > len(raw) - at:
         raise ValueError('a message is cut off')
-      value = raw[at : at + length]
+      message = raw[at : at + length]
       at += length
-    yield number, value
+      yield number, message
 
 
 def _message(value: Value) -> memoryview:
@@ -84,7 +86,7 @@ def _text(value: Value) -> str:
 
 def _shape(raw: memoryview) -> tuple[int, ...]:
   """Returns the shape in a TensorShape."""
-  shape = []
+  shape: list[Any] = []
   for number, value in _fields(raw):
     if number == 2:
       sizes = [size for n, size in _fields(_message(value)) if n == 1]
@@ -98,9 +100,9 @@ def _shape(raw: memoryview) -> tuple[int, ...]:
 
 def _tensor(raw: memoryview) -> np.ndarray | None:
   """Returns the array of a TensorProto; None unless it is float32."""
-  dtype = 0
-  shape = ()
-  content = b''
+  dtype: Any = 0
+  shape: tuple[int, ...] = ()
+  content: bytes | memoryview = b''
   values = []
   for number, value in _fields(raw):
     if number == 1:

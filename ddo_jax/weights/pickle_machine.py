@@ -124,7 +124,7 @@ class Machine:
     protocol = self.stream.read(2)
     if protocol not in _PROTOCOLS:
       raise ValueError('no pickle of protocol 2 to 5')
-    for opcode, argument, at in pickletools.genops(self.stream):
+    for opcode, argument, at in pickletools.genops(self.stream):  # type: ignore[arg-type]
       self.budget.step()
       try:
         self._step(opcode.name, argument)
@@ -304,7 +304,7 @@ _VALUES = frozenset(
   ]
 )
 # Opcodes that push a constant or an empty container, made anew each time.
-_CONSTANTS = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
   'NONE': _none,
   'NEWTRUE': _true,
   'NEWFALSE': _false,
@@ -314,7 +314,7 @@ _CONSTANTS = {
   'EMPTY_SET': set,
 }
 # The other opcodes that plain data needs.
-_METHODS = {
+_METHODS: dict[str, Callable[[Machine, Any], None]] = {
   'ADDITEMS': Machine._add_items,
   'APPEND': Machine._append,
   'APPENDS': Machine._appends,

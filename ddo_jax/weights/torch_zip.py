@@ -116,7 +116,7 @@ def _root(members: Mapping[str, tuple[int, int]]) -> str:
 
 def _members(buffer: mmap.mmap) -> dict[str, tuple[int, int]]:
   """Returns where each member's bytes start and end, proven to be whole."""
-  with zipfile.ZipFile(buffer) as archive:
+  with zipfile.ZipFile(buffer) as archive:  # type: ignore[call-overload]
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     limit = archive.start_dir
   members = {}

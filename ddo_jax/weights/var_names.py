@@ -209,7 +209,7 @@ def _transformer_buffers(state: State, patch_nums: Sequence[int]) -> State:
   squares = np.square(np.asarray(patch_nums, np.int64))
   scale = np.repeat(np.arange(len(squares)), squares)
   mask = np.where(scale[:, None] >= scale[None, :], 0, -np.inf)
-  buffers = {
+  buffers: State = {
     'lvl_1L': scale[None].astype(np.int64),
     'attn_bias_for_masking': mask[None, None].astype(np.float32),
   }

@@ -5,6 +5,7 @@ Inception features; the digits use the features of `networks.classifier`.
 """
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
@@ -191,7 +192,19 @@ def distance_of_moments(
   return float(shift + np.trace(a) + np.trace(b) - 2 * cross)
 
 
-def distance(a: Statistics, b: Statistics) -> float:
+class HasMoments(Protocol):
+  """The moments of a set: `Statistics`, or `statistics.Moments` of a file."""
+
+  @property
+  def mean(self) -> np.ndarray:
+    """The mean of the features [D]."""
+
+  @property
+  def covariance(self) -> np.ndarray:
+    """Their covariance [D, D]."""
+
+
+def distance(a: HasMoments, b: HasMoments) -> float:
   """Returns the Fréchet distance of two sets of features.
 
   See `distance_of_moments`.

@@ -23,8 +23,8 @@ _GRID = 37  # patches along a side where the position embedding was trained
 _OFFSET = 0.1  # DINOv2 adds this to the target before it divides by _GRID
 _EPSILON = 1e-6
 # ImageNet's mean and standard deviation, for images in [0, 1].
-_MEAN = np.float32([0.485, 0.456, 0.406])
-_SD = np.float32([0.229, 0.224, 0.225])
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_SD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def position_matrix(grid: int) -> np.ndarray:
