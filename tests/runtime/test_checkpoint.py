@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tensorstore
 
-from ddo_jax import config
 from ddo_jax import errors
+from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
 from ddo_jax.training import state as state_lib
 
-PHASE = config.Phase(ema_halflife=(10.0, 20.0), clip_norm=1.0)
+AVERAGES = state_lib.Averages(halflife=(10.0, 20.0))
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -25,9 +25,12 @@ def make_params(value=0.0, width=3):
   }
 
 
-def make_state(step=0, width=3, phase=PHASE):
+def make_state(step=0, width=3, averages=AVERAGES):
   """A state whose every leaf depends on the step, whose averages differ."""
-  state = state_lib.create(make_params(width=width), phase)
+  transform = state_lib.Optimizer(clip_norm=1.0).transform(
+    likelihood.WeightRules(), batch_size=1, images=1
+  )
+  state = state_lib.create(make_params(width=width), transform, averages)
   state = jax.tree.map(lambda leaf: leaf + step, state)
   ema = {
     name: jax.tree.map(lambda leaf, i=i: leaf + i, params)
@@ -53,9 +56,11 @@ def assert_equal(got, expected):
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize('phase', [PHASE, config.Phase()], ids=['ema', 'plain'])
-def test_a_state_comes_back(tmp_path, phase):
-  state = make_state(7, phase=phase)
+@pytest.mark.parametrize(
+  'averages', [AVERAGES, state_lib.Averages()], ids=['ema', 'plain']
+)
+def test_a_state_comes_back(tmp_path, averages):
+  state = make_state(7, averages=averages)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(state, 7)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:

@@ -13,6 +13,7 @@ from ddo_jax import rng
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
 from ddo_jax.method import generate
+from ddo_jax.method import noise
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.samplers import heun
@@ -237,10 +238,8 @@ def test_law_3_an_image_depends_on_its_id_alone():
     denoiser=Denoiser(),
     example_shape=(4, 4, 1),
     num_classes=3,
-    sigma_data=0.5,
-    p_mean=-0.5,
-    p_std=1.2,
-    encoder=codec.Pixels(17),
+    weight=noise.EdmWeight(0.5),
+    codec=codec.Pixels(17),
   )
   params = model.init(rng.stream(0))
   sampler = heun.Heun(3, 0.02, 5.0)

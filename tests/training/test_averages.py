@@ -6,16 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax import config as config_lib
+from ddo_jax.method import likelihood
 from ddo_jax.training import averages
 from ddo_jax.training import state as state_lib
-
-
-class _Free:
-  """A model without a constraint on its weights."""
-
-  def project(self, params):
-    return params
 
 
 @pytest.fixture(name='golden')
@@ -173,18 +166,17 @@ def test_constants_do_not_drift():
 
 def test_profiles_of_a_phase():
   """The train state follows every profile of its phase, from the start."""
-  phase = config_lib.Phase(
-    batch_size=64,
-    ema_halflife=(1000.0,),
-    ema_rampup=0.05,
-    ema_width=(0.05, 0.1),
+  profiles = state_lib.Averages(
+    halflife=(1000.0,), rampup=0.05, width=(0.05, 0.1)
   )
-  state = state_lib.create({'w': jnp.ones(3)}, phase)
+  rules = likelihood.WeightRules()
+  transform = state_lib.Optimizer(0.1).transform(rules, 64, 1000)
+  state = state_lib.create({'w': jnp.ones(3)}, transform, profiles)
   assert list(state.ema) == ['halflife_1000', 'power_0.050', 'power_0.100']
   wanted = {name: np.ones(3) for name in state.ema}
   step = jax.jit(
     lambda state, grads: state_lib.apply_gradients(
-      state, grads, jnp.float32(0.1), _Free(), phase
+      state, grads, transform, profiles, rules, batch_size=64
     )
   )
   for i in range(4):
@@ -192,7 +184,7 @@ def test_profiles_of_a_phase():
     state = step(state, grads)
     half = min(1000.0, max(64 * i * 0.05, 1e-8))
     decay = [0.5 ** (64 / half)]
-    for width in phase.ema_width:
+    for width in profiles.width:
       decay.append((i / (i + 1)) ** (averages.exponent(width) + 1))
     for (name, old), d in zip(list(wanted.items()), decay, strict=True):
       wanted[name] = d * old + (1 - d) * np.asarray(state.params['w'])
