@@ -26,7 +26,7 @@ def _kinds_of(config: Any) -> list[type]:
 
 
 def from_json(recorded: dict[str, Any], recipe: Any = None) -> Any:
-  """Returns the model's settings among what `config.to_json` wrote of a run.
+  """Returns the model's settings among what `settings.to_json` wrote of a run.
 
   A record never imports anything: the class is looked up by its name among the
   package's and the recipe's.

@@ -71,7 +71,7 @@ def test_every_combination_is_accepted_or_refused_at_once(protocol):
 def test_the_run_checks_them_before_anything_is_drawn(tmp_path):
   config = digits.get_config()
   config.rounds = 0
-  config.pretrain.images = config.pretrain.batch_size
+  config.pretrain.stored = config.pretrain.batch_size
   config.evaluation.protocol = 'edm-cifar10'
   config.evaluation.metric = 'sfid'
   with pytest.raises(errors.UserError, match=r"evaluation.metric is 'sfid'"):
@@ -140,7 +140,7 @@ def images_of(source, sizes=(13,)):
     turns = itertools.cycle(sizes)
     while len(ids):
       size = next(turns)
-      yield source.images[ids[:size]]
+      yield source.stored[ids[:size]]
       ids = ids[size:]
 
   return images
@@ -164,7 +164,7 @@ def test_scores_of_a_classifier(evaluator):
   assert 'accuracy' not in evaluator.scores(rows)
   assert scores.keys() <= meanings.MEANINGS.keys()
   train = make_source(0, 400)
-  distance = memorisation.nearest_distance(source.images, train.images)
+  distance = memorisation.nearest_distance(source.stored, train.stored)
   np.testing.assert_array_equal(rows['nearest'][:, 0], distance)
   copies, _ = measure.read(evaluator, train)
   assert evaluator.scores(copies)['memorised'] == 1
@@ -178,7 +178,7 @@ def test_rows_go_on_where_they_were_cut_off(evaluator, tmp_path):
 
   def cut_off(ids):
     asked.append(ids)
-    yield source.images[ids[:1_100]]
+    yield source.stored[ids[:1_100]]
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
@@ -219,7 +219,7 @@ def test_data_that_no_classifier_can_be_fitted_to():
 
   settings = evaluator_lib.Evaluation()
   plain = sources.ArraySource(
-    'plain', make_source(0, 50).images, np.zeros(50, np.int32)
+    'plain', make_source(0, 50).stored, np.zeros(50, np.int32)
   )
   with pytest.raises(errors.UserError, match='0 classes'):
     measure.open_evaluator(settings, 0, plain, open_test)
@@ -232,15 +232,15 @@ def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
   train = make_source(0, 400)
   for split, source in (('train', train), ('test', make_source(1, 200))):
     path = tmp_path / f'{split}.npz'
-    np.savez(path, image=source.images, label=source.labels)
+    np.savez(path, image=source.stored, label=source.labels)
   config = digits.get_config()
   config.data.source = str(tmp_path / '{split}.npz')
   # Fitting it takes long; these are the images that it was fitted to.
   monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
-  np.savez(tmp_path / 'a.npz', arr_0=train.images, arr_1=train.labels)
-  np.savez(tmp_path / 'b.npz', image=train.images)
+  np.savez(tmp_path / 'a.npz', arr_0=train.stored, arr_1=train.labels)
+  np.savez(tmp_path / 'b.npz', image=train.stored)
   writer = image_writer.ImageWriter(tmp_path / 'set')
-  writer.add(np.arange(400), train.images, train.labels)
+  writer.add(np.arange(400), train.stored, train.labels)
   writer.close()
 
   def scores(name):

@@ -13,6 +13,7 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.method import ddo
 from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import toy
@@ -98,7 +99,7 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
   config = config_lib.Config(model=toy.ToyConfig(), sampler=heun.Heun())
   if objective == 'mle':
     config.ddo.objective = objective_lib.MLE()
-  config = config_lib.to_json(config) | changes
+  config = settings.to_json(config) | changes
   extra = diagnostics | {'chance_loss': 1.386} if objective == 'ddo' else {}
   log = [train_record('pretrain', step, {}) for step in range(9)]
   for step in range(9):

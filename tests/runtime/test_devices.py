@@ -145,13 +145,15 @@ def test_law_7_an_array_that_nobody_placed_is_an_error(kind):
   one = executor(kind)
   rows = np.arange(8, dtype=np.float32)
 
-  def step(state, reference, frozen, real, fake, hyper, key, axis_name=None):
-    del reference, frozen, fake, hyper, key
+  def step(
+    state, reference, frozen, real, fake, model, phase, key, axis_name=None
+  ):
+    del reference, frozen, fake, model, phase, key
     total = real.sum()
     return state + total, jax.lax.psum(total, axis_name) if axis_name else total
 
   compiled = one.compile_step(step)
-  others = one.replicate((np.float32(1),) * 2)
+  others = one.replicate((np.float32(1),) * 3)
   none = np.zeros(8, np.float32)
   real, fake = one.place_batch((rows, none))
 
