@@ -17,7 +17,7 @@ import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
-from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import classifier_evaluator
 from ddo_jax.method import ddo
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
@@ -33,7 +33,7 @@ from ddo_jax.training import run as run_lib
 from ddo_jax.training import step as step_lib
 from ddo_jax.training import workspace
 
-Evaluator = evaluator_lib.Evaluator
+Evaluator = classifier_evaluator.ClassifierEvaluator
 BATCH = 16
 PRETRAIN_STEPS, ROUND_STEPS = 10, 12
 
@@ -135,7 +135,7 @@ def traces(compiled):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(step_lib, 'train_step', counted)
     patch.setattr(devices_lib, 'Executor', lambda config: by_kind(config.kind))
-    patch.setattr(evaluator_lib, 'Evaluator', shared)
+    patch.setattr(classifier_evaluator, 'ClassifierEvaluator', shared)
     patch.setattr(page, 'write', lambda workdir: None)
     yield traced
 
