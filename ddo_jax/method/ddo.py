@@ -42,6 +42,32 @@ def row_weights(
   return real, fake
 
 
+def weigh(
+  real: jax.Array,
+  fake: jax.Array,
+  rows: objective.Rows,
+  alpha: jax.Array,
+  normalize: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the two terms times `row_weights`, the form of eq. 13.
+
+  Args:
+    real: [B] the term of each real row.
+    fake: [B] the term of each fake row.
+    rows: says which pairs lost their labels.
+    alpha: [] the weight α of the fakes.
+    normalize: whether both are divided by max(α, 1).
+  """
+  chex.assert_equal_shape([real, fake, rows.dropped])
+  weight_real, weight_fake = row_weights(rows.dropped, alpha)
+  real = weight_real * real
+  fake = weight_fake * fake
+  if not normalize:
+    return real, fake
+  divisor = jnp.maximum(alpha, 1.0)
+  return real / divisor, fake / divisor
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(unsafe_hash=True)
 class DDO(objective.Objective):
@@ -68,14 +94,9 @@ class DDO(objective.Objective):
     rows: objective.Rows,
   ) -> tuple[jax.Array, jax.Array]:
     """Returns −w_real log σ(β r_real) and −w_fake log σ(−β r_fake)."""
-    chex.assert_equal_shape([log_ratio_real, log_ratio_other, rows.dropped])
-    weight_real, weight_fake = row_weights(rows.dropped, self.alpha)
-    real = weight_real * jax.nn.softplus(-self.logit(log_ratio_real))
-    fake = weight_fake * jax.nn.softplus(self.logit(log_ratio_other))
-    if not self.normalize:
-      return real, fake
-    divisor = jnp.maximum(self.alpha, 1.0)
-    return real / divisor, fake / divisor
+    real = jax.nn.softplus(-self.logit(log_ratio_real))
+    fake = jax.nn.softplus(self.logit(log_ratio_other))
+    return weigh(real, fake, rows, self.alpha, self.normalize)
 
 
 def optimal_density(

@@ -108,14 +108,9 @@ class FDivergence(objective.Objective):
     rows: objective.Rows,
   ) -> tuple[jax.Array, jax.Array]:
     """Returns −w_real T(β r_real) and w_fake F(β r_fake)."""
-    chex.assert_equal_shape([log_ratio_real, log_ratio_other, rows.dropped])
-    weight_real, weight_fake = ddo.row_weights(rows.dropped, self.alpha)
-    real = weight_real * self.real_term(self.logit(log_ratio_real))
-    fake = weight_fake * self.fake_term(self.logit(log_ratio_other))
-    if not self.normalize:
-      return real, fake
-    divisor = jnp.maximum(self.alpha, 1.0)
-    return real / divisor, fake / divisor
+    real = self.real_term(self.logit(log_ratio_real))
+    fake = self.fake_term(self.logit(log_ratio_other))
+    return ddo.weigh(real, fake, rows, self.alpha, self.normalize)
 
 
 def _contrast(
