@@ -83,12 +83,14 @@ def test_law_8_the_population_optimum(f, beta):
     # r and not p: so the optimum is r = log(p_data / (α p_ref)) / β.
     loss = siblings.FDivergence(float(alpha), beta, f.kind, f.order, 50.0)
 
+    @jax.jit
+    @jax.value_and_grad
     def population(r):
       real, fake = loss.loss(r, r, PLAIN)
       return jnp.sum(data * real + reference * fake)
 
     found = optimize.minimize(
-      lambda r: [np.asarray(x) for x in jax.value_and_grad(population)(r)],
+      lambda r: [np.asarray(x) for x in population(r)],
       np.zeros(9),
       jac=True,
       method='BFGS',
