@@ -1,4 +1,4 @@
-r"""CIFAR-10, unconditional: DDO on EDM's DDPM++, FID 1.97 to 1.38.
+r"""CIFAR-10, unconditional: DDO takes EDM's DDPM++ from FID 1.97 to 1.38.
 
 python -m ddo_jax.main --mode=convert --output=weights/cifar10_edm_uncond \
   --source=https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl
@@ -6,13 +6,14 @@ python -m ddo_jax.main --config=configs/cifar10_edm_uncond.py \
   --workdir=runs/cifar10_edm_uncond \
   --config.data.raw_dir=<folder of cifar-10-binary.tar.gz>
 
-FID needs Inception's weights and EDM's cifar10-32x32.npz: without them, one
-line says what to bring and where to put it.
+FID needs Inception's weights and EDM's cifar10-32x32.npz. Where they are
+missing, one line says what to bring and where to put it.
 
-Cost: a round is 1.5 M images, 2 forward and backward passes of a 56 M
-parameter network each, and 50,000 samples of 35 evaluations; the paper plays
-12 rounds and sweeps alpha and beta anew in each. Expected: one round takes FID
-from 1.97 to 1.72, twelve to 1.38. Neither was run here.
+Cost: a round sees 1.5 M images, each with 2 forward and backward passes of a
+56 M parameter network, and draws 50,000 samples of 35 evaluations each. The
+paper plays 12 rounds and sweeps alpha and beta anew in each of them. Expected:
+one round takes FID from 1.97 to 1.72, and twelve rounds take it to 1.38.
+Neither was run here.
 
 [?] marks what no public source states.
 """

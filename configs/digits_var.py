@@ -2,9 +2,10 @@
 
 python -m ddo_jax.main --config=configs/digits_var.py --workdir=runs/digits_var
 
-A tokenizer of three scales (1, 2, 4; 21 tokens of 32), a transformer over its
-tokens, then rounds of DDO with fakes drawn in every step, as for VAR. Some six
-minutes, four of them for the tokenizer.
+The recipe trains a tokenizer of three scales (1, 2 and 4 a side; 21 tokens of
+32), then a transformer over its tokens, and then plays a round of DDO whose
+fakes are drawn in every step, as for VAR. It takes some six minutes, four of
+them for the tokenizer.
 """
 
 from ddo_jax import config as config_lib
@@ -30,7 +31,7 @@ def get_config() -> config_lib.Config:
         base=32,
         mult=(1, 1),
         pixel_values=17,
-        nearest=True,  # of 17 levels, cutting off would darken
+        nearest=True,  # with 17 pixel values, cutting off would darken
       ),
       num_classes=10,
       depth=1,

@@ -1,13 +1,12 @@
-r"""Fashion-MNIST at 32×32: a small DDPM++, MLE and then two rounds of DDO.
+r"""Fashion-MNIST at 32×32: a small DDPM++ by MLE, and then two rounds of DDO.
 
 python -m ddo_jax.main --config=configs/fashion_edm.py \
   --workdir=runs/fashion_edm --config.data.raw_dir=<folder of the *-ubyte.gz>
 
-Cost: minutes on one GPU, meant; not run on one here. The control is
---config.ddo.objective=mle --config.ddo.images=2133333 in another --workdir.
-A small U-Net on the digits gained precision and accuracy but lost held-out
-distance where beta was too small: sweep
---config.ddo.objective.beta.
+It is meant to take minutes on one GPU; it was not run on one here. The control
+is a run with --config.ddo.objective=mle --config.ddo.images=2133333 in another
+--workdir. On the digits a small U-Net gained precision and accuracy but lost
+held-out distance where beta was too small: sweep --config.ddo.objective.beta.
 """
 
 from ddo_jax import config as config_lib

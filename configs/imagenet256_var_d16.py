@@ -1,4 +1,4 @@
-r"""ImageNet-256: DDO on VAR-d16, FID 11.33 to 3.12 without guidance.
+r"""ImageNet-256: DDO takes VAR-d16 from FID 11.33 to 3.12 without guidance.
 
 python -m ddo_jax.main --mode=convert --config=configs/imagenet256_var_d16.py \
   --output=weights/imagenet256_var_d16 \
@@ -10,23 +10,23 @@ python -m ddo_jax.main --config=configs/imagenet256_var_d16.py \
   --workdir=runs/imagenet256_var_d16 \
   --config.data.source=<folder or zip of ImageNet at 256×256>
 
-Expected (the paper, 50,000 samples, no top-k, no top-p): 11.33 without
-guidance and 3.71 with before; 3.12 and 2.54 after two rounds. Cost: a round is
-98 steps of 1,024 real images and as many samples of the reference, decoded
-and encoded again. Not run here.
+Expected (the paper, on 50,000 samples without top-k and top-p): before, FID is
+11.33 without guidance and 3.71 with it; after two rounds it is 3.12 and 2.54.
+Cost: a round is 98 steps of 1,024 real images and as many samples of the
+reference, which are decoded and encoded again. It was not run here.
 
-VAR crops 256×256 at random from images of shorter side 288; here they are
-cropped once, when the set is made. The schedule is the published one, which
+VAR crops 256×256 at random from images whose shorter side is 288; here images
+are cropped once, when the set is made. The schedule is the published one, which
 counts microbatches of 128 images and stops long before its end; here the rate
-of a step is that of its first microbatch.
+of a step is the rate of its first microbatch.
 
 What "guidance 1.0" means in the published evaluation is ambiguous (see
-`samplers.ancestral`): guided results are those of one of
+`samplers.ancestral`). The guided results are those of one of
   --config.sampler.guidance=1.5 [?]
   --config.sampler.convention=minus_one --config.sampler.guidance=1.4 [?]
 
-CCA (4.03 without guidance, under top-k 900 and top-p 0.96), in another
---workdir; its warm-up is taken to be DDO's, 2 % of the epoch [?]:
+CCA reaches 4.03 without guidance, under top-k 900 and top-p 0.96. Run it in
+another --workdir; its warm-up is taken to be DDO's, 2 % of the epoch [?]:
   --config.rounds=1 --config.ddo.negatives=other_labels
   --config.ddo.objective='CCA(alpha=(50.0,), beta=(0.02,), normalize=True)'
   --config.ddo.batch_size=256 --config.ddo.images=1281024
@@ -36,6 +36,7 @@ CCA (4.03 without guidance, under top-k 900 and top-p 0.96), in another
   --config.ddo.optimizer.learning_rate='(2e-5,)'
   --config.ddo.rhythm.eval_images=128000 --config.ddo.rhythm.log_images=25600
   --config.sampler.top_k=900 --config.sampler.top_p=0.96
+
 [?] marks what no public source states.
 """
 

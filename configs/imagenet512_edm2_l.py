@@ -1,4 +1,4 @@
-r"""ImageNet-512 latents: DDO on EDM2-L, FID 1.96 to 1.26, guided to 1.21.
+r"""ImageNet-512 latents: DDO takes EDM2-L from FID 1.96 to 1.26; guided, 1.21.
 
 python -m ddo_jax.main --mode=convert --output=weights/imagenet512_edm2_l \
   --source=https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-l-1879048-0.085.pkl
@@ -6,17 +6,19 @@ python -m ddo_jax.main --config=configs/imagenet512_edm2_l.py \
   --workdir=runs/imagenet512_edm2_l \
   --config.data.source=<EDM2's img512-sd.zip>
 
-Guided at 1.1 by EDM2-XS, once edm2-img512-xs-0134217-0.165.pkl is converted:
+EDM2-XS guides it at 1.1, once edm2-img512-xs-0134217-0.165.pkl is converted:
   --config.sampler.guidance=1.1 --config.guide_from=weights/imagenet512_edm2_xs
 
 The authors' sampling script also offers DPM-Solver-v3 in 25 steps, in place of
 Heun's 32 (NFE 25 in place of 63); no FID is published for it:
   --config.sampler='DPMSolverV3(num_steps=25)'
 
-Images, for FID, need sd-vae-ft-mse: --config.vae_from=<its .safetensors>
+FID is measured on images, which the autoencoder sd-vae-ft-mse decodes:
+  --config.vae_from=<its .safetensors>
 
-Cost: a round is 6.4 M latents through a 777 M parameter network; the paper
-plays 28 rounds and sweeps alpha and beta anew in each. Not run here.
+Cost: a round sees 6.4 M latents through a 777 M parameter network. The paper
+plays 28 rounds and sweeps alpha and beta anew in each of them. It was not run
+here.
 
 [?] marks what no public source states.
 """
@@ -35,7 +37,7 @@ def get_config() -> config_lib.Config:
   config.model = presets.get('edm2-img512-l')
   config.data.source = 'datasets/img512-sd.zip'
   config.ddo.noise.p_mean = (-0.4,)  # EDM2's
-  # 1.6 -> 2.0 -> 3.0, says the appendix; from which rounds on is [?].
+  # The appendix says 1.6, then 2.0, then 3.0; from which rounds on is [?].
   config.ddo.noise.p_std = (1.6,)
   config.evaluation.protocol = 'edm2-img512'
   return config

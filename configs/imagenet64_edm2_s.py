@@ -1,4 +1,4 @@
-r"""ImageNet-64: DDO on EDM2-S, FID 1.60 to 0.97.
+r"""ImageNet-64: DDO takes EDM2-S from FID 1.60 to 0.97.
 
 python -m ddo_jax.main --mode=convert --output=weights/imagenet64_edm2_s \
   --source=https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl
@@ -6,10 +6,11 @@ python -m ddo_jax.main --config=configs/imagenet64_edm2_s.py \
   --workdir=runs/imagenet64_edm2_s \
   --config.data.source=<EDM2's img64.zip>
 
-Cost: a round is 6.4 M images through a 280 M parameter network, and its pool
-63 evaluations an image; the paper plays 24 rounds and sweeps alpha and beta
-anew in each. Expected: 1.31 after three rounds, 0.97 after all, with balanced
-classes, as drawn here. Neither was run here.
+Cost: a round sees 6.4 M images through a 280 M parameter network, and each
+image of its pool takes 63 evaluations. The paper plays 24 rounds and sweeps
+alpha and beta anew in each of them. Expected, with balanced classes as they are
+drawn here: FID is 1.31 after three rounds and 0.97 after all of them. Neither
+was run here.
 
 [?] marks what no public source states.
 """
@@ -44,8 +45,8 @@ def get_config() -> config_lib.Config:
       batch_size=2_048,  # [?]; EDM2's
       optimizer=config_lib.Optimizer(
         learning_rate=(5e-5,),  # the paper
-        # the paper: warm-up, then 1/sqrt down to about 0.4 of the peak. Where
-        # the one ends and the other begins is [?]; these two give 0.4.
+        # The paper warms up and then falls as 1/sqrt to about 0.4 of the peak.
+        # Where one ends and the other begins is [?]; these two give 0.4.
         warmup_images=1_000_000,
         decay='inverse_sqrt',
         decay_images=1_000_000,
@@ -56,7 +57,7 @@ def get_config() -> config_lib.Config:
       ),
       noise=noise.LogNormal(
         p_mean=(-0.8,),  # EDM2's
-        # Widened from round 17 on, says the appendix.
+        # The appendix says that it is widened from round 17 on.
         p_std=(1.6,) * 16 + (3.0,),
       ),
       rhythm=config_lib.Rhythm(

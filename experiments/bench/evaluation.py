@@ -2,11 +2,13 @@
 
 python -m experiments.bench.evaluation
 
-Features a second of the Inception network from uint8 images, and its share of
-the rate of convolutions measured beside it: of the network's own 94, each run
-alone, and of one large one. The Fréchet distance against the same by
-scipy.linalg.sqrtm. Peak memory of precision and recall, in a process of its
-own that is ended after a while: memory is steady from the first tiles on.
+Three things are measured. The first is how many images a second the Inception
+network turns from uint8 pixels into features, and what share that is of the
+rate of convolutions measured beside it: of the network's own 94, each run
+alone, and of one large one. The second is the Fréchet distance, against the
+same by scipy.linalg.sqrtm. The third is the peak memory of precision and
+recall, in a process of its own that is ended after a while: memory is steady
+from the first tiles on.
 """
 
 from collections.abc import Callable
@@ -37,16 +39,18 @@ _SIDE = flags.DEFINE_integer('side', 32, 'Pixels of an image.')
 _REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls; median reported.')
 _WIDTH = flags.DEFINE_integer('width', 2_048, 'Features.')
 _ROWS = flags.DEFINE_integer('rows', 50_000, 'Images in precision and recall.')
-_SECONDS = flags.DEFINE_float('seconds', 60.0, 'For precision and recall.')
+_SECONDS = flags.DEFINE_float(
+  'seconds', 60.0, 'When precision and recall are ended.'
+)
 _OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/evaluation.json', 'Result.'
+  'output', 'experiments/results/evaluation.json', 'The file to write.'
 )
 
 _LARGE = ((35, 35, 256), (3, 3, 256, 256))  # input without batch, kernel
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-  """Median time of a call, after one that compiles."""
+  """Returns the median time of a call, after one that compiles."""
   times = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
@@ -56,7 +60,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def convolutions(jaxpr: Any) -> list[Any]:
-  """All convolutions of a program, those inside its calls included."""
+  """Returns all convolutions of a program, those inside its calls included."""
   found = []
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'conv_general_dilated':
@@ -67,82 +71,104 @@ def convolutions(jaxpr: Any) -> list[Any]:
 
 
 def flops(equation: Any) -> int:
-  """Multiplications and additions of a convolution (NHWC, HWIO)."""
+  """Counts the multiplications and additions of a convolution (NHWC, HWIO)."""
+  output = equation.outvars[0].aval.shape
   kernel = equation.invars[1].aval.shape
-  return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:3])
+  return 2 * math.prod(output) * math.prod(kernel[:3])
 
 
 def alone(equation: Any) -> Callable[[], Any]:
-  """A convolution by itself, on random arrays."""
+  """Returns a call of one convolution by itself, on random arrays."""
   random = np.random.default_rng(0)
-  arrays = [
-    jnp.asarray(random.normal(size=v.aval.shape), jnp.float32)
-    for v in equation.invars
-  ]
-  run = jax.jit(lambda x, k: equation.primitive.bind(x, k, **equation.params))
-  return lambda: run(*arrays)
-
-
-def features() -> dict[str, float]:
-  """Features a second and the shares of the rates of convolutions."""
-  random = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: jnp.asarray(
-      np.abs(random.normal(size=leaf.shape)) * 0.02, jnp.float32
-    ),
-    inception.param_shapes(),
+  inputs, kernel = (
+    jnp.asarray(random.normal(size=variable.aval.shape), jnp.float32)
+    for variable in equation.invars
   )
-  shape = (_BATCH.value, _SIDE.value, _SIDE.value, 3)
-  images = random.integers(0, 256, shape, dtype=np.uint8)
-  network = jax.jit(lambda p, x: inception.apply(p, x).features)
-  program = jax.make_jaxpr(network)(params, images)
-  own = convolutions(program.jaxpr)
-  work = sum(map(flops, own))
-  whole = seconds(lambda: network(params, images), _REPEATS.value)
-  times = {}
-  for equation in own:
-    key = tuple(v.aval.shape for v in equation.invars), str(equation.params)
-    if key not in times:
-      times[key] = [0, seconds(alone(equation), 1)]
-    times[key][0] += 1
-  bare = sum(count * taken for count, taken in times.values())
+
+  @jax.jit
+  def run(x, k):
+    return equation.primitive.bind(x, k, **equation.params)
+
+  return lambda: run(inputs, kernel)
+
+
+def large_rate() -> float:
+  """Returns the FLOP/s of one large convolution."""
   inputs = jnp.ones((_BATCH.value, *_LARGE[0]))
   kernel = jnp.ones(_LARGE[1])
-  large = jax.jit(
-    lambda x, k: jax.lax.conv_general_dilated(
+
+  @jax.jit
+  def run(x, k):
+    return jax.lax.conv_general_dilated(
       x,
       k,
-      (1, 1),
-      'SAME',
+      window_strides=(1, 1),
+      padding='SAME',
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
       precision=jax.lax.Precision.HIGHEST,
     )
-  )
-  taken = seconds(lambda: large(inputs, kernel), _REPEATS.value)
-  large_work = 2 * inputs.size * math.prod(_LARGE[1][:3])
+
+  work = 2 * inputs.size * math.prod(_LARGE[1][:3])
+  return work / seconds(lambda: run(inputs, kernel), _REPEATS.value)
+
+
+def alone_seconds(equations: list[Any]) -> float:
+  """Returns the seconds of convolutions, each run alone; equal ones once."""
+  times = {}
+  total = 0.0
+  for equation in equations:
+    shapes = tuple(variable.aval.shape for variable in equation.invars)
+    key = (shapes, str(equation.params))
+    if key not in times:
+      times[key] = seconds(alone(equation), 1)
+    total += times[key]
+  return total
+
+
+def features() -> dict[str, float]:
+  """Measures features a second, and the shares of the convolutions' rates."""
+  random = np.random.default_rng(0)
+
+  def weights(leaf):
+    values = np.abs(random.normal(size=leaf.shape)) * 0.02
+    return jnp.asarray(values, jnp.float32)
+
+  params = jax.tree.map(weights, inception.param_shapes())
+  shape = (_BATCH.value, _SIDE.value, _SIDE.value, 3)
+  images = random.integers(0, 256, shape, dtype=np.uint8)
+
+  @jax.jit
+  def network(params, images):
+    return inception.apply(params, images).features
+
+  program = jax.make_jaxpr(network)(params, images)
+  own = convolutions(program.jaxpr)
+  work = sum(flops(equation) for equation in own)
+  whole = seconds(lambda: network(params, images), _REPEATS.value)
   return {
     'convolutions': len(own),
     'gflop_an_image': work / _BATCH.value / 1e9,
     'features_per_second': _BATCH.value / whole,
     'gflop_per_second': work / whole / 1e9,
-    'share_of_own_convolutions': bare / whole,
-    'share_of_large_convolution': (work / whole) / (large_work / taken),
+    'share_of_own_convolutions': alone_seconds(own) / whole,
+    'share_of_large_convolution': work / whole / large_rate(),
   }
 
 
 def distance() -> dict[str, float]:
-  """The Fréchet distance here and by scipy's matrix square root."""
+  """Times the Fréchet distance here, and by scipy's matrix square root."""
   random = np.random.default_rng(0)
   width = _WIDTH.value
   mix = random.normal(size=(width, width)) / math.sqrt(width)
-  sums = [
-    frechet.Statistics.of(random.normal(size=(2 * width, width)) @ mix)
-    for _ in range(2)
-  ]
-  a, b = sums
-  moments = (a.mean, a.covariance, b.mean, b.covariance)
+
+  def random_set():
+    rows = random.normal(size=(2 * width, width)) @ mix
+    return frechet.Statistics.of(rows)
+
+  a = random_set()
+  b = random_set()
   start = time.perf_counter()
-  ours = frechet.distance_of_moments(*moments)
+  ours = frechet.distance_of_moments(a.mean, a.covariance, b.mean, b.covariance)
   middle = time.perf_counter()
   cross = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
   theirs = np.square(a.mean - b.mean).sum()
@@ -158,21 +184,25 @@ def distance() -> dict[str, float]:
 
 
 def _peak_gigabytes(process: int) -> float:
+  """Returns the largest memory that a process has had so far."""
   status = pathlib.Path(f'/proc/{process}/status').read_text()
-  line = next(x for x in status.splitlines() if x.startswith('VmHWM'))
-  return int(line.split()[1]) / 2**20
+  for line in status.splitlines():
+    if line.startswith('VmHWM'):
+      return int(line.split()[1]) / 2**20
+  raise RuntimeError(f'process {process} has no peak memory')
 
 
 def _neighbours(rows: int, width: int, out: Any) -> None:
+  """Puts the peak memory before precision and recall, and then the two."""
   random = np.random.default_rng(0)
-  draw = lambda: random.standard_normal((rows, width), dtype=np.float32)
-  real, fake = draw(), draw()
+  real = random.standard_normal((rows, width), dtype=np.float32)
+  fake = random.standard_normal((rows, width), dtype=np.float32)
   out.put(_peak_gigabytes(os.getpid()))
   out.put(tuple(prdc.precision_recall(real, fake)))
 
 
 def neighbours() -> dict[str, float]:
-  """Peak memory of precision and recall of two full sets."""
+  """Measures the peak memory of precision and recall of two full sets."""
   context = multiprocessing.get_context('spawn')
   out = context.Queue()
   process = context.Process(
@@ -181,7 +211,8 @@ def neighbours() -> dict[str, float]:
   process.start()
   features_alone = out.get()
   start = time.perf_counter()
-  peak, finished = 0.0, False
+  peak = 0.0
+  finished = False
   while not finished and time.perf_counter() - start < _SECONDS.value:
     peak = max(peak, _peak_gigabytes(process.pid))
     process.join(0.2)
