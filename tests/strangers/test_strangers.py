@@ -26,15 +26,26 @@ def load(name):
   return importlib.import_module(f'tests.strangers.{name}')
 
 
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+  """One device, and one cache of what all of them compile."""
+  cache = {
+    'JAX_NUM_CPU_DEVICES': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  return os.environ | cache
+
+
 @pytest.mark.parametrize('name', NAMES)
-def test_a_stranger_plays_a_round(name, tmp_path):
+def test_a_stranger_plays_a_round(name, tmp_path, environment):
   workdir = tmp_path / 'run'
   command = [sys.executable, '-m', 'ddo_jax.main']
   command += [f'--config=tests/strangers/{name}.py', f'--workdir={workdir}']
   done = subprocess.run(
     command,
     cwd=ROOT,
-    env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'},
+    env=environment,
     capture_output=True,
     text=True,
     timeout=600,
