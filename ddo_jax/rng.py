@@ -23,17 +23,17 @@ def stream(seed: int, *names: str | int) -> jax.Array:
 
   Args:
     seed: the run's seed.
-    *names: what the stream is for. Strings are folded by their CRC-32, so a
-      stream's numbers depend on its name only, never on the order of calls.
+    *names: what the stream is for. Strings are folded by their CRC-32, so that
+      a stream's numbers depend on its name only, never on the order of calls.
 
   Returns:
-    A typed PRNG key, shape [].
+    A typed PRNG key of shape [].
   """
   return _fold(jax.random.key(seed), names)
 
 
 def per_example(key: jax.Array, ids: jax.Array) -> jax.Array:
-  """Returns keys [B], one a row, folded from `key` and the rows' ids [B]."""
+  """Returns one key for each row, [B], folded from `key` and the ids [B]."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
@@ -43,5 +43,5 @@ def split_rows(keys: jax.Array, *names: str | int | jax.Array) -> jax.Array:
 
 
 def order_seed(seed: int, *names: str) -> int:
-  """Returns the seed of a data order in [0, 2**32), for `data.batches`."""
+  """Returns the seed of a data order in [0, 2**32), for `loader.batches`."""
   return zlib.crc32('/'.join([str(seed), *names]).encode())
