@@ -110,5 +110,6 @@ def parse_object(base: type, text: str) -> Any:
   except (SyntaxError, ValueError, AttributeError, KeyError, TypeError) as e:
     raise errors.UserError(
       f'{text!r} is no {base.__name__} ({e}); wanted one of'
-      f' {", ".join(sorted(known))}, e.g. {min(known)} or {min(known)}(x=1.0)'
+      f' {", ".join(sorted(known))}, as a name or as a call with keywords, e.g.'
+      f' {min(known)}()'
     ) from e
