@@ -424,7 +424,8 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
 def _check_flags(argv: Sequence[str]) -> None:
   """Exits where a mode lacks a flag, or is given another mode's."""
   if flags.FLAGS['config'].present:
-    recipe, _, _ = flags.FLAGS['config'].config_filename.partition(':')
+    given = config_flags.get_config_filename(flags.FLAGS['config'])
+    recipe, _, _ = given.partition(':')
     if not pathlib.Path(recipe).exists():
       sys.exit(f'FATAL no recipe at {recipe}; the ones here are in configs/')
   if len(argv) > 1:
