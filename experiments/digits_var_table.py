@@ -199,7 +199,7 @@ def round_trip(run: workspace.Run, start: pathlib.Path) -> dict[str, Any]:
   decoded = sources.ArraySource(
     name='decoded',
     stored=np.asarray(model.codec.decode(frozen, real)),
-    labels=labels,
+    classes=labels,
     num_classes=run.real.num_classes,
     pixel_values=run.real.pixel_values,
   )

@@ -23,6 +23,8 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.data import encoded
 
+_CHUNK = 1_024  # Records that are parsed at once for their labels.
+
 # Split name -> (images uint8 [N,H,W,C], labels [N]).
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -404,6 +406,7 @@ def open_split(
   """
   builder = _open_builder(name, data_dir, raw_dir)
   records, files = _records(builder, split)
+  length = len(records)
   ends = np.cumsum([file.take for file in files])
   label_feature = dict(builder.info.features.items()).get('label')
   # Only a ClassLabel has classes.
@@ -432,11 +435,21 @@ def open_split(
       for row, record in zip(index, found, strict=True)
     ]
 
+  def fetch_labels() -> np.ndarray:
+    # Records are parsed a chunk at a time, because they hold their images.
+    labels = [
+      row.label
+      for start in range(0, length, _CHUNK)
+      for row in fetch(list(range(start, min(start + _CHUNK, length))))
+    ]
+    return np.array(labels)
+
   spec = SPECS.get(builder.name)
   return encoded.EncodedSource(
     name=f'{name}/{split}',
-    length=len(records),
+    length=length,
     num_classes=num_classes,
     pixel_values=spec.pixel_values if spec else 256,
     fetch=fetch,
+    fetch_labels=fetch_labels,
   )

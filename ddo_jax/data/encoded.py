@@ -111,6 +111,7 @@ class EncodedSource:
     num_classes: the number of classes; 0 for a set without labels.
     pixel_values: the number of values of a pixel.
     fetch: gives the encoded rows at the given indices; safe in threads.
+    fetch_labels: gives the classes of all rows, integers [N].
     decode: turns (where, content) of a row into an array [H,W,C]. All rows
       must have the shape of the first.
   """
@@ -120,6 +121,7 @@ class EncodedSource:
   num_classes: int
   pixel_values: int
   fetch: Callable[[list[int]], list[EncodedRow]]
+  fetch_labels: Callable[[], np.ndarray]
   decode: Callable[[str, bytes], np.ndarray] = decode_image
 
   @functools.cached_property
@@ -134,6 +136,26 @@ class EncodedSource:
 
   def __len__(self) -> int:
     return self.length
+
+  @functools.cached_property
+  def _labels(self) -> np.ndarray:
+    labels = np.asarray(self.fetch_labels())
+    num_labels = max(self.num_classes, 1)
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
+    if wrong.size:
+      raise errors.UserError(
+        f'{self.name}: row {wrong[0]} has label {labels[wrong[0]]}; wanted 0 ..'
+        f' {num_labels - 1}'
+      )
+    return labels.astype(np.int32)
+
+  def labels(self) -> np.ndarray:
+    """Returns the class of every row, as `sources.Source` says.
+
+    Raises:
+      errors.UserError: a label is out of range, or cannot be read.
+    """
+    return self._labels
 
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads the rows at `index` [B], as `sources.Source` says.

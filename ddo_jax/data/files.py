@@ -6,10 +6,13 @@ without classes the list is null, or there is no such file.
 """
 
 from collections.abc import Callable
+import functools
 import json
 import pathlib
 import threading
 import zipfile
+
+import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import encoded
@@ -139,5 +142,6 @@ def open_files(path: pathlib.Path) -> encoded.EncodedSource:
     num_classes=num_classes,
     pixel_values=256,
     fetch=fetch,
+    fetch_labels=functools.partial(np.asarray, labels),
     decode=encoded.decode_image if images else encoded.decode_latents,
   )

@@ -64,6 +64,12 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
+  def labels(self) -> np.ndarray:
+    """Returns the class of every row, int32 [N]; all 0 without classes.
+
+    No image is decoded for it, and it is cheap when it is asked for again.
+    """
+
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads rows; may be called in several threads at once.
 
@@ -86,8 +92,8 @@ class ArraySource:
     name: what errors call the set.
     stored: the rows [N,H,W,C], N > 0: uint8 pixels, or float32 latents with
       an even C.
-    labels: their classes, integers [N] in 0 .. num_classes−1; all 0 in a set
-      without labels.
+    classes: the rows' classes, integers [N] in 0 .. num_classes−1; all 0 in a
+      set without labels.
     num_classes: the number of classes; 0 for a set without labels.
     pixel_values: the number of values of a pixel.
 
@@ -97,7 +103,7 @@ class ArraySource:
 
   name: str
   stored: np.ndarray
-  labels: np.ndarray
+  classes: np.ndarray
   num_classes: int = 0
   pixel_values: int = 256
 
@@ -109,17 +115,17 @@ class ArraySource:
       stored.dtype == np.float32 and stored.ndim == 4 and shape[3] % 2 == 0
     )
     fits = (is_pixels or is_latents) and stored.size > 0
-    if not fits or self.labels.shape != shape[:1]:
+    if not fits or self.classes.shape != shape[:1]:
       raise errors.UserError(
         f'{self.name}: images are {stored.dtype} {list(shape)}, labels'
-        f' {list(self.labels.shape)}; wanted unscaled uint8 [N,H,W,C] (or'
+        f' {list(self.classes.shape)}; wanted unscaled uint8 [N,H,W,C] (or'
         ' float32 latents, C even) and [N], N > 0'
       )
     if is_latents:
       fault = encoded.fault_of_latents(stored)
       if fault:
         raise errors.UserError(f'{self.name} holds {fault}; encode it again')
-    top_label = count_classes(self.name, self.labels) - 1
+    top_label = count_classes(self.name, self.classes) - 1
     top_pixel = int(stored.max()) if is_pixels else 0
     label_limit = max(self.num_classes, 1) - 1
     pixel_limit = self.pixel_values - 1
@@ -138,9 +144,13 @@ class ArraySource:
   def __len__(self) -> int:
     return len(self.stored)
 
+  def labels(self) -> np.ndarray:
+    """Returns the class of every row, as `Source` says."""
+    return self.classes.astype(np.int32)
+
   def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads the rows at `index` [B], as `Source` says."""
-    return self.stored[index], self.labels[index].astype(np.int32)
+    return self.stored[index], self.classes[index].astype(np.int32)
 
 
 def count_classes(where: str, labels: np.ndarray) -> int:
@@ -190,7 +200,7 @@ def open_npz(path: pathlib.Path) -> ArraySource:
   return ArraySource(
     name=name,
     stored=stored,
-    labels=labels,
+    classes=labels,
     num_classes=count_classes(name, labels),
   )
 
@@ -246,7 +256,7 @@ def _open_tfds(data: Data, split: str) -> Source:
   return ArraySource(
     name=source.name,
     stored=stored,
-    labels=labels,
+    classes=labels,
     num_classes=source.num_classes,
     pixel_values=source.pixel_values,
   )

@@ -267,7 +267,7 @@ class FakePool:
     return sources.ArraySource(
       name=str(self.folder),
       stored=np.concatenate([shard.stored for shard in shards]),
-      labels=np.concatenate([shard.labels for shard in shards]),
+      classes=np.concatenate([shard.classes for shard in shards]),
       num_classes=num_classes,
       pixel_values=pixel_values,
     )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sets
 
+from ddo_jax import errors
 from ddo_jax.data import builders
 from ddo_jax.data import encoded
 from ddo_jax.data import sources
@@ -47,7 +48,7 @@ def test_digits_are_scikit_learns(data_dir):
     *sets.read_all(test)
   )
   assert sorted(both) == sets.rows_of(pixels.astype(np.uint8), labels)
-  shares = np.bincount(test.labels) / np.bincount(labels)
+  shares = np.bincount(test.classes) / np.bincount(labels)
   np.testing.assert_allclose(shares, 360 / 1797, atol=0.005)
 
 
@@ -66,6 +67,19 @@ def test_a_large_set_stays_on_disk(data_dir, monkeypatch):
   index = np.array([359, 0, 7])
   for got, expected in zip(source.read(index), whole.read(index), strict=True):
     np.testing.assert_array_equal(got, expected)
+
+
+def test_labels_are_read_without_decoding_images(data_dir, monkeypatch):
+  whole = sets.open_set('digits', data_dir=str(data_dir))
+  monkeypatch.setattr(sources, '_IN_MEMORY', 0)
+  source = sets.open_set('digits', data_dir=str(data_dir))
+  monkeypatch.setattr(builders, '_CHUNK', 1_000)
+  labels = dataclasses.replace(source, decode=None).labels()
+  np.testing.assert_array_equal(labels, whole.classes)
+  assert labels.dtype == np.int32
+  wrong = dataclasses.replace(source, num_classes=9)
+  with pytest.raises(errors.UserError, match=r'has label 9; wanted 0 \.\. 8'):
+    wrong.labels()
 
 
 @pytest.mark.parametrize(
@@ -253,8 +267,8 @@ def test_cifar10_is_the_set_that_stock_tfds_reads(tmp_path):
   written = [int(row['id'][-5:]) for row in rows]
   assert written == [6, 5, 4, 10, 0, 8, 3, 1, 9, 7, 11, 2]
   np.testing.assert_array_equal(ours.stored, images[written])
-  np.testing.assert_array_equal(ours.labels, labels[written])
-  for row, image, label in zip(rows, ours.stored, ours.labels, strict=True):
+  np.testing.assert_array_equal(ours.classes, labels[written])
+  for row, image, label in zip(rows, ours.stored, ours.classes, strict=True):
     np.testing.assert_array_equal(row['image'], image)
     assert row['label'] == label
   features = tfds.builder_from_directory(stock.data_path).info.features

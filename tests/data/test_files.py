@@ -34,6 +34,8 @@ def test_folder_and_zip_give_pixels_and_labels_back(tmp_path, name, shape):
   np.testing.assert_array_equal(got, images[order])
   np.testing.assert_array_equal(got_labels, labels[order])
   assert (got.dtype, got_labels.dtype) == (np.uint8, np.int32)
+  np.testing.assert_array_equal(source.labels(), got_labels)
+  assert source.labels().dtype == np.int32
   assert len(source) == 7 and source.stored_shape == shape
   assert source.pixel_values == 256
   assert source.num_classes == labels.max() + 1
@@ -47,7 +49,7 @@ def test_a_set_without_labels(tmp_path, manifest):
   if manifest is None:
     del files['dataset.json']
   source = sets.open_set(sets.write(tmp_path / 'set', files))
-  assert source.num_classes == 0
+  assert source.num_classes == 0 and source.labels().tolist() == [0] * 7
   assert sets.read_all(source)[1].tolist() == [0] * 7
 
 

@@ -71,7 +71,7 @@ def test_a_batch_holds_what_its_ids_say(in_memory):
     index = loader.order(1, positions, 10)
     np.testing.assert_array_equal(batch['id'], positions)
     np.testing.assert_array_equal(batch['stored'], in_memory.stored[index])
-    np.testing.assert_array_equal(batch['label'], in_memory.labels[index])
+    np.testing.assert_array_equal(batch['label'], in_memory.classes[index])
     dtypes = {key: rows.dtype for key, rows in batch.items()}
     assert dtypes == {'stored': np.uint8, 'label': np.int32, 'id': np.uint32}
 
@@ -104,7 +104,7 @@ def test_other_labels_are_the_next_rows_of_the_whole_step(processes):
   source = sources.ArraySource(
     name='twelve classes',
     stored=np.zeros((12, 2, 2, 1), np.uint8),
-    labels=np.arange(12),
+    classes=np.arange(12),
     num_classes=12,
   )
   parts = [

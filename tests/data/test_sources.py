@@ -28,6 +28,8 @@ def test_npz_gives_pixels_and_labels_back(tmp_path, s):
   assert (source.num_classes, source.pixel_values) == (4, 256)
   for got, expected in zip(sets.read_all(source), (X, Y), strict=True):
     np.testing.assert_array_equal(got, expected)
+  assert source.labels().tolist() == Y.tolist()
+  assert source.labels().dtype == np.int32
   plain = sets.open_set(npz(tmp_path / 'plain.npz', image=X))
   assert plain.num_classes == 0 and not sets.read_all(plain)[1].any()
 

@@ -232,15 +232,15 @@ def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
   train = make_source(0, 400)
   for split, source in (('train', train), ('test', make_source(1, 200))):
     path = tmp_path / f'{split}.npz'
-    np.savez(path, image=source.stored, label=source.labels)
+    np.savez(path, image=source.stored, label=source.classes)
   config = digits.get_config()
   config.data.source = str(tmp_path / '{split}.npz')
   # Fitting it takes long; these are the images that it was fitted to.
   monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
-  np.savez(tmp_path / 'a.npz', arr_0=train.stored, arr_1=train.labels)
+  np.savez(tmp_path / 'a.npz', arr_0=train.stored, arr_1=train.classes)
   np.savez(tmp_path / 'b.npz', image=train.stored)
   writer = image_writer.ImageWriter(tmp_path / 'set')
-  writer.add(np.arange(400), train.stored, train.labels)
+  writer.add(np.arange(400), train.stored, train.classes)
   writer.close()
 
   def scores(name):
