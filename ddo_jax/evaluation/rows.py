@@ -13,9 +13,9 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 
 from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.runtime import progress
 
 # What was measured, by kind: [N, D] floats, row i for image i.
 Rows = dict[str, np.ndarray]
@@ -52,7 +52,7 @@ def gather(
     kinds: what a row holds, by name.
     images: gives the images of the ids that are still missing.
     count: N.
-    name: a word for the progress bar.
+    name: what the progress is called.
     folder: rows are kept here as they come, and a later call makes only those
       that are missing; None keeps them in memory.
 
@@ -67,14 +67,7 @@ def gather(
     missing |= np.isnan(rows[kind][:, 0])
   ids = np.flatnonzero(missing)
   take = _Buffer(images(ids))
-  with tqdm.tqdm(
-    total=count,
-    initial=count - len(ids),
-    desc=name,
-    unit='img',
-    disable=None,
-    leave=False,
-  ) as bar:
+  with progress.follow(name, count, done=count - len(ids)) as bar:
     for mine, found in embed(take, ids):
       for kind, array in rows.items():
         array[mine] = frechet.check_features(kind, found[kind])

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from ddo_jax import rng
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import progress
 
 _RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
 
@@ -65,7 +65,6 @@ class Generator:
     key: jax.Array,
     ids: np.ndarray,
     labels: np.ndarray,
-    name: str = 'samples',
   ) -> Iterator[np.ndarray]:
     """Yields rows [b,...] as the data stores them, in the order of the ids.
 
@@ -74,17 +73,11 @@ class Generator:
       key: the stream's key; an image's own key folds in its id.
       ids: [N] integers.
       labels: [N] int32; num_classes means "no label".
-      name: what the progress bar says (there is none without a terminal).
     """
     weights = (params, self.frozen, self.executor.replicate(key))
     fn = functools.partial(_sample, model=self.model, sampler=self.sampler)
     rows = {'id': ids.astype(np.uint32), 'label': labels.astype(np.int32)}
-    with tqdm.tqdm(
-      total=len(ids), desc=name, unit='img', disable=None, leave=False
-    ) as bar:
-      for stored in self.executor.map_rows(fn, weights, rows, self.batch):
-        bar.update(len(stored))
-        yield stored
+    yield from self.executor.map_rows(fn, weights, rows, self.batch)
 
   def render(self, stored: np.ndarray) -> np.ndarray:
     """Returns the uint8 images [N,H,W,C] that stored rows [N,...] stand for."""
@@ -106,17 +99,23 @@ class Generator:
     """Returns class-balanced images uint8 [count,H,W,C], and labels [count]."""
     ids = np.arange(count)
     labels = balanced_labels(ids, self.model.num_classes)
-    parts = self.stream(params, key, ids, labels, name)
-    return self.render(np.concatenate(list(parts))), labels
+    parts = []
+    with progress.follow(name, count) as bar:
+      for part in self.stream(params, key, ids, labels):
+        parts.append(part)
+        bar.update(len(part))
+    return self.render(np.concatenate(parts)), labels
 
   def fill(
     self, pool: negatives.FakePool, params: likelihood.Params, key: jax.Array
   ) -> None:
     """Draws the missing shards of a pool; safe to cut off anywhere."""
-    for shard in tqdm.tqdm(
-      pool.missing(), desc='fake pool', unit='shard', disable=None, leave=False
-    ):
-      ids = pool.ids(shard)
-      labels = balanced_labels(ids, self.model.num_classes)
-      parts = self.stream(params, key, ids, labels, f'shard {shard}')
-      pool.write(shard, np.concatenate(list(parts)), labels)
+    missing = pool.missing()
+    done = pool.size - sum(len(pool.ids(shard)) for shard in missing)
+    with progress.follow('fake pool', pool.size, done=done) as bar:
+      for shard in missing:
+        ids = pool.ids(shard)
+        labels = balanced_labels(ids, self.model.num_classes)
+        parts = self.stream(params, key, ids, labels)
+        pool.write(shard, np.concatenate(list(parts)), labels)
+        bar.update(len(ids))

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
@@ -27,6 +26,7 @@ from ddo_jax.data import sources
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
@@ -320,13 +320,8 @@ def run(job: Job) -> Promotion:
       if record['kind'] == 'eval'
     }
     logger = _Logger(job)
-    bar = tqdm.tqdm(
-      total=steps * batch_size,
-      initial=start * batch_size,
-      desc=job.name,
-      unit='img',
-      unit_scale=True,
-      disable=None,
+    bar = progress.follow(
+      job.name, steps * batch_size, done=start * batch_size, leave=True
     )
     rows = batches(job, start)
     with bar, contextlib.closing(rows):
@@ -343,7 +338,7 @@ def run(job: Job) -> Promotion:
           if metric < min(evaluated.values(), default=math.inf):
             rank = metric  # of equal scores the first one is kept
           evaluated[step] = metric
-          bar.set_postfix({job.metric: f'{metric:.4g}'})
+          bar.set_postfix_str(f'{job.metric} {metric:.4g}')
 
         # Save.
         save = last or _due(step, rhythm.save_images, batch_size)

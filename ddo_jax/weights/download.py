@@ -17,9 +17,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-import tqdm
-
 from ddo_jax import errors
+from ddo_jax.runtime import progress
 from ddo_jax.weights import provenance
 
 _CACHE = pathlib.Path('~/.cache/ddo_jax/files')
@@ -241,22 +240,14 @@ def _receive(
     tag = response.headers.get('Last-Modified', '')
   length = response.headers.get('Content-Length')
   total = None if length is None else have + int(length)
-  progress = tqdm.tqdm(
-    total=total,
-    initial=have,
-    desc=partial.stem,
-    unit='B',
-    unit_scale=True,
-    disable=None,
-    leave=False,
-  )
+  bar = progress.follow(partial.stem, total, unit='B', done=have)
   version.unlink(missing_ok=True)
-  with partial.open('ab' if have else 'wb') as file, progress:
+  with partial.open('ab' if have else 'wb') as file, bar:
     if tag:
       version.write_text(tag)
     while chunk := response.read(_CHUNK):
       file.write(chunk)
-      progress.update(len(chunk))
+      bar.update(len(chunk))
     size = file.tell()
   if total is not None and size != total:
     raise http.client.HTTPException(f'{size} of {total} bytes came')
