@@ -47,6 +47,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.assets import download
 from ddo_jax.evaluation import score
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
@@ -59,7 +60,6 @@ from ddo_jax.samplers import contract
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
-from ddo_jax.weights import download
 from ddo_jax.weights import released
 
 

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 FLOORS = (
   ('errors', 'rng', 'settings'),
   ('runtime',),
+  ('assets',),
   ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),
   ('method',),
   ('models',),

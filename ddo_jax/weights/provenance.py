@@ -1,10 +1,11 @@
 """Where weights come from, as the metadata of all made from them say."""
 
 import datetime
-import hashlib
 import pathlib
 import re
 import urllib.parse
+
+from ddo_jax.assets import download
 
 NVIDIA = (
   'CC BY-NC-SA 4.0 (NVIDIA: EDM, EDM2, DDO): non-commercial use, share alike'
@@ -16,12 +17,6 @@ _LICENCES = (
   (re.compile(r'(edm|edm2|baseline)-.*|.*-ddo\.\w+'), NVIDIA),
   (re.compile(r'var_d\d+\.pth|vae_ch160v4096z32\.pth'), VAR),
 )
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Returns the sha256 of a file's bytes, as hex."""
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def licence_of(name: str) -> str:
@@ -49,7 +44,7 @@ def describe(
   """
   origin = {
     'file': path.name,
-    'sha256': sha256(path),
+    'sha256': download.sha256_of(path),
     'licence': licence or licence_of(path.name),
     'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
   }

@@ -13,6 +13,7 @@ import pytest
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
+from ddo_jax.assets import download
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -289,7 +290,7 @@ def test_a_folder_is_float32_and_projected_once(tmp_path, case):
 def test_where_it_comes_from_goes_along(tmp_path):
   path = tmp_path / 'edm-x.pkl'
   write_pkl(path, 'ddpmpp')
-  digest = provenance.sha256(path)
+  digest = download.sha256_of(path)
   folder = convert(path, tmp_path / 'folder')
   meta = checkpoint.load_meta(folder)
   origin = meta['provenance']

@@ -6,21 +6,25 @@ libraries start again from nothing, or continue a file that was replaced in the
 meantime.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import errno
 import hashlib
 import http.client
+import logging
 import pathlib
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
 
+import filelock
+
 from ddo_jax import errors
 from ddo_jax.runtime import progress
-from ddo_jax.weights import provenance
 
+_LOGGER = logging.getLogger(__name__)
 _CACHE = pathlib.Path('~/.cache/ddo_jax/files')
 _HUB_FILE = re.compile(r'hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/([\w./-]+)')
 _FILE_NAME = re.compile(r'\w[\w .+-]*')
@@ -28,6 +32,12 @@ _DIGEST = re.compile(r'[0-9a-f]{64}')
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 2**20  # bytes
 _BY_HAND = 'or fetch it elsewhere and give its path'
+
+
+def sha256_of(path: pathlib.Path) -> str:
+  """Returns the sha256 of a file's bytes, as hex."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def fetch(
@@ -77,7 +87,7 @@ def _check_local(path: pathlib.Path, sha256: str | None) -> pathlib.Path:
       f'no file {path}; wanted a path, http(s):// or hf://owner/name/file'
     )
   if sha256 is not None:
-    found = provenance.sha256(path)
+    found = sha256_of(path)
     _check_digest(path, found, sha256, 'correct the sha256 or remove it')
   return path
 
@@ -129,37 +139,102 @@ def _fetch_address(
 ) -> pathlib.Path:
   """Returns the path of an address's file in the cache, downloaded if needed.
 
-  Beside a whole file stands '<name>.sha256'; beside a part of one,
-  '<name>.partial', stands '<name>.version', see `_download`.
+  Beside it stands '<name>.sha256', what it hashed to when it came.
   """
   decoded = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
   name = pathlib.PurePosixPath(decoded).name
   if not _FILE_NAME.fullmatch(name):
     raise errors.UserError(f'{url} names no file; wanted http(s)://.../file')
   # Addresses that end alike do not share a place.
-  folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
-  path = folder / name
-  record = folder / f'{name}.sha256'
-  if path.exists() and record.exists():
-    found = provenance.sha256(path)
-    if found == record.read_text().split()[0]:
-      remedy = 'correct the sha256, or remove the file to fetch it again'
-      _check_digest(path, found, sha256, remedy)
-      return path
-    path.unlink()  # damaged since it came: fetch it again
-  partial = folder / f'{name}.partial'
-  with _failing_in_one_line(url, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    _download(url, partial)
-    found = provenance.sha256(partial)
+  path = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+  record = path.with_name(f'{name}.sha256')
+
+  def check(came: pathlib.Path) -> None:
+    found = sha256_of(came)
+    _check_digest(url, found, sha256, 'what came was thrown away')
+    record.write_text(f'{found}  {name}\n')
+
+  with alone(path):
+    if path.exists() and record.exists():
+      found = sha256_of(path)
+      if found == record.read_text().split()[0]:
+        remedy = 'correct the sha256, or remove the file to fetch it again'
+        _check_digest(path, found, sha256, remedy)
+        return path
+      _LOGGER.warning('%s was damaged since it came: fetching it again', path)
+    to_path(url, path, check)
+  return path
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path) -> Iterator[None]:
+  """Lets one process at a time look for a file and fetch it.
+
+  Raises:
+    errors.UserError: the folder of the file cannot be written.
+  """
+  lock = filelock.FileLock(path.with_name(f'{path.name}.lock'))
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-      _check_digest(url, found, sha256, 'what came was thrown away')
+      lock.acquire(timeout=0)
+    except filelock.Timeout:
+      _LOGGER.info('waiting for another process, which fetches %s', path.name)
+      lock.acquire()
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write {path.parent} ({error.strerror or error}); wanted a'
+      ' folder that may be written, with room for what is fetched'
+    ) from error
+  try:
+    yield
+  finally:
+    lock.release()
+
+
+def to_path(
+  url: str, path: pathlib.Path, check: Callable[[pathlib.Path], None]
+) -> None:
+  """Downloads an address to a path, whole or not at all.
+
+  What came of a download that was cut off stays as '<name>.partial', beside the
+  version that the server gave it, '<name>.version'; the next call goes on with
+  it. The caller holds `alone(path)`.
+
+  Args:
+    url: http(s)://...
+    path: where the file comes to lie; what is there is replaced.
+    check: raises UserError where the file that came is not the wanted one; it
+      is then thrown away.
+
+  Raises:
+    errors.UserError: there is no network, the server refuses, the download was
+      cut off, or what came is a web page or was refused by `check`.
+  """
+  partial = path.with_name(f'{path.name}.partial')
+  with _failing_in_one_line(url, path.parent):
+    _download(url, partial)
+    try:
+      _check_no_page(url, partial)
+      check(partial)
     except errors.UserError:
       partial.unlink()
       raise
-    record.write_text(f'{found}  {name}\n')
     partial.replace(path)
-  return path
+
+
+def _check_no_page(url: str, came: pathlib.Path) -> None:
+  """Raises UserError where a web page came in place of a file.
+
+  Proxies and log-in pages answer so, and say that all is well.
+  """
+  with came.open('rb') as file:
+    start = file.read(256).lstrip().lower()
+  if start.startswith((b'<!doctype html', b'<html')):
+    raise errors.UserError(
+      f'{url} gave a web page (HTML) in place of the file, as a log-in or a'
+      f' proxy does: open the address in a browser, {_BY_HAND}'
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 The server is on the loopback interface; nothing goes further.
 """
 
+from concurrent import futures
 import errno
 import hashlib
 from http import server
@@ -11,13 +12,14 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 import pytest
 
 from ddo_jax import errors
-from ddo_jax.weights import download
+from ddo_jax.assets import download
 
 BODY = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -31,6 +33,7 @@ class Handler(server.BaseHTTPRequestHandler):
     site, body = self.server, self.server.body
     asked = self.headers.get('Range')
     site.asked.append((asked, self.headers.get('If-Range')))
+    time.sleep(site.pause)
     if site.status != 200:
       return self.send_error(site.status)
     start = 0
@@ -69,7 +72,7 @@ def site():
   made = server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
   made.body, made.status, made.ranges, made.length = BODY, 200, True, True
   made.header, made.version, made.cut, made.shift = 'ETag', '"one"', None, 0
-  made.asked = []
+  made.asked, made.pause = [], 0.0
   made.url = f'http://127.0.0.1:{made.server_port}/edm/edm-x.pkl?token=secret'
   thread = threading.Thread(target=made.serve_forever, args=(0.01,))
   thread.start()
@@ -88,7 +91,9 @@ def refusal(*args, **kwargs):
 
 
 def names(folder):
-  return sorted(p.name for p in folder.rglob('*') if p.is_file())
+  """Of all files but the locks, which may stay."""
+  files = (p for p in folder.rglob('*') if p.is_file())
+  return sorted(p.name for p in files if p.suffix != '.lock')
 
 
 def test_a_file_is_fetched_once(site, tmp_path):
@@ -185,6 +190,21 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(site, tmp_path):
   path.write_bytes(BODY[:-1])
   assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
   assert len(site.asked) == 2
+
+
+@pytest.mark.parametrize('page', [b'\n<!DOCTYPE html><p>', b'<HTML>log in'])
+def test_a_web_page_in_place_of_a_file(site, tmp_path, page):
+  site.body = page
+  assert 'gave a web page (HTML)' in refusal(site.url, None, tmp_path)
+  assert names(tmp_path) == []
+
+
+def test_two_processes_fetch_a_file_once(site, tmp_path):
+  """The second waits, and finds what the first brought."""
+  site.pause = 0.1
+  with futures.ThreadPoolExecutor() as pool:
+    found = pool.map(lambda _: download.fetch(site.url, None, tmp_path), '1234')
+  assert len(set(found)) == len(site.asked) == 1
 
 
 @pytest.mark.parametrize('status', [401, 404, 416, 503])
@@ -289,7 +309,7 @@ def test_what_the_hub_refuses(monkeypatch, error, words):
 def through_the_hub(cache, **settings):
   """Runs fetch in a process whose hub has settings of its own."""
   code = (
-    'import pathlib, sys; from ddo_jax.weights import download;'
+    'import pathlib, sys; from ddo_jax.assets import download;'
     ' print(download.fetch(sys.argv[1], None, pathlib.Path(sys.argv[2])))'
   )
   return subprocess.run(

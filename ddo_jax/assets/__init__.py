@@ -1,0 +1,1 @@
+"""Published files: which there are, where they lie, how they come here."""
