@@ -11,8 +11,8 @@ is 1.85 as retested (1.79 was published); one round takes it to 1.58. Neither
 was run here.
 """
 
-from configs import cifar10_edm_uncond
 from ddo_jax import config as config_lib
+from ddo_jax.configs import cifar10_edm_uncond
 from ddo_jax.models import presets
 
 

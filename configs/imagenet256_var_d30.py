@@ -19,8 +19,8 @@ The published run also lets its weight decay rise to 0.08 and drops paths at
 random; neither is done here.
 """
 
-from configs import imagenet256_var_d16
 from ddo_jax import config as config_lib
+from ddo_jax.configs import imagenet256_var_d16
 from ddo_jax.models import var_presets
 
 _MICRO = 32  # images that the published schedule counts in

@@ -23,8 +23,8 @@ here.
 [?] marks what no public source states.
 """
 
-from configs import imagenet64_edm2_s
 from ddo_jax import config as config_lib
+from ddo_jax.configs import imagenet64_edm2_s
 from ddo_jax.models import presets
 
 

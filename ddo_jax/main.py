@@ -2,8 +2,9 @@
 
   python -m ddo_jax.main --config=configs/digits.py --workdir=runs/digits
 
-A recipe names every knob; --config.x.y=v overrides one. Each --mode takes the
-flags beside it and no others:
+A recipe, given by its path or the name of one in configs/ (--config=digits),
+names every knob; --config.x.y=v overrides one. Each --mode takes the flags
+beside it and no others:
 
   selfplay    --config --workdir
               Pretrains, plays the rounds, writes the report (the default).
@@ -45,6 +46,7 @@ import numpy as np
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
+from ddo_jax import recipes
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.assets import download
@@ -80,6 +82,33 @@ class _ObjectParser(flags.ArgumentParser):
     return self.base.__name__
 
 
+class _RecipeParser(flags.ArgumentParser):
+  """Loads a recipe by name or path, see `recipes.find`."""
+
+  def __init__(self, loader: flags.ArgumentParser):
+    super().__init__()
+    self.loader = loader
+
+  def parse(self, path: str) -> config_lib.Config:
+    try:
+      return self.loader.parse(recipes.find(path))
+    except ModuleNotFoundError as error:
+      if error.name != 'configs':
+        raise
+      raise errors.UserError(
+        f'the recipe {path} imports `configs`, which is found only by `python'
+        ' -m ddo_jax.main` from the root of a checkout; `from ddo_jax.configs'
+        ' import digits` works everywhere'
+      ) from error
+    except TypeError as error:
+      if 'get_config() takes 0' not in str(error):
+        raise
+      recipe = path.partition(':')[0]
+      raise errors.UserError(
+        f'the recipe {recipe} takes no argument; give --config={recipe}'
+      ) from error
+
+
 # Fields of these types can be replaced whole: --config.sampler='Heun()'.
 for _base in (
   contract.Sampler,
@@ -91,8 +120,12 @@ for _base in (
   config_flags.register_flag_parser_for_type(_base, _ObjectParser(_base))
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A recipe; --config.x.y=v overrides any of its fields.'
+  'config',
+  None,
+  'A recipe, by its name or path; --config.x.y=v overrides any of its fields.',
 )
+_flag = flags.FLAGS['config']
+_flag.parser = _RecipeParser(_flag.parser)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _PARAMS = flags.DEFINE_string(
   'params',
@@ -423,11 +456,6 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
 
 def _check_flags(argv: Sequence[str]) -> None:
   """Exits where a mode lacks a flag, or is given another mode's."""
-  if flags.FLAGS['config'].present:
-    given = config_flags.get_config_filename(flags.FLAGS['config'])
-    recipe, _, _ = given.partition(':')
-    if not pathlib.Path(recipe).exists():
-      sys.exit(f'FATAL no recipe at {recipe}; the ones here are in configs/')
   if len(argv) > 1:
     sys.exit(f'FATAL unexpected argument {argv[1]!r}; flags start with --')
   mode = _mode()

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Imports go downward, from a floor to lower ones; the members of a floor and of
 # a folder may import each other, which Python keeps free of cycles.
 FLOORS = (
-  ('errors', 'rng', 'settings'),
+  ('errors', 'recipes', 'rng', 'settings'),
   ('runtime',),
   ('assets',),
   ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),
@@ -25,7 +25,7 @@ FLOORS = (
   ('weights', 'evaluation'),
   ('config',),
   ('report', 'training', 'evaluation.score'),
-  ('main',),
+  ('main', '__main__'),
 )
 
 

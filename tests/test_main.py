@@ -163,7 +163,7 @@ def test_mistakes_on_the_command_line(tmp_path):
   line = fatal(recipe, workdir, '--config.ddo.beta=0.1')
   assert 'now --config.ddo.objective.beta' in line
   assert 'unexpected' in fatal(recipe, workdir, 'ddo.alpha=1')
-  assert 'no recipe at' in fatal('--config=configs/digit.py', workdir)
+  assert '--config=digits?' in fatal('--config=configs/digit.py', workdir)
   assert 'finished stage' in fatal(recipe, workdir, '--mode=sample')
   assert '--source and --output' in fatal('--mode=convert')
   assert not (tmp_path / 'run').exists()
