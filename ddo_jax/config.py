@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ddo_jax import errors
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.method import ddo
@@ -133,6 +134,11 @@ class Config:
     tokenizer_from: the folder of params of the frozen tokenizer of a model of
       tokens. '' trains one first, by the phase `tokenizer`.
     data: where real images come from.
+    labels: how often each class is drawn, for the fake pools and the scores.
+      'data': as often as in the training images, where classes that occur
+      nearly equally often (the rarest nine tenths as often as the commonest)
+      count as equal; 'balanced': every class of theirs equally often. Under a
+      protocol its rule holds.
     tokenizer: how a tokenizer is trained, where one is.
     pretrain: the pretraining.
     ddo: each round.
@@ -151,6 +157,7 @@ class Config:
   vae_from: str = _knob('')
   tokenizer_from: str = _knob('')
   data: Data = _group(Data())
+  labels: str = _knob('data')
   tokenizer: Phase = _group(Phase(objective=objective_lib.MLE()))
   pretrain: Phase = _group(Phase(objective=objective_lib.MLE()))
   ddo: Phase = _group(Phase())
@@ -271,6 +278,12 @@ def validate(config: Config) -> None:
     "the folder of the guide's params",
   )
   errors.require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
+  errors.require(
+    config.labels in labels_lib.RULES,
+    'labels',
+    config.labels,
+    f'one of {labels_lib.RULES}',
+  )
   errors.require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
   for name in PHASES:
     _validate_phase(name, getattr(config, name))

@@ -50,6 +50,7 @@ from ddo_jax import recipes
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.assets import download
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.evaluation import score
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
@@ -224,8 +225,10 @@ def sample(
   folder = params_folder(params, config, output)
   folder = folder or workspace.newest_params(workdir)
   weights, meta = workspace.load_params(folder, run.model, run.executor)
-  images, labels = run.generator().images(
-    weights, rng.stream(config.seed, 'sample'), num_samples
+  ids = np.arange(num_samples)
+  labels = labels_lib.Shares([1] * run.model.num_classes).labels(ids)
+  images = run.generator().images(
+    weights, rng.stream(config.seed, 'sample'), ids, labels
   )
   output.mkdir(parents=True, exist_ok=True)
   provenance = json.dumps(meta.get('provenance', {}))

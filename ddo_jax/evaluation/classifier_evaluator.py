@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import rows as rows_lib
@@ -17,7 +18,6 @@ from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
 from ddo_jax.evaluation.networks import classifier
-from ddo_jax.method import generate
 
 _CHUNK = 1_024  # images that are embedded at once
 _KINDS = {
@@ -45,14 +45,22 @@ class ClassifierEvaluator:
     num_images: 5,000.
     num_blocks: 3.
     minima: (), as every score is reported by its mean.
+    label_rule: how often each class is drawn, in words.
   """
 
   num_images = 5_000
   num_blocks = 3
   minima: tuple[str, ...] = ()
 
-  def __init__(self, train: sources.Source, test: sources.Source):
+  def __init__(
+    self, train: sources.Source, test: sources.Source, rule: str = 'data'
+  ):
     """Reads both splits whole and fits the classifier.
+
+    Args:
+      train: the training images.
+      test: the held-out images.
+      rule: how often each class is drawn, one of `labels.RULES`.
 
     Raises:
       errors.UserError: the data has no labels, or the held-out images are
@@ -73,6 +81,8 @@ class ClassifierEvaluator:
         'test_sha256': _hash(test_images),
       }
     }
+    self._shares = labels_lib.Shares.of(rule, labels)
+    self.label_rule = str(self._shares)
     self._classifier = classifier.fit(
       self._train, labels, train.num_classes, train.pixel_values
     )
@@ -96,8 +106,10 @@ class ClassifierEvaluator:
     return np.arange(count)
 
   def labels(self, ids: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns every class equally often."""
-    return generate.balanced_labels(ids, num_classes)
+    """Returns classes as often as `label_rule` says."""
+    if not num_classes:
+      return np.zeros(len(ids), np.int32)
+    return self._shares.labels(ids)
 
   def _embed(
     self, take: rows_lib.Take, ids: np.ndarray

@@ -136,11 +136,13 @@ class Evaluator(Protocol):
     num_blocks: the number of reported blocks, likewise.
     minima: the names of those scores whose published form is the minimum over
       the blocks; of all other scores it is the mean.
+    label_rule: how often each class is drawn, in words.
   """
 
   num_images: int
   num_blocks: int
   minima: tuple[str, ...]
+  label_rule: str
 
   def identity(self) -> dict[str, Any]:
     """Returns what a number hangs on besides the images, as JSON values.

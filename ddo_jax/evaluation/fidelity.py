@@ -12,6 +12,7 @@ from ddo_jax.data import loader
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import features
+from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
@@ -56,6 +57,7 @@ class FidelityEvaluator:
     num_images: the number of images in the protocol's blocks.
     num_blocks: the number of the protocol's blocks.
     minima: the Fréchet distances, if papers print their minimum.
+    label_rule: how often each class is drawn, in words.
   """
 
   def __init__(
@@ -79,6 +81,7 @@ class FidelityEvaluator:
     self.extractor = features.Extractor(settings)
     self._seed = seed
     protocol = self.extractor.protocol
+    self.label_rule = protocols.LABEL_RULES[protocol.labels]
     self.num_images = protocol.num_images
     self.num_blocks = protocol.num_blocks
     self.minima: tuple[str, ...] = ()

@@ -30,6 +30,7 @@ def open_evaluator(
   seed: int,
   train: sources.Source | None,
   open_test: Callable[[], sources.Source],
+  labels: str = 'data',
 ) -> evaluator_lib.Evaluator:
   """Opens a protocol's evaluator, or fits a classifier if none is named.
 
@@ -39,6 +40,8 @@ def open_evaluator(
     train: the training images; None will do under a protocol, where the
       settings ask for no real images.
     open_test: opens the held-out images, which a protocol does without.
+    labels: how often each class is drawn, one of `labels.RULES`; a protocol has
+      a rule of its own.
 
   Raises:
     errors.UserError: a setting makes no sense, a file is missing or damaged,
@@ -47,7 +50,7 @@ def open_evaluator(
   evaluator_lib.check(settings)
   if settings.protocol:
     return fidelity.FidelityEvaluator(settings, seed, train)
-  return classifier_evaluator.ClassifierEvaluator(train, open_test())
+  return classifier_evaluator.ClassifierEvaluator(train, open_test(), labels)
 
 
 def num_images(
@@ -94,7 +97,9 @@ def draw(
     mine = ids[places]
     classes = labels[places]
     done = 0
-    for stored in generator.stream(params, key, mine, classes):
+    for stored in generator.stream(
+      params, key, mine, classes, set_size=len(ids)
+    ):
       part = slice(done, done + len(stored))
       chunk = generator.render(stored)
       if keep:

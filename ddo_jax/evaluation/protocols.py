@@ -28,11 +28,16 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.evaluation.networks import resize
 
 # 'random': every image's class is drawn (EDM's and EDM2's generators).
 # 'balanced': image i has class i mod classes (DDO's EDM2 script, VAR).
 LabelRule = Literal['random', 'balanced']
+LABEL_RULES = {
+  'random': 'each class at random, all equally likely',
+  'balanced': labels_lib.EQUAL,
+}
 # 'openai': chunks in the order of the ids. 'torch_fidelity': shuffled splits.
 # '': the papers print no Inception Score.
 InceptionRule = Literal['', 'openai', 'torch_fidelity']

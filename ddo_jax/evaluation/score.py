@@ -64,6 +64,7 @@ def score_params(
     'sampler': dataclasses.asdict(sampler),
     'samples': count,
     'seeds': num_blocks,
+    'labels': run.label_rule,
   } | evaluator.identity()
   kept = output / f'features_{_digest(run, about)}'
   writer = image_writer.ImageWriter(save_images) if save_images else None

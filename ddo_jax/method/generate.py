@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ddo_jax import rng
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.runtime import devices as devices_lib
@@ -16,9 +17,21 @@ from ddo_jax.runtime import progress
 _RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
 
 
-def balanced_labels(ids: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns int32 labels [B] for ids [B], such that classes occur equally."""
-  return (ids % max(num_classes, 1)).astype(np.int32)
+def call_size(count: int, batch: int, num_devices: int) -> int:
+  """Returns the number of images in a call that draws some of `count`.
+
+  A set that fills a call has calls of `batch`. A smaller one has the smallest
+  power of two on each device that holds it, so that four images do not cost a
+  call of 1,000, and the shapes to compile are few. How many of the set are
+  still missing is of no account: an image is rounded as it was.
+
+  Args:
+    count: the size of the whole set.
+    batch: the largest number of images in a call.
+    num_devices: the number of devices.
+  """
+  rows = -(-min(count, batch) // num_devices)
+  return min(batch, num_devices * 2 ** (rows - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampler'))
@@ -41,7 +54,7 @@ class Generator:
     frozen: weights beside the params (tokenizer, VAE, guide), on the devices.
     sampler: the sampler's settings.
     executor: the devices.
-    batch: the number of images in a call.
+    batch: the largest number of images in a call; see `call_size`.
   """
 
   def __init__(
@@ -65,6 +78,7 @@ class Generator:
     key: jax.Array,
     ids: np.ndarray,
     labels: np.ndarray,
+    set_size: int = 0,
   ) -> Iterator[np.ndarray]:
     """Yields rows [b,...] as the data stores them, in the order of the ids.
 
@@ -73,11 +87,16 @@ class Generator:
       key: the stream's key; an image's own key folds in its id.
       ids: [N] integers.
       labels: [N] int32; num_classes means "no label".
+      set_size: the number of images in the set that these belong to, which
+        settles the size of a call; 0 where these are all.
     """
+    batch = call_size(
+      set_size or len(ids), self.batch, self.executor.num_devices
+    )
     weights = (params, self.frozen, self.executor.replicate(key))
     fn = functools.partial(_sample, model=self.model, sampler=self.sampler)
     rows = {'id': ids.astype(np.uint32), 'label': labels.astype(np.int32)}
-    yield from self.executor.map_rows(fn, weights, rows, self.batch)
+    yield from self.executor.map_rows(fn, weights, rows, batch)
 
   def render(self, stored: np.ndarray) -> np.ndarray:
     """Returns the uint8 images [N,H,W,C] that stored rows [N,...] stand for."""
@@ -93,29 +112,49 @@ class Generator:
     self,
     params: likelihood.Params,
     key: jax.Array,
-    count: int,
+    ids: np.ndarray,
+    labels: np.ndarray,
     name: str = 'samples',
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns class-balanced images uint8 [count,H,W,C], and labels [count]."""
-    ids = np.arange(count)
-    labels = balanced_labels(ids, self.model.num_classes)
+    set_size: int = 0,
+  ) -> np.ndarray:
+    """Returns images uint8 [N,H,W,C]; see `stream` for the arguments.
+
+    Args:
+      params: the weights, on the devices.
+      key: the stream's key.
+      ids: [N].
+      labels: [N].
+      name: what the line of progress says.
+      set_size: as `stream` takes it.
+    """
     parts = []
-    with progress.follow(name, count) as bar:
-      for part in self.stream(params, key, ids, labels):
+    with progress.follow(name, len(ids)) as bar:
+      for part in self.stream(params, key, ids, labels, set_size):
         parts.append(part)
         bar.update(len(part))
-    return self.render(np.concatenate(parts)), labels
+    return self.render(np.concatenate(parts))
 
   def fill(
-    self, pool: negatives.FakePool, params: likelihood.Params, key: jax.Array
+    self,
+    pool: negatives.FakePool,
+    params: likelihood.Params,
+    key: jax.Array,
+    shares: labels_lib.Shares,
   ) -> None:
-    """Draws the missing shards of a pool; safe to cut off anywhere."""
+    """Draws the missing shards of a pool; safe to cut off anywhere.
+
+    Args:
+      pool: the pool.
+      params: the weights, on the devices.
+      key: the stream's key.
+      shares: how often each class is drawn.
+    """
     missing = pool.missing()
     done = pool.size - sum(len(pool.ids(shard)) for shard in missing)
     with progress.follow('fake pool', pool.size, done=done) as bar:
       for shard in missing:
         ids = pool.ids(shard)
-        labels = balanced_labels(ids, self.model.num_classes)
-        parts = self.stream(params, key, ids, labels)
+        labels = shares.labels(ids)
+        parts = self.stream(params, key, ids, labels, set_size=pool.size)
         pool.write(shard, np.concatenate(list(parts)), labels)
         bar.update(len(ids))

@@ -17,6 +17,7 @@ import numpy as np
 from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
 from ddo_jax.method import likelihood
@@ -65,6 +66,7 @@ def _fake_pool(
     'provenance': meta.get('provenance', {}),
     'sampler': dataclasses.asdict(generator.sampler),
     'stream': [run.config.seed, folder.name],
+    'labels': str(run.shares),
   }
   pool = run.config.ddo.negatives.folder(
     path=folder / 'fakes',
@@ -72,7 +74,7 @@ def _fake_pool(
     identity=identity,
   )
   key = rng.stream(run.config.seed, 'fakes', folder.name)
-  generator.fill(pool, reference, key)
+  generator.fill(pool, reference, key, run.shares)
   return pool.source(run.real.num_classes, run.real.pixel_values)
 
 
@@ -118,13 +120,24 @@ def _report_scores(
   )
   before = before or scores(reference)
   after = scores(promotion.params) if promotion.step else before
+  count = measure.num_images(run.evaluator, settings)
+  ids = np.arange(GRID)
+  labels = run.shares.labels(ids)
   for name, params in (('before', reference), ('after', promotion.params)):
     key = rng.stream(run.config.seed, 'grid')
-    images, _ = generator.images(params, key, GRID, name)
+    # In calls of the size that the scores have just compiled.
+    images = generator.images(params, key, ids, labels, name, set_size=count)
     path = folder / f'{name}.png'
     grid.save(path, images, run.real.pixel_values)
-  count = measure.num_images(run.evaluator, settings)
-  result = {'before': before, 'after': after, 'samples': count}
+  num_blocks = measure.num_blocks(run.evaluator, settings)
+  result = {
+    'before': before,
+    'after': after,
+    'samples': count,
+    'evaluator': run.evaluator.identity(),
+    'notes': run.evaluator.notes(count, num_blocks),
+    'labels': run.label_rule,
+  }
   records.write_json(folder / 'eval.json', result)
   return result
 
@@ -159,11 +172,30 @@ def warnings(stage_records: list[dict[str, Any]]) -> list[str]:
   return []
 
 
+def _known_scores(
+  run: workspace.Run, previous: dict[str, Any] | None
+) -> dict[str, Any] | None:
+  """Returns the scores that a round begins with; None to measure them.
+
+  They are the last ones of the round before, unless its images were drawn of
+  other classes: an earlier version drew every class equally often where no
+  protocol has a rule, and did not say so.
+  """
+  if previous is None:
+    return None
+  unrecorded = run.label_rule
+  if unrecorded and not run.config.evaluation.protocol:
+    unrecorded = labels_lib.EQUAL
+  if previous.get('labels', unrecorded) != run.label_rule:
+    return None
+  return previous['after']
+
+
 def play_round(
   run: workspace.Run,
   index: int,
   origin: pathlib.Path,
-  before: dict[str, Any] | None,
+  previous: dict[str, Any] | None,
 ) -> dict[str, Any]:
   """Plays one round, or returns what it left when it was played.
 
@@ -171,11 +203,12 @@ def play_round(
     run: the run.
     index: the number of the round, from 0.
     origin: the folder of the params that become the reference.
-    before: the report scores of those params; None to measure them.
+    previous: the result of the round before, if there is one.
 
   Returns:
     {'round', 'before', 'after', 'promoted', 'provenance', 'warnings',
-    'seconds', 'environment', 'samples'}.
+    'seconds', 'environment', 'samples', 'evaluator', 'notes', 'labels'}; see
+    `evaluator.Evaluator` for the last three.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
@@ -217,7 +250,9 @@ def play_round(
   chosen = _promote(run, folder, promotion, provenance)
   clock.append(time.perf_counter())
 
-  scores = _report_scores(run, folder, reference, promotion, before)
+  scores = _report_scores(
+    run, folder, reference, promotion, _known_scores(run, previous)
+  )
   clock.append(time.perf_counter())
 
   parts = ('fakes', 'train', 'evaluate')

@@ -113,19 +113,19 @@ def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   run = workspace.Run(config, workdir)
   metric = config.evaluation.metric
   origin = pretrain(run)
-  before = None
+  previous = None
   rounds = []
   for index in range(config.rounds):
-    result = round_lib.play_round(run, index, origin, before)
+    result = round_lib.play_round(run, index, origin, previous)
     rounds.append(result)
     origin = workdir / f'round_{index:03d}' / 'promoted'
-    before = result['after']
+    previous = result
     _LOGGER.info(
       'round %d: %s %.4g -> %.4g (step %d promoted)',
       index,
       metric,
       result['before'][metric]['mean'],
-      before[metric]['mean'],
+      result['after'][metric]['mean'],
       result['promoted']['step'],
     )
   summary = {

@@ -11,6 +11,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import measure
@@ -181,7 +182,24 @@ class Run:
       seed=self.config.seed,
       train=self.real,
       open_test=functools.partial(sources.open_source, data, data.test_split),
+      labels=self.config.labels,
     )
+
+  @property
+  def label_rule(self) -> str:
+    """How often the scores' images are of each class; '' without classes."""
+    return self.evaluator.label_rule if self.model.num_classes else ''
+
+  @functools.cached_property
+  def shares(self) -> labels_lib.Shares:
+    """How often each class is drawn for pools and sheets of samples."""
+    if not self.model.num_classes:
+      return labels_lib.Shares(())
+    rule = self.config.labels
+    if self.config.evaluation.protocol:
+      # The published ones draw all classes equally often, if not in turn.
+      rule = 'balanced'
+    return labels_lib.Shares.of(rule, self.real.labels())
 
   @property
   def tokenizer_folder(self) -> pathlib.Path:

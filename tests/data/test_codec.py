@@ -12,6 +12,7 @@ from ddo_jax import config
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import codec
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import ddo
 from ddo_jax.method import diffusion
 from ddo_jax.method import generate
@@ -241,7 +242,7 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   generator = generate.Generator(model, frozen, sampler, executor, 4)
   pool = negatives.FakePool(tmp_path, 10, 4, {})
   key = rng.stream(0, 'fakes')
-  generator.fill(pool, {}, key)
+  generator.fill(pool, {}, key, labels_lib.Shares((1, 1, 1)))
   source = pool.source(num_classes=3, pixel_values=256)
   likelihood.check_source(
     model, source.name, source.stored_shape, 3, source.pixel_values
@@ -257,7 +258,7 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   )
   again = model.codec.encode(frozen, stored, keys(10))
   np.testing.assert_allclose(again, x, atol=1e-5)
-  images, _ = generator.images({}, key, 10)
+  images = generator.images({}, key, np.arange(10), labels)
   assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
   np.testing.assert_array_equal(images, generator.render(stored))
 

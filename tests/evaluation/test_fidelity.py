@@ -184,7 +184,8 @@ class Drawn:
     self.batch = batch
     self.model = digits.get_config().model.build()
 
-  def stream(self, params, key, ids, labels):
+  def stream(self, params, key, ids, labels, set_size):
+    assert set_size >= len(ids)
     for start in range(0, len(ids), self.batch):
       part = slice(start, start + self.batch)
       images = np.stack([images_of(1, int(i))[0] for i in ids[part]])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddo_jax import errors
-from ddo_jax.method import generate
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import negatives
 
 IDENTITY = {'reference': 'abc', 'sampler': {'num_steps': 3}, 'stream': [0, 'a']}
@@ -20,21 +20,12 @@ def draw(ids):
     np.zeros((len(ids), 2, 2, 1), np.uint8)
     + ids.astype(np.uint8)[:, None, None, None]
   )
-  return images, generate.balanced_labels(ids, 3)
+  return images, ids.astype(np.int32) % 3
 
 
 def fill(pool, shards=None):
   for shard in pool.missing() if shards is None else shards:
     pool.write(shard, *draw(pool.ids(shard)))
-
-
-def test_labels_are_balanced_by_id():
-  labels = generate.balanced_labels(np.arange(31), 3)
-  assert np.bincount(labels).tolist() == [11, 10, 10]
-  assert labels.dtype == np.int32
-  half = generate.balanced_labels(np.arange(16, 31), 3)
-  np.testing.assert_array_equal(half, labels[16:])
-  assert not generate.balanced_labels(np.arange(5), 0).any()
 
 
 def test_a_pool_is_read_back_whole(tmp_path):
@@ -113,3 +104,11 @@ def test_the_pool_of_another_identity_is_refused(tmp_path, other):
   line = str(caught.value)
   assert f'was drawn with {name} = ' in line and str(tmp_path) in line
   open_pool(tmp_path)  # the refusal left it as it was
+
+
+def test_a_pool_that_does_not_say_its_labels_has_all_classes_equally(tmp_path):
+  """As earlier versions drew them."""
+  open_pool(tmp_path)
+  open_pool(tmp_path, labels=labels_lib.EQUAL)
+  with pytest.raises(errors.UserError, match='every class equally often'):
+    open_pool(tmp_path, labels=str(labels_lib.Shares((1, 3))))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddo_jax.method import generate
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.samplers import ablation
 from ddo_jax.samplers import dpm_solver_v3
 from ddo_jax.samplers import guidance
@@ -261,7 +261,8 @@ def test_balanced_labels(case):
   """seeding_labels.npz: the i-th image of a set is of class i mod classes."""
   get = lambda name: LABELS[f'labels_{case}/{name}']
   classes, count, _, _ = get('args')
-  labels = generate.balanced_labels(np.arange(count), classes)
+  shares = labels_lib.Shares([1] * int(classes))
+  labels = shares.labels(np.arange(count))
   # Only a multiple of the classes had labels for every image.
   labelled = count - count % classes
   np.testing.assert_array_equal(labels[:labelled], get('labels_flat'))
@@ -270,5 +271,5 @@ def test_balanced_labels(case):
   # By batches of the original's sizes: an image's label is its id's alone.
   ends = np.cumsum(get('batch_sizes'))[:-1]
   parts = np.split(np.arange(count), ends)
-  parts = [generate.balanced_labels(ids, classes) for ids in parts]
+  parts = [shares.labels(ids) for ids in parts]
   np.testing.assert_array_equal(np.concatenate(parts), labels)

@@ -5,6 +5,7 @@ import pytest
 from configs import digits
 from configs import digits_var
 from ddo_jax import errors
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import negatives
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
@@ -54,3 +55,25 @@ def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
   config.sampler = other.sampler
   with pytest.raises(errors.UserError, match=r'sampler is .* wants'):
     workspace.Run(config, tmp_path)
+
+
+def test_a_round_begins_with_scores_of_its_own_classes():
+  """Or measures anew what an earlier version measured on other classes."""
+  scores = {'fd_train': 1.0}
+
+  class Run:
+    label_rule = '2 classes as often as in the training images'
+    config = digits.get_config()
+
+  known = round_lib._known_scores
+  assert known(Run, None) is None
+  same = {'after': scores, 'labels': Run.label_rule}
+  assert known(Run, same) is scores
+  assert known(Run, {'after': scores}) is None
+  Run.label_rule = labels_lib.EQUAL
+  assert known(Run, {'after': scores}) is scores
+  Run.label_rule = ''  # a model without classes
+  assert known(Run, {'after': scores}) is scores
+  Run.label_rule = 'each class at random, all equally likely'
+  Run.config.evaluation.protocol = 'edm-cifar10'
+  assert known(Run, {'after': scores}) is scores
