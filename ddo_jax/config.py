@@ -109,6 +109,13 @@ class Phase:
   label_drop: float = _static(0.0)
   rhythm: Rhythm = _static_group(Rhythm())
 
+  @property
+  def used_negatives(self) -> negatives_lib.Negatives:
+    """The negatives, or ones that need nothing where the loss has none."""
+    if self.objective.contrastive:
+      return self.negatives
+    return negatives_lib.Negatives()
+
   def steps(self) -> int:
     """Returns the number of optimizer steps of the phase."""
     return -(-self.images // self.batch_size)

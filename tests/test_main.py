@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
+import command_line
 import numpy as np
 import pytest
+from strangers import tiny as tiny_recipe
 
-from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
@@ -17,25 +15,11 @@ from ddo_jax import rng
 from ddo_jax.runtime import checkpoint
 from ddo_jax.training import workspace
 
-ROOT = pathlib.Path(__file__).parents[1]
-
 
 def tiny() -> config_lib.Config:
-  config = digits.get_config()
-  config.rounds = 1
-  config.model.hidden = 8
+  config = tiny_recipe.get_config()
   for phase in (config.pretrain, config.ddo):
-    phase.batch_size = 16
-    phase.images = 4 * 16
-    phase.optimizer.decay_images = 16
     phase.averages.halflife = (16.0,)
-  config.ddo.negatives.size = 64
-  config.ddo.rhythm.eval_images = 2 * 16
-  config.sampler.num_steps = 4
-  config.executor.sample_batch = 64
-  config.evaluation = config_lib.Evaluation(
-    selection_samples=64, samples=64, seeds=2
-  )
   return config
 
 
@@ -129,41 +113,27 @@ def test_evaluate_agrees_with_the_round(workdir):
   assert json.loads((workdir / 'eval.json').read_text()) == result
 
 
-def fatal(*args: str) -> str:
-  """The one line that a mistaken command prints."""
-  done = subprocess.run(
-    [sys.executable, '-m', 'ddo_jax.main', *args],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.returncode == 1
-  assert 'Traceback' not in done.stderr
-  line = done.stderr.strip().splitlines()[-1]
-  assert line.startswith('FATAL')
-  return line
-
-
 def test_mistakes_on_the_command_line(tmp_path):
   recipe = '--config=configs/digits.py'
   workdir = f'--workdir={tmp_path / "run"}'
-  assert '--workdir' in fatal(recipe)
-  line = fatal(recipe, workdir, '--config.ddo.objective.bta=1')
+  assert '--workdir' in command_line.fatal(recipe)
+  line = command_line.fatal(recipe, workdir, '--config.ddo.objective.bta=1')
   assert 'config.ddo.objective (DDO)' in line
   assert "'bta'" in line
   assert 'beta' in line
-  line = fatal(recipe, workdir, '--config.ddo.objective=gan')
+  line = command_line.fatal(recipe, workdir, '--config.ddo.objective=gan')
   assert 'FDivergence' in line
-  line = fatal(recipe, workdir, '--num_samples=3')
+  line = command_line.fatal(recipe, workdir, '--num_samples=3')
   assert 'selfplay does not read --num_samples' in line
-  assert '--mode=fid_stats' in fatal(recipe, '--mode=reference')
-  line = fatal(recipe, workdir, '--config.ddo.objective.alpha=0')
+  assert '--mode=fid_stats' in command_line.fatal(recipe, '--mode=reference')
+  line = command_line.fatal(recipe, workdir, '--config.ddo.objective.alpha=0')
   assert 'config.ddo.objective.alpha' in line
-  line = fatal(recipe, workdir, '--config.ddo.beta=0.1')
+  line = command_line.fatal(recipe, workdir, '--config.ddo.beta=0.1')
   assert 'now --config.ddo.objective.beta' in line
-  assert 'unexpected' in fatal(recipe, workdir, 'ddo.alpha=1')
-  assert '--config=digits?' in fatal('--config=configs/digit.py', workdir)
-  assert 'finished stage' in fatal(recipe, workdir, '--mode=sample')
-  assert '--source and --output' in fatal('--mode=convert')
+  assert 'unexpected' in command_line.fatal(recipe, workdir, 'ddo.alpha=1')
+  line = command_line.fatal('--config=configs/digit.py', workdir)
+  assert '--config=digits?' in line
+  line = command_line.fatal(recipe, workdir, '--mode=sample')
+  assert 'finished stage' in line
+  assert '--source and --output' in command_line.fatal('--mode=convert')
   assert not (tmp_path / 'run').exists()

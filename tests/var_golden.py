@@ -34,7 +34,10 @@ def shapes(model, *rows):
 
   Labels, of one axis, are integers; all else is float32.
   """
-  make = lambda s: jax.ShapeDtypeStruct(s, [np.float32, int][len(s) == 1])
+
+  def make(s):
+    return jax.ShapeDtypeStruct(s, [np.float32, int][len(s) == 1])
+
   init = jax.eval_shape(model.init, jax.random.key(0), *map(make, rows))
   return init['params']
 

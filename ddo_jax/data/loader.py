@@ -23,7 +23,7 @@ from ddo_jax.data import sources
 
 # The rows of a step: 'stored' [b,H,W,C], 'label' [b], 'id' [b] and, if asked
 # for, 'other_label' [b].
-Rows = dict[str, np.ndarray]
+Stored = dict[str, np.ndarray]
 
 _AHEAD = 4  # Batches that are read before they are asked for, a thread each.
 
@@ -56,11 +56,11 @@ def order(seed: int, positions: np.ndarray, length: int) -> np.ndarray:
 
 
 def _read_ahead(
-  read_step: Callable[[int], Rows], steps: range
-) -> Iterator[Rows]:
+  read_step: Callable[[int], Stored], steps: range
+) -> Iterator[Stored]:
   """Yields read_step(step) for each step in order, read ahead in threads."""
   pool = futures.ThreadPoolExecutor(_AHEAD)
-  pending: collections.deque[futures.Future[Rows]] = collections.deque()
+  pending: collections.deque[futures.Future[Stored]] = collections.deque()
   try:
     for step in steps:
       pending.append(pool.submit(read_step, step))
@@ -81,7 +81,7 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   other_label: bool = False,
-) -> Iterator[Rows]:
+) -> Iterator[Stored]:
   """Returns an iterator over this process's rows of each training step.
 
   Images on disk are read ahead in threads, which end with the iterator or when
@@ -118,7 +118,7 @@ def batches(
   def read_at(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return source.read(order(seed, positions, len(source)))
 
-  def read_step(step: int) -> Rows:
+  def read_step(step: int) -> Stored:
     positions = step * batch_size + in_step
     stored, label = read_at(positions)
     read = {

@@ -67,7 +67,7 @@ class Autoregressive:
     num_bins: 1, for a token has no noise level.
   """
 
-  drives: ClassVar[str] = 'stages'
+  offers: ClassVar[str] = 'stages'
 
   network: TokenNetwork
   codec: Any
@@ -89,11 +89,7 @@ class Autoregressive:
   ) -> jax.Array:
     """Returns log p(x | label), [B] in nats an image."""
     del keys
-    chex.assert_shape(batch.x, (None, *self.example_shape))
-    log_probs = self.network.token_log_prob(
-      params, frozen, batch.label, batch.x
-    )
-    return jnp.sum(log_probs, axis=1)
+    return jnp.sum(self._token_log_prob(params, frozen, batch), axis=1)
 
   def log_ratio(
     self,
@@ -121,11 +117,14 @@ class Autoregressive:
   ) -> jax.Array:
     """Returns the mean cross-entropy [B], in nats a token."""
     del keys
+    return -jnp.mean(self._token_log_prob(params, frozen, batch), axis=1)
+
+  def _token_log_prob(
+    self, params: Params, frozen: Frozen, batch: Batch
+  ) -> jax.Array:
+    """Returns the log-probability of each token, [B,L] in nats."""
     chex.assert_shape(batch.x, (None, *self.example_shape))
-    log_probs = self.network.token_log_prob(
-      params, frozen, batch.label, batch.x
-    )
-    return -jnp.mean(log_probs, axis=1)
+    return self.network.token_log_prob(params, frozen, batch.label, batch.x)
 
   def _sampled(
     self,

@@ -51,7 +51,7 @@ class Diffusion:
       guide is built as the denoiser is.
   """
 
-  drives: ClassVar[str] = 'denoise'
+  offers: ClassVar[str] = 'denoise'
 
   denoiser: nn.Module = _static()
   example_shape: tuple[int, int, int] = _static()
@@ -198,7 +198,7 @@ class Diffusion:
     Raises:
       errors.UserError: the guide is no denoiser.
     """
-    if guide.drives != self.drives:
+    if guide.offers != self.offers:
       raise errors.UserError(
         'config.guide is of another family than config.model: a denoiser is'
         ' guided by a denoiser'

@@ -67,7 +67,7 @@ class LikelihoodModel(Protocol):
   round may vary (the noise law's numbers) is traced.
   """
 
-  drives: ClassVar[str]  # the kind of sampler that fits: 'denoise' or 'stages'
+  offers: ClassVar[str]  # what a sampler can drive: 'denoise' or 'stages'
 
   @property
   def example_shape(self) -> tuple[int, ...]:
@@ -212,8 +212,8 @@ def check_sampler(model: LikelihoodModel, sampler: Any) -> None:
     'denoise': 'follows noise levels, such as samplers.heun.Heun',
     'stages': 'draws tokens, such as samplers.ancestral.Ancestral',
   }
-  if sampler.reads != model.drives:
+  if sampler.drives != model.offers:
     raise errors.UserError(
       f'config.sampler is {sampler}; this model wants one that'
-      f' {fits[model.drives]}'
+      f' {fits[model.offers]}'
     )

@@ -69,7 +69,7 @@ class Negatives:
     """Returns the second rows, the i-th for the i-th real row."""
     raise NotImplementedError
 
-  def folder(
+  def open_pool(
     self, path: pathlib.Path, shard_size: int, identity: dict[str, Any]
   ) -> 'FakePool':
     """Opens the folder of a pool; asked where `needs_pool` is true.
@@ -97,7 +97,7 @@ class Pool(Negatives):
 
   size: int = 50_000
 
-  def folder(
+  def open_pool(
     self, path: pathlib.Path, shard_size: int, identity: dict[str, Any]
   ) -> 'FakePool':
     """Opens the folder of the pool's shards."""

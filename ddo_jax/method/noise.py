@@ -31,7 +31,7 @@ class NoiseLaw:
     raise NotImplementedError
 
   def log_density(self, sigma: jax.Array) -> jax.Array:
-    """Returns the log-density [B] of ln σ; only `Elbo` asks for it."""
+    """Returns the log-density [B] of ln σ; only `ElboWeight` asks for it."""
     raise NotImplementedError
 
   def check(self, name: str) -> None:

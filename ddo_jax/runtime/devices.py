@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -128,15 +127,6 @@ class Executor:
     """Computes `make(*args)`, a state or params, where it is to lie."""
     shardings = self.state_shardings(jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
-
-  def place_state(self, tree: Any) -> Any:
-    """Puts a state or params on the devices, in new buffers."""
-
-    # A jitted copy: device_put may alias, and what is donated must not be.
-    def copy(tree):
-      return jax.tree.map(jnp.copy, tree)
-
-    return self.make_state(copy, tree)
 
   def replicate(self, tree: Any) -> Any:
     """Puts small arrays whole on every device."""

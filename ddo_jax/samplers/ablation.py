@@ -8,7 +8,6 @@ schedule σ(t) and scaling s(t) can be combined to integrate the flow
 
 import dataclasses
 from typing import Any
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from ddo_jax.samplers import schedules
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Ablation(contract.Sampler):
+class Ablation(contract.DenoiseSampler):
   """Steps from noise level to noise level, sigma_max to 0, in the time of σ(t).
 
   The defaults are EDM's own sampler, as in `heun.Heun`.
@@ -46,12 +45,7 @@ class Ablation(contract.Sampler):
     churn_min: S_min, the smallest noise level at which noise is added.
     churn_max: S_max, the largest noise level at which noise is added.
     churn_noise: S_noise, the standard deviation of the fresh noise.
-    guidance: the weight of guidance, see `guidance.guided`; 1 is none.
-    guidance_min: noise levels up to this one are not guided.
-    guidance_max: the largest noise level that is guided.
   """
-
-  reads: ClassVar[str] = 'denoise'
 
   num_steps: int = 18
   solver: str = 'heun'
@@ -70,9 +64,6 @@ class Ablation(contract.Sampler):
   churn_min: float = 0.0
   churn_max: float = 1e9
   churn_noise: float = 1.0
-  guidance: float = 1.0
-  guidance_min: float = 0.0
-  guidance_max: float = 1e9
 
   def check(self) -> None:
     """Raises UserError, naming the field, if a value makes no sense."""
@@ -179,10 +170,6 @@ class Ablation(contract.Sampler):
       keep=slope / sigma + drift,
       use=slope / sigma * scale,
     )
-
-  def unguided(self) -> 'Ablation':
-    """Returns the sampler of the model itself, without guidance."""
-    return dataclasses.replace(self, guidance=1.0)
 
   def __call__(
     self,

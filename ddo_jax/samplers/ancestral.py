@@ -107,7 +107,7 @@ class Ancestral(contract.Sampler):
       theirs.
   """
 
-  reads: ClassVar[str] = 'stages'
+  drives: ClassVar[str] = 'stages'
 
   guidance: float = 0.0
   convention: str = 'var'

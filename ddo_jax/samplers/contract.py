@@ -3,7 +3,7 @@
 A `Sampler` is a mutable dataclass of settings with `unsafe_hash=True`. It is
 mutable so that `--config.sampler.x=v` can write a field, and hashed once it is
 built, as a static argument of compiled functions. It knows no model. It drives
-one of two small interfaces, which its class attribute `reads` names:
+one of two small interfaces, which its class attribute `drives` names:
 
   'denoise'  a denoiser D(x; σ), a `Denoise`, as `heun.Heun` does;
   'stages'   a model that is sampled stage after stage, a `Stages`, as
@@ -16,6 +16,7 @@ Every row has a key of its own, and its sample depends on nothing else: not on
 the other rows, the size of the batch or the number of devices.
 """
 
+import dataclasses
 from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
@@ -111,23 +112,44 @@ class Stages(NamedTuple):
 class Sampler:
   """The base class of all samplers.
 
-  A sampler is called in one of two ways. One that reads 'denoise' is called as
-  `sampler(denoise, shape, keys)`, with a `Denoise`, the shape of one sample and
-  the rows' keys [B], and returns the samples [B, *shape] in the denoiser's
-  units. It has three fields for the model, which builds the guided denoiser
-  (`guidance.guided`): `guidance`, where 1 is none, `guidance_min` and
-  `guidance_max`.
-
-  One that reads 'stages' is called as `sampler(stages, label, keys)`, with a
-  `Stages`, the classes [B] int and the rows' keys [B], and returns the tokens
-  [B,L] int32 of all stages and the last canvas.
+  A sampler is called in one of two ways. One that drives a denoiser derives
+  from `DenoiseSampler`. One that drives stages is called as
+  `sampler(stages, label, keys)`, with a `Stages`, the classes [B] int and the
+  rows' keys [B], and returns the tokens [B,L] int32 of all stages and the last
+  canvas.
 
   Attributes:
-    reads: 'denoise' or 'stages', the interface that the sampler drives.
+    drives: 'denoise' or 'stages', the interface that the sampler drives.
   """
 
-  reads: ClassVar[str]
+  drives: ClassVar[str]
 
   def unguided(self) -> 'Sampler':
     """Returns the sampler of p_ref itself: no guidance and no filter."""
     raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class DenoiseSampler(Sampler):
+  """The base class of samplers that drive a denoiser.
+
+  One is called as `sampler(denoise, shape, keys)`, with a `Denoise`, the shape
+  of one sample and the rows' keys [B], and returns the samples [B, *shape] in
+  the denoiser's units. Its fields of guidance are for the model, which builds
+  the guided denoiser and hands it in.
+
+  Attributes:
+    guidance: the weight of guidance, see `guidance.guided`; 1 is none.
+    guidance_min: noise levels up to this one are not guided.
+    guidance_max: the largest noise level that is guided.
+  """
+
+  drives: ClassVar[str] = 'denoise'
+
+  guidance: float = 1.0
+  guidance_min: float = 0.0
+  guidance_max: float = 1e9
+
+  def unguided(self) -> 'DenoiseSampler':
+    """Returns the sampler of the model itself, without guidance."""
+    return dataclasses.replace(self, guidance=1.0)

@@ -13,7 +13,6 @@ of the published sampler: exact integrals would move images by about 1e-3.
 
 import dataclasses
 import itertools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +82,7 @@ def coefficients(lambdas: np.ndarray, nodes: np.ndarray) -> Coefficients:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class DPMSolverV3(contract.Sampler):
+class DPMSolverV3(contract.DenoiseSampler):
   """A deterministic multistep predictor and corrector of order 2.
 
   It ends at sigma_min; no step to 0 follows. The DDO authors offer it for
@@ -96,21 +95,13 @@ class DPMSolverV3(contract.Sampler):
     rho: ρ, the exponent of the nodes' noise levels, which are then rounded to
       the fine grid.
     grid_size: M, the number of intervals of the fine grid, uniform in λ.
-    guidance: the weight of guidance, see `guidance.guided`; 1 is none.
-    guidance_min: noise levels up to this one are not guided.
-    guidance_max: the largest noise level that is guided.
   """
-
-  reads: ClassVar[str] = 'denoise'
 
   num_steps: int = 25
   sigma_min: float = 0.002
   sigma_max: float = 80.0
   rho: float = 7.0
   grid_size: int = 250
-  guidance: float = 1.0
-  guidance_min: float = 0.0
-  guidance_max: float = 1e9
 
   def grid(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns the fine grid and where the nodes are in it.
@@ -139,10 +130,6 @@ class DPMSolverV3(contract.Sampler):
     """Returns the coefficients of every step; raises what `grid` raises."""
     lambdas, nodes = self.grid()
     return coefficients(lambdas, nodes)
-
-  def unguided(self) -> 'DPMSolverV3':
-    """Returns the sampler of the model itself, without guidance."""
-    return dataclasses.replace(self, guidance=1.0)
 
   def __call__(
     self,

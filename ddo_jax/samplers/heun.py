@@ -1,7 +1,6 @@
 """Heun's second-order sampler of EDM (Karras et al. 2022, Algorithms 1, 2)."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from ddo_jax.samplers import noise as noise_lib
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Heun(contract.Sampler):
+class Heun(contract.DenoiseSampler):
   """Integrates dx/dσ = (x − D(x; σ))/σ from sigma_max to 0.
 
   EDM and EDM2 share this sampler. Their programs differ in the type of the
@@ -29,12 +28,7 @@ class Heun(contract.Sampler):
     churn_min: S_min, the smallest noise level at which noise is added.
     churn_max: S_max, the largest noise level at which noise is added.
     churn_noise: S_noise, the standard deviation of the fresh noise.
-    guidance: the weight of guidance, see `guidance.guided`; 1 is none.
-    guidance_min: noise levels up to this one are not guided.
-    guidance_max: the largest noise level that is guided.
   """
-
-  reads: ClassVar[str] = 'denoise'
 
   num_steps: int = 18
   sigma_min: float = 0.002
@@ -44,9 +38,6 @@ class Heun(contract.Sampler):
   churn_min: float = 0.0
   churn_max: float = 1e9
   churn_noise: float = 1.0
-  guidance: float = 1.0
-  guidance_min: float = 0.0
-  guidance_max: float = 1e9
 
   def sigmas(self) -> np.ndarray:
     """Returns the noise levels sigma_max … sigma_min, 0 (eq. 5), [N+1] float64.
@@ -58,10 +49,6 @@ class Heun(contract.Sampler):
       self.num_steps, self.sigma_min, self.sigma_max, self.rho
     )
     return np.append(above_zero, 0.0)
-
-  def unguided(self) -> 'Heun':
-    """Returns the sampler of the model itself, without guidance."""
-    return dataclasses.replace(self, guidance=1.0)
 
   def __call__(
     self,

@@ -118,7 +118,6 @@ def _termination() -> Iterator[threading.Event]:
 def batches(job: Job, start: int) -> Generator[Any, None, None]:
   """Yields (real, fake) on the devices, from step `start` on."""
   phase = job.phase
-  paired = phase.objective.contrastive
 
   def rows(source, name):
     stream = loader.batches(
@@ -129,7 +128,7 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
       phase.steps(),
       jax.process_index(),
       jax.process_count(),
-      other_label=paired and phase.negatives.needs_other_label,
+      other_label=phase.used_negatives.needs_other_label,
     )
     return contextlib.closing(stream)
 

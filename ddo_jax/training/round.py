@@ -68,7 +68,7 @@ def _fake_pool(
     'stream': [run.config.seed, folder.name],
     'labels': str(run.shares),
   }
-  pool = run.config.ddo.negatives.folder(
+  pool = run.config.ddo.negatives.open_pool(
     path=folder / 'fakes',
     shard_size=run.config.executor.sample_batch,
     identity=identity,
@@ -78,7 +78,7 @@ def _fake_pool(
   return pool.source(run.real.num_classes, run.real.pixel_values)
 
 
-def _promote(
+def _save_promoted(
   run: workspace.Run,
   folder: pathlib.Path,
   promotion: loop_lib.Promotion,
@@ -110,17 +110,17 @@ def _report_scores(
 ) -> dict[str, Any]:
   """Scores the round's start and end and draws their grids: eval.json."""
   generator = run.generator()
-  settings = run.config.evaluation
+  evaluation = run.config.evaluation
   scores = functools.partial(
     measure.report_scores,
     run.evaluator,
     generator,
-    settings=settings,
+    settings=evaluation,
     seed=run.config.seed,
   )
   before = before or scores(reference)
   after = scores(promotion.params) if promotion.step else before
-  count = measure.num_images(run.evaluator, settings)
+  count = measure.num_images(run.evaluator, evaluation)
   ids = np.arange(GRID)
   labels = run.shares.labels(ids)
   for name, params in (('before', reference), ('after', promotion.params)):
@@ -129,7 +129,7 @@ def _report_scores(
     images = generator.images(params, key, ids, labels, name, set_size=count)
     path = folder / f'{name}.png'
     grid.save(path, images, run.real.pixel_values)
-  num_blocks = measure.num_blocks(run.evaluator, settings)
+  num_blocks = measure.num_blocks(run.evaluator, evaluation)
   result = {
     'before': before,
     'after': after,
@@ -231,7 +231,7 @@ def play_round(
   reference = run.executor.make_state(model.rules.reduce, params)
   del params
   fake = None
-  if phase.objective.contrastive and phase.negatives.needs_pool:
+  if phase.used_negatives.needs_pool:
     fake = _fake_pool(run, folder, reference, meta)
   clock.append(time.perf_counter())
 
@@ -247,7 +247,7 @@ def play_round(
   )
   promotion = loop_lib.run(job)
   provenance = meta.get('provenance', {})
-  chosen = _promote(run, folder, promotion, provenance)
+  chosen = _save_promoted(run, folder, promotion, provenance)
   clock.append(time.perf_counter())
 
   scores = _report_scores(

@@ -22,7 +22,7 @@ from ddo_jax.training import state as state_lib
 Metrics = dict[str, jax.Array]
 
 
-class Rows(NamedTuple):
+class Microbatch(NamedTuple):
   """The rows of a step, or of one of its microbatches.
 
   Attributes:
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-  """Rows ready for a loss.
+  """The rows of a microbatch, ready for a loss.
 
   Attributes:
     real: the real rows in model units.
@@ -65,7 +65,7 @@ def drop_labels(keys: jax.Array, label_drop: float) -> jax.Array:
 
 
 def make_pairs(
-  rows: Rows,
+  rows: Microbatch,
   reference: likelihood.Params,
   frozen: likelihood.Frozen,
   model: likelihood.LikelihoodModel,
@@ -168,7 +168,7 @@ def mle_loss(
 
 
 def accumulated(
-  gradient_of: Callable[[Rows], Any], rows: Rows, parts: int
+  gradient_of: Callable[[Microbatch], Any], rows: Microbatch, parts: int
 ) -> tuple[Metrics, Metrics, likelihood.Params]:
   """Calls `gradient_of` on `parts` microbatches, one after the other.
 
@@ -236,9 +236,9 @@ def train_step(
     state: θ, its averages and the optimizer's state; safe to donate.
     reference: θ_ref, which never changes.
     frozen: weights that are neither.
-    real: the real rows as stored, see `Rows`.
-    fake: rows of the fake pool as stored, see `Rows`. A pair shares its noise
-      and its label drop.
+    real: the real rows as stored, see `Microbatch`.
+    fake: rows of the fake pool as stored, see `Microbatch`. A pair shares its
+      noise and its label drop.
     model: the family; the numbers of its noise law are traced.
     phase: a `config.Phase` at its round (`config.at_round`); the numbers of its
       objective and its peak learning rate are traced.
@@ -255,7 +255,7 @@ def train_step(
   dropped = drop_labels(keys, phase.label_drop)
   loss = contrastive_loss if phase.objective.contrastive else mle_loss
 
-  def gradient_of(rows: Rows):
+  def gradient_of(rows: Microbatch):
     pairs = make_pairs(rows, reference, frozen, model, phase, sampler)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     (_, (metrics, results)), grads = value_and_grad(
@@ -263,7 +263,7 @@ def train_step(
     )
     return metrics, results, grads
 
-  rows = Rows(real, fake, keys, dropped)
+  rows = Microbatch(real, fake, keys, dropped)
   metrics, results, grads = accumulated(gradient_of, rows, accumulate)
   if axis_name:
     metrics, grads = jax.lax.pmean((metrics, grads), axis_name)

@@ -116,7 +116,7 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
 
 def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
   """Raises UserError where a model without classes is to go by labels."""
-  by_labels = phase.objective.contrastive and phase.negatives.needs_other_label
+  by_labels = phase.used_negatives.needs_other_label
   if not num_classes and (by_labels or phase.label_drop):
     raise errors.UserError(
       f'config.{name} has negatives {phase.negatives} and label_drop'
@@ -257,7 +257,7 @@ class Run:
     score: Callable[[likelihood.Params], evaluator_lib.Scores] | None = None,
   ) -> loop_lib.Job:
     """Returns the training job of a stage; see `loop.Job`."""
-    draws = phase.objective.contrastive and phase.negatives.needs_sampler
+    draws = phase.used_negatives.needs_sampler
     return loop_lib.Job(
       name=folder.name,
       folder=folder,

@@ -39,7 +39,10 @@ def autoencoder():
     SMALL.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3))
   )
   random = np.random.default_rng(0)
-  draw = lambda s: 0.4 * random.standard_normal(s.shape, np.float32)
+
+  def draw(s):
+    return 0.4 * random.standard_normal(s.shape, np.float32)
+
   return jax.tree.map(draw, shapes['params'])
 
 
@@ -161,7 +164,10 @@ def test_images_come_of_means_by_the_decoder_alone(autoencoder):
   images = jax.jit(LATENTS.render)({'vae': half}, raw)
   assert images.shape == (2, 8, 8, 3)
   assert len(np.unique(images)) > 20
-  decode = lambda params, x: SMALL.apply({'params': params}, x, method='decode')
+
+  def decode(params, x):
+    return SMALL.apply({'params': params}, x, method='decode')
+
   decoded = jax.jit(decode)(autoencoder, raw[..., :4])
   wanted = 255 * np.clip(decoded, 0, 1)
   assert np.abs(np.asarray(images, np.float32) + 0.5 - wanted).max() <= 0.51
@@ -170,9 +176,10 @@ def test_images_come_of_means_by_the_decoder_alone(autoencoder):
 def test_raw_latents_of_images(autoencoder):
   images = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
   raw = jax.jit(LATENTS.compress)({'vae': autoencoder}, images)
-  encode = lambda params, x: SMALL.apply(
-    {'params': params}, x, method='encode_moments'
-  )
+
+  def encode(params, x):
+    return SMALL.apply({'params': params}, x, method='encode_moments')
+
   x = np.float32(images) / np.float32(255)
   mean, std = jax.jit(encode)(autoencoder, x)
   np.testing.assert_allclose(raw[..., :4], mean, atol=1e-4)

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 import tiny_var
 
@@ -101,12 +102,12 @@ def run(case, steps=6):
   params, frozen = tiny_var.weights()
   model = tiny_var.with_dtype(case.dtype)
   whole = model.rules.reduce(params)
-  reference = executor.place_state(whole)
-  frozen = executor.place_state(frozen)
+  reference = placing.place_state(executor, whole)
+  frozen = placing.place_state(executor, frozen)
   key = executor.replicate(rng.stream(0, 'test'))
   transform = phase.optimizer.transform(model.rules, BATCH, phase.images)
   state = state_lib.create(params, transform, phase.averages)
-  state = executor.place_state(state)
+  state = placing.place_state(executor, state)
   history = []
   for step in range(steps):
     real, fake = tiny_var.make_rows(2 * step), tiny_var.make_rows(2 * step + 1)
@@ -286,7 +287,7 @@ def test_online_fakes_are_the_references_own():
   rows = tiny_var.make_rows(0)
   keys = first_keys()
   stored = jnp.asarray(rows['stored'])
-  step_rows = step_lib.Rows(
+  step_rows = step_lib.Microbatch(
     real={**rows, 'stored': stored, 'id': jnp.arange(BATCH)},
     fake=None,
     keys=keys,
@@ -335,7 +336,7 @@ def test_ccas_second_labels_are_dropped_in_the_same_rows():
     pairs = step_lib.make_pairs(rows, None, frozen, MODEL, phase, None)
     return pairs.real.label, pairs.other.label, pairs.dropped
 
-  step_rows = step_lib.Rows(rows, None, first_keys(), dropped)
+  step_rows = step_lib.Microbatch(rows, None, first_keys(), dropped)
   label, other_label, pairs_dropped = labels(frozen, step_rows)
   np.testing.assert_array_equal(pairs_dropped, dropped)
   for got, name in ((label, 'label'), (other_label, 'other_label')):

@@ -108,20 +108,29 @@ def _weights(dtype):
   for key, tensor in state.items():
     delta = var_golden.normal(f'var_theta_delta/{key}', tensor.shape)
     away[key] = (tensor.astype(np.float64) + 0.01 * delta).astype(np.float32)
-  cast = lambda leaf: np.asarray(leaf, dtype)
+
+  def cast(leaf):
+    return np.asarray(leaf, dtype)
+
   return [jax.tree.map(cast, var_names.to_flax(s)) for s in (away, state)]
 
 
 def _inputs(golden, dtype):
   """(label, input, tokens) of DDO's four kinds of rows, by name."""
-  cast = lambda name: golden[name].astype(np.int32)
+
+  def cast(name):
+    return golden[name].astype(np.int32)
+
   masked = np.where(golden['uncond_mask'], 10, cast('labels'))
   masked = masked.astype(np.int32)
-  part = lambda label, kind: (
-    label,
-    golden[f'var_input_{kind}'].astype(dtype),
-    cast('ids_real' if kind == 'real' else 'fake_ids'),
-  )
+
+  def part(label, kind):
+    return (
+      label,
+      golden[f'var_input_{kind}'].astype(dtype),
+      cast('ids_real' if kind == 'real' else 'fake_ids'),
+    )
+
   return {
     'ddo': (part(masked, 'real'), part(masked, 'fake')),
     'cca': (
@@ -196,7 +205,10 @@ def test_steps_of_the_network(precision):
   golden = golden_io.load('var_losses.npz')
   with golden_io.precision(precision) as dtype:
     params, reference = _weights(dtype)
-    number = lambda name: np.asarray(golden[name], dtype)
+
+    def number(name):
+      return np.asarray(golden[name], dtype)
+
     hyper = {
       'ddo': (number('alpha'), number('beta')),
       'cca': (number('cca_lambda'), number('cca_beta')),
@@ -328,7 +340,10 @@ def test_the_other_objectives(name, label_drop, wanted):
   loss, (metrics, _) = step_lib.contrastive_loss(
     None, None, {}, pairs, model, phase
   )
-  softplus = lambda x: np.log1p(np.exp(np.asarray(x, float)))
+
+  def softplus(x):
+    return np.log1p(np.exp(np.asarray(x, float)))
+
   np.testing.assert_allclose(loss, wanted(softplus), rtol=1e-6)
   chance = {'dpo': np.log(2), 'unlearning': 0}
   chance['cca'] = np.log(2) * ((2 + 8 + 1) / 16 if label_drop else 1 + 8)

@@ -64,9 +64,10 @@ def test_mistakes():
   params, frozen = tiny_var.weights()
   label = jnp.zeros(2, jnp.int32)
   keys = jax.random.split(rng.stream(0), 2)
-  draw = lambda frozen, sampler: MODEL.sample(
-    params, frozen, label, keys, sampler
-  )
+
+  def draw(frozen, sampler):
+    return MODEL.sample(params, frozen, label, keys, sampler)
+
   with pytest.raises(errors.UserError, match='tokenizer_from'):
     draw({}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='smooth=False'):

@@ -97,7 +97,10 @@ def _check_ddo(golden, results, precision, mode):
   """Compares a run in `mode`: '' for evaluation, 'train_' for training."""
   (loss, rows), grads = jax.tree.map(np.asarray, results)
   f64 = precision == 'f64'
-  tell = lambda name: golden[f'{mode}{name}_{precision}']
+
+  def tell(name):
+    return golden[f'{mode}{name}_{precision}']
+
   np.testing.assert_allclose(
     loss, tell('loss'), rtol=0, atol=1e-8 if f64 else 5e-5
   )

@@ -191,7 +191,10 @@ def _tiny_params(model):
   """Random, gains too: they start at 0, where D is the same whatever θ is."""
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   draw = np.random.default_rng(0).normal
-  random = lambda leaf: np.asarray(draw(size=leaf.shape), np.float32)
+
+  def random(leaf):
+    return np.asarray(draw(size=leaf.shape), np.float32)
+
   return jax.jit(model.rules.project)(jax.tree.map(random, shapes))
 
 
@@ -248,7 +251,9 @@ def test_a_step_projects_and_keeps_the_constants():
 
   @jax.jit
   def step(params):
-    loss = lambda p: model.mle_loss(p, {}, batch, keys).mean()
+    def loss(p):
+      return model.mle_loss(p, {}, batch, keys).mean()
+
     grads = jax.grad(loss)(params)
     state = state_lib.create(params, transform, averages)
     state = state_lib.apply_gradients(

@@ -103,7 +103,10 @@ def test_causality():
   @jax.jit
   def slopes(inputs):
     label = jnp.zeros(1, jnp.int32)
-    logits = lambda x: model.apply({'params': params}, label, x)[0].sum(-1)
+
+    def logits(x):
+      return model.apply({'params': params}, label, x)[0].sum(-1)
+
     return jax.jacrev(lambda x: jnp.sin(logits(x)))(inputs)
 
   slope = np.abs(slopes(inputs.astype(np.float32))[:, 0]).sum(-1)
@@ -155,8 +158,13 @@ def test_log_prob_is_that_of_the_logits():
 
   def both(row_log_prob, params):
     weights = jnp.array([1.0, -2.0])
-    loss = lambda p: jnp.sum(weights * row_log_prob(p))
-    run = lambda p: (row_log_prob(p), jax.grad(loss)(p))
+
+    def loss(p):
+      return jnp.sum(weights * row_log_prob(p))
+
+    def run(p):
+      return (row_log_prob(p), jax.grad(loss)(p))
+
     return jax.jit(run)(params)
 
   wanted = both(plain, params)
@@ -179,7 +187,9 @@ def test_log_ratio_is_zero_at_the_reference():
     rows = [row_log_prob(SMALL, p, *args) for p in (params, reference)]
     return rows[0] - rows[1]
 
-  run = lambda p, q: (log_ratio(p, q), jax.vjp(log_ratio, p, q))
+  def run(p, q):
+    return (log_ratio(p, q), jax.vjp(log_ratio, p, q))
+
   exact, (inside, _) = jax.jit(run)(params, reference)
   np.testing.assert_array_equal(exact, 0)
   np.testing.assert_allclose(inside, 0, atol=1e-5)
@@ -271,7 +281,10 @@ def test_bfloat16_products_are_close():
   """And parameters, residuals and logits stay float32."""
   params = random_params(SMALL, 3)
   label, inputs = np.array([0, 1], np.int32), _small_inputs(2)
-  apply = lambda model: jax.jit(model.apply)({'params': params}, label, inputs)
+
+  def apply(model):
+    return jax.jit(model.apply)({'params': params}, label, inputs)
+
   wanted, got = apply(SMALL), apply(SMALL.clone(dtype=jnp.bfloat16))
   assert got.dtype == np.float32
   error = golden_io.relative_error(got, wanted)

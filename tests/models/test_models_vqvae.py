@@ -81,7 +81,10 @@ def _tokenize(params, image):
   model, variables = vqvae.build(TINY), {'params': params}
   apply = functools.partial(model.apply, variables)
   watched = functools.partial(apply, capture_intermediates=True)
-  output = lambda seen, name: seen['intermediates'][name]['__call__'][0]
+
+  def output(seen, name):
+    return seen['intermediates'][name]['__call__'][0]
+
   f, seen = watched(image, method='features')
   got = {'enc_out': output(seen, 'encoder'), 'f': f}
   got['ids'] = ids = apply(image, method='encode')

@@ -102,13 +102,17 @@ def test_extreme_deviations_are_bounded():
 
 def test_the_released_size():
   images = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
-  init = lambda x: vae.AutoencoderKL().init(jax.random.key(0), x)['params']
+
+  def init(x):
+    return vae.AutoencoderKL().init(jax.random.key(0), x)['params']
+
   params = jax.eval_shape(init, images)
   assert golden_io.count(params) == 83_653_863
   assert len(jax.tree.leaves(params)) == 248
-  apply = lambda p, x: vae.AutoencoderKL().apply(
-    {'params': p}, x, method='encode_moments'
-  )
+
+  def apply(p, x):
+    return vae.AutoencoderKL().apply({'params': p}, x, method='encode_moments')
+
   mean, std = jax.eval_shape(apply, params, images)
   assert mean.shape == std.shape == (1, 64, 64, 4)
 

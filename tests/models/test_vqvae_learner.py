@@ -25,9 +25,12 @@ def _by_hand(params, image):
   By the chain rule: the codebook and φ follow the features in full, the
   features them in a quarter; and the decoder's slope passes from f̂ to f.
   """
-  back = lambda method, x: jax.vjp(
-    lambda params, x: _apply(params, x, method=method), params, x
-  )
+
+  def back(method, x):
+    return jax.vjp(
+      lambda params, x: _apply(params, x, method=method), params, x
+    )
+
   ids = _apply(params, image, method='encode')
   f, from_f = back('features', image)
   sums, from_sums = back(lambda vq, x: vq.quantize.accumulate(x)[0], ids)
@@ -35,8 +38,13 @@ def _by_hand(params, image):
     lambda vq, x: vq.decoder(vq.post_quant_conv(x)), sums[-1]
   )
   error, gaps = decoded - image, [f - f_hat for f_hat in sums]
-  mean = lambda x: jnp.mean(x**2, axis=(1, 2, 3))
-  slope = lambda x: 2 * x / x.size  # of a batch's mean square
+
+  def mean(x):
+    return jnp.mean(x**2, axis=(1, 2, 3))
+
+  def slope(x):
+    return 2 * x / x.size  # of a batch's mean square
+
   distance = sum(1.25 * mean(gap) for gap in gaps) / len(gaps)
   first, through = from_decoded(slope(error))
   quarter = sum(0.25 * slope(gap) for gap in gaps) / len(gaps)

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 
 from ddo_jax import errors
@@ -76,25 +77,25 @@ def test_no_setting_of_the_executor_is_science():
 @pytest.mark.parametrize('kind', ['pmap', 'fsdp'])
 def test_a_placed_state_is_the_same_in_new_buffers(kind):
   tree = jax.tree.map(jnp.asarray, TREE)
-  placed = executor(kind).place_state(tree)
-  again = executor(kind).place_state(placed)
+  placed = placing.place_state(executor(kind), tree)
+  again = placing.place_state(executor(kind), placed)
   jax.tree.map(lambda leaf: leaf.delete(), (tree, placed))
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), TREE)
 
 
 def test_fsdp_splits_what_divides_over_the_devices():
-  placed = executor('fsdp').place_state(TREE)
+  placed = placing.place_state(executor('fsdp'), TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, placed)
   split = {'matrix': (3, 2), 'wide': (8, 2), 'vector': (5,), 'number': ()}
   assert shapes == split
-  whole = executor('pmap').place_state(TREE)
+  whole = placing.place_state(executor('pmap'), TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, whole)
   assert shapes == jax.tree.map(np.shape, TREE)
 
 
 def test_fsdp_keeps_small_leaves_whole(monkeypatch):
   monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 128)
-  placed = executor('fsdp').place_state(TREE)
+  placed = placing.place_state(executor('fsdp'), TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, placed)
   whole = {'matrix': (3, 16), 'vector': (5,), 'number': ()}
   assert shapes == whole | {'wide': (8, 2)}
@@ -106,7 +107,9 @@ def test_checkpoints_move_whichever_leaves_are_split(
 ):
   """From FSDP to another threshold, to pmap, and to fewer devices."""
   monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', threshold)
-  checkpoint.save_params(tmp_path / 'a', executor('fsdp').place_state(TREE), {})
+  checkpoint.save_params(
+    tmp_path / 'a', placing.place_state(executor('fsdp'), TREE), {}
+  )
   monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 128 // threshold)
   shapes = jax.eval_shape(lambda: TREE)
   for target in (executor('fsdp'), executor('fsdp', 2), executor('pmap', 1)):
@@ -158,7 +161,7 @@ def test_law_7_an_array_that_nobody_placed_is_an_error(kind):
   real, fake = one.place_batch((rows, none))
 
   def call(real):
-    state = one.place_state(np.float32(0))
+    state = placing.place_state(one, np.float32(0))
     with one.no_implicit_transfers():
       _, total = compiled(state, None, None, real, fake, *others)
     return float(total)
@@ -250,7 +253,7 @@ def test_law_3_an_image_depends_on_its_id_alone():
   def draw(kind, devices, batch, ids):
     one = executor(kind, devices)
     generator = generate.Generator(model, {}, sampler, one, batch)
-    placed = one.place_state(params)
+    placed = placing.place_state(one, params)
     parts = generator.stream(placed, rng.stream(0, 'a'), ids, ids % 3)
     return np.concatenate(list(parts)).astype(int)
 

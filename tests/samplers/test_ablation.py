@@ -72,7 +72,10 @@ def test_the_order_of_the_solvers(order, solver, options):
 
 def test_its_defaults_are_the_sampler_of_edm():
   fresh = np.random.default_rng(1).normal(size=(6, *START.shape))
-  noise = lambda step: jnp.asarray(fresh)[step]
+
+  def noise(step):
+    return jnp.asarray(fresh)[step]
+
   with jax.enable_x64(True):
     for churn in (0.0, 20.0):
       options = {'num_steps': 6, 'churn': churn, 'churn_max': 50.0}

@@ -74,7 +74,10 @@ def test_filters():
 def test_ties_of_the_filters():
   """Ties with the k-th stay; top_p takes some of the equals, never all."""
   logits = jnp.array([[0.0, 2.0, 1.0, 1.0, -3.0]])
-  kept = lambda *args: np.asarray(ancestral.keep(*args) > -np.inf)[0].tolist()
+
+  def kept(*args):
+    return np.asarray(ancestral.keep(*args) > -np.inf)[0].tolist()
+
   assert kept(logits, 2, 0.0) == [False, True, True, True, False]
   assert kept(logits, 1, 0.0) == [False, True, False, False, False]
   assert sum(kept(jnp.zeros((1, 4)), 0, 0.6)) == 3
@@ -106,7 +109,10 @@ BOOK = vqvae.Quantizer((1, 2, 3), 7, 4)
 def _small():
   """A small model's stages, random, and its teacher-forced logits."""
   draw = np.random.default_rng(0).normal
-  fill = lambda s: np.asarray(0.4 * draw(size=s.shape), np.float32)
+
+  def fill(s):
+    return np.asarray(0.4 * draw(size=s.shape), np.float32)
+
   params = jax.tree.map(fill, var_golden.var_shapes(SMALL, 4))
   frozen = var_golden.shapes(BOOK, (1, 3, 3, 4))
   frozen = jax.tree.map(lambda s: 3 * fill(s), frozen)
@@ -188,7 +194,10 @@ def test_smooth_sampling_draws_the_same_first_token():
 
 def test_conventions():
   """The two differ by one; either's neutral value costs no second half."""
-  strength = lambda **options: ancestral.Ancestral(**options).strength(0.5)
+
+  def strength(**options):
+    return ancestral.Ancestral(**options).strength(0.5)
+
   assert strength() == 0
   assert strength(guidance=1.5) == 0.75
   assert strength(guidance=1.0, convention='minus_one') == 0
@@ -233,7 +242,7 @@ def test_mistakes_are_refused(options, match):
 @pytest.mark.parametrize('convention', ['var', 'minus_one', 'constant'])
 def test_the_sampler_of_the_reference(convention):
   sampler = ancestral.Ancestral(3.0, convention, 5, 0.9, smooth=True)
-  assert sampler.reads == 'stages'
+  assert sampler.drives == 'stages'
   plain = sampler.unguided()
   assert plain.strength(1.0) == 0
   assert (plain.top_k, plain.top_p, plain.smooth) == (0, 0.0, False)

@@ -55,7 +55,9 @@ def test_the_guide_is_not_evaluated_elsewhere(sampler):
 
   def watched(denoise, calls):
     def call(x, sigma):
-      keep = lambda s: calls.append(float(s))
+      def keep(s):
+        return calls.append(float(s))
+
       jax.debug.callback(keep, sigma[0], ordered=True)
       return denoise(x, sigma)
 
@@ -74,7 +76,7 @@ def test_the_guide_is_not_evaluated_elsewhere(sampler):
 def test_the_contract(sampler):
   guided = dataclasses.replace(sampler, guidance=3.0, guidance_min=0.1)
   assert isinstance(guided, contract.Sampler)
-  assert guided.reads == 'denoise'
+  assert guided.drives == 'denoise'
   assert guided.unguided() == dataclasses.replace(guided, guidance=1.0)
   assert hash(guided.unguided()) != hash(guided)
 

@@ -43,7 +43,10 @@ def mixture(golden, kind, labelled):
     distance = jnp.sum((x - mean) ** 2, axis=(2, 3, 4)) / (own + noise)
     logits = -0.5 * distance - mu[0].size / 2 * jnp.log(own + noise)
     logits += jnp.asarray(logw, x.dtype)
-    spread = lambda a: a[:, :, None, None, None]
+
+    def spread(a):
+      return a[:, :, None, None, None]
+
     each = (mean * spread(noise) + x * spread(own)) / spread(own + noise)
     return jnp.sum(spread(jax.nn.softmax(logits, axis=1)) * each, axis=1)
 
@@ -59,7 +62,10 @@ class Recorder:
 
   def __call__(self, x, sigma):
     d = self.denoise(x, sigma)
-    keep = lambda *call: self.calls.append([np.array(a) for a in call])
+
+    def keep(*call):
+      return self.calls.append([np.array(a) for a in call])
+
     jax.debug.callback(keep, x, sigma, d, ordered=True)
     return d
 
@@ -244,9 +250,12 @@ def test_dpm_solver_v3(run, grid):
   with jax.enable_x64(True):
     x, states = jax.jit(lambda z: sampler.integrate(denoise, z))(DPM['noise'])
   np.testing.assert_allclose(x, DPM[f'{run}/out'], rtol=0, atol=atol)
-  compare = lambda got, name: np.testing.assert_allclose(
-    got, DPM[f'{run}/{name}'], rtol=0, atol=calls_atol
-  )
+
+  def compare(got, name):
+    return np.testing.assert_allclose(
+      got, DPM[f'{run}/{name}'], rtol=0, atol=calls_atol
+    )
+
   called_x, sigma, d = recorder.columns()
   compare(called_x, 'call_x')
   compare(sigma, 'call_sigma')
@@ -259,7 +268,10 @@ def test_dpm_solver_v3(run, grid):
 @pytest.mark.parametrize('case', ['A', 'B', 'Cshort'])
 def test_balanced_labels(case):
   """seeding_labels.npz: the i-th image of a set is of class i mod classes."""
-  get = lambda name: LABELS[f'labels_{case}/{name}']
+
+  def get(name):
+    return LABELS[f'labels_{case}/{name}']
+
   classes, count, _, _ = get('args')
   shares = labels_lib.Shares([1] * int(classes))
   labels = shares.labels(np.arange(count))

@@ -75,7 +75,10 @@ def test_selfplay(workdir):
 
 def test_the_reference_is_reduced_and_the_start_is_not(workdir, jobs):
   job = jobs['round_000']
-  kernel = lambda params: params['blocks']['ffn']['fc1']['kernel']
+
+  def kernel(params):
+    return params['blocks']['ffn']['fc1']['kernel']
+
   assert kernel(job.reference).dtype == jnp.bfloat16
   assert kernel(job.start()).dtype == np.float32
   leaves = jax.tree.leaves(job.model.rules.reduce(job.start()))

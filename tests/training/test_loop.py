@@ -6,6 +6,7 @@ import chex
 import interruption
 import jax
 import numpy as np
+import placing
 import pytest
 
 from ddo_jax import config as config_lib
@@ -56,8 +57,11 @@ def make_job(executor, tmp_path):
   def make(scores=None):
     shapes = jax.eval_shape(MODEL.init, rng.stream(0))
     numbers = np.random.default_rng(0)
-    normal = lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32)
-    params = executor.place_state(jax.tree.map(normal, shapes))
+
+    def normal(s):
+      return 0.3 * numbers.standard_normal(s.shape, np.float32)
+
+    params = placing.place_state(executor, jax.tree.map(normal, shapes))
     return loop_lib.Job(
       name='round_000',
       folder=tmp_path / 'round_000',
@@ -129,7 +133,7 @@ def test_law_4_pmap_resumes_as_fsdp(make_job, tmp_path):
   interruption.interrupted(job, 7)
   first_half = records.read_log(tmp_path)[:3]  # steps 0, 2, 4; 6 was saved
   fsdp = devices_lib.Executor(config_lib.Executor(kind='fsdp'))
-  reference = fsdp.place_state(job.reference)
+  reference = placing.place_state(fsdp, job.reference)
   promotion = loop_lib.run(
     # Where a checkpoint is, nothing is read of the start.
     dataclasses.replace(job, executor=fsdp, reference=reference, start=None)
@@ -195,8 +199,13 @@ def test_law_7_what_the_loop_fetches(make_job, monkeypatch):
 
 def test_law_7_the_loop_forbids_implicit_transfers(make_job, monkeypatch):
   job = make_job()
-  stack = lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:])
-  place = lambda rows: jax.tree.map(stack, rows)
+
+  def stack(leaf):
+    return leaf.reshape(8, -1, *leaf.shape[1:])
+
+  def place(rows):
+    return jax.tree.map(stack, rows)
+
   monkeypatch.setattr(job.executor, 'place_batch', place)
   with pytest.raises(Exception, match='Disallowed host-to-device'):
     loop_lib.run(job)

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import placing
 import pytest
 
 from ddo_jax import config
@@ -89,7 +90,10 @@ def make_params(model):
   """Weights without a zero: at Flax's own, the last layer hides the rest."""
   shapes = jax.eval_shape(model.init, rng.stream(0))
   numbers = np.random.default_rng(0)
-  normal = lambda s: 0.3 * numbers.standard_normal(s.shape, np.float32)
+
+  def normal(s):
+    return 0.3 * numbers.standard_normal(s.shape, np.float32)
+
   return model.rules.project(jax.tree.map(normal, shapes))
 
 
@@ -120,7 +124,7 @@ class Bench:
     executor = devices_lib.Executor(settings, case.devices)
     self.place, self.place_batch = executor.replicate, executor.place_batch
     self.step_fn = executor.compile_step(self._traced, **static)
-    self.reference = executor.place_state(self.params)
+    self.reference = placing.place_state(executor, self.params)
     self._executor = executor
 
   def _traced(self, *args, **kwargs):
@@ -134,7 +138,7 @@ class Bench:
     state = state_lib.create(self.params, transform, self.phase.averages)
     if self.case.kind == 'jit':
       return state
-    return self._executor.place_state(state)
+    return placing.place_state(self._executor, state)
 
   def run(self, steps, alpha=ALPHA, beta=BETA, learning_rate=1e-2, law=LAW):
     """The state after some steps from the reference, and all metrics."""

@@ -20,7 +20,10 @@ from ddo_jax.weights import torch_zip
 def weights():
   """A state dict whose normalisations have a scale of one, as the graph's."""
   random = np.random.default_rng(0)
-  draw = lambda leaf: random.standard_normal(leaf.shape, dtype=np.float32)
+
+  def draw(leaf):
+    return random.standard_normal(leaf.shape, dtype=np.float32)
+
   state = inception.to_state(jax.tree.map(draw, network.param_shapes()))
   ones = {k: np.ones_like(v) for k, v in state.items() if 'bn.weight' in k}
   return state | ones

@@ -103,7 +103,10 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
   refuses('d.npz', 'cannot read', lambda p: p.write_bytes(b'no'))
   refuses('e.txt', "suffix '.txt'", lambda p: p.write_bytes(b'no'))
   refuses('f.npz', 'cannot read', lambda p: None)
-  dump = lambda tree: lambda p: p.write_bytes(pickle.dumps(tree))
+
+  def dump(tree):
+    return lambda p: p.write_bytes(pickle.dumps(tree))
+
   refuses('g.pkl', 'none of fid', dump({'ema': 1}))
   refuses('h.pkl', 'without a table', dump([1]))
   refuses('i.pkl', "'sigma'", dump({'fid': {'mu': np.zeros(2_048)}}))
