@@ -32,6 +32,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import signal
 import sys
 from typing import Any
@@ -171,13 +172,20 @@ _SHA256 = flags.DEFINE_string(
 _LOGGER = logging.getLogger('ddo_jax.main')  # also as __main__
 
 
-def selfplay(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
+def selfplay(
+  config: config_lib.Config, workdir: pathlib.Path, command: str = ''
+) -> pathlib.Path:
   """Pretrains, plays all rounds and reports.
+
+  Args:
+    config: the run's.
+    workdir: its folder.
+    command: the command line that the report names; '' for none.
 
   Returns:
     The path of report.html.
   """
-  run_lib.play(config, workdir)
+  run_lib.play(config, workdir, command)
   return workdir / 'report.html'
 
 
@@ -309,7 +317,8 @@ def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
 
 
 def _selfplay() -> Any:
-  return selfplay(_CONFIG.value, _path(_WORKDIR))
+  command = f'python -m ddo_jax.main {shlex.join(sys.argv[1:])}'
+  return selfplay(_CONFIG.value, _path(_WORKDIR), command)
 
 
 def _pretrain() -> Any:

@@ -21,15 +21,15 @@ from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
 from ddo_jax.method import likelihood
-from ddo_jax.report import grid
+from ddo_jax.report import gallery
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
 
 _LOGGER = logging.getLogger(__name__)
-GRID = 80  # images of a sample grid
 
 
 def _reference(
@@ -101,6 +101,36 @@ def _save_promoted(
   return chosen
 
 
+def _draw_sheets(
+  run: workspace.Run,
+  folder: pathlib.Path,
+  weights: dict[str, likelihood.Params],
+  set_size: int,
+) -> dict[str, Any]:
+  """Draws the same seeds from each of the weights; see `gallery.write`.
+
+  Calls are of the size that the scores, from `set_size` images, have compiled.
+  """
+  generator = run.generator()
+  key = rng.stream(run.config.seed, 'grid')
+  ids = np.arange(gallery.COUNT)
+  labels = run.shares.labels(ids)
+  drawn = {}
+  with progress.follow('sheets', len(ids) * len(weights)) as bar:
+    for name, params in weights.items():
+      parts = list(generator.stream(params, key, ids, labels, set_size))
+      drawn[name] = np.concatenate(parts)
+      bar.update(len(ids))
+  return gallery.write(
+    folder=folder,
+    source=run.real,
+    render=generator.render,
+    labels=labels if run.model.num_classes else None,
+    drawn=drawn,
+    seed=rng.order_seed(run.config.seed, 'grid', 'real'),
+  )
+
+
 def _report_scores(
   run: workspace.Run,
   folder: pathlib.Path,
@@ -108,27 +138,21 @@ def _report_scores(
   promotion: loop_lib.Promotion,
   before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-  """Scores the round's start and end and draws their grids: eval.json."""
-  generator = run.generator()
+  """Scores the round's start and end and draws images: eval.json."""
   evaluation = run.config.evaluation
   scores = functools.partial(
     measure.report_scores,
     run.evaluator,
-    generator,
+    run.generator(),
     settings=evaluation,
     seed=run.config.seed,
   )
-  before = before or scores(reference)
+  weights = {'after': promotion.params}
+  if before is None:  # no earlier round has scored and drawn these
+    before = scores(reference)
+    weights['before'] = reference
   after = scores(promotion.params) if promotion.step else before
   count = measure.num_images(run.evaluator, evaluation)
-  ids = np.arange(GRID)
-  labels = run.shares.labels(ids)
-  for name, params in (('before', reference), ('after', promotion.params)):
-    key = rng.stream(run.config.seed, 'grid')
-    # In calls of the size that the scores have just compiled.
-    images = generator.images(params, key, ids, labels, name, set_size=count)
-    path = folder / f'{name}.png'
-    grid.save(path, images, run.real.pixel_values)
   num_blocks = measure.num_blocks(run.evaluator, evaluation)
   result = {
     'before': before,
@@ -137,6 +161,7 @@ def _report_scores(
     'evaluator': run.evaluator.identity(),
     'notes': run.evaluator.notes(count, num_blocks),
     'labels': run.label_rule,
+    'sheets': _draw_sheets(run, folder, weights, count),
   }
   records.write_json(folder / 'eval.json', result)
   return result
@@ -207,8 +232,8 @@ def play_round(
 
   Returns:
     {'round', 'before', 'after', 'promoted', 'provenance', 'warnings',
-    'seconds', 'environment', 'samples', 'evaluator', 'notes', 'labels'}; see
-    `evaluator.Evaluator` for the last three.
+    'seconds', 'environment', 'samples', 'evaluator', 'notes', 'labels',
+    'sheets'}; see `evaluator.Evaluator` and `gallery.write` for the last four.
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'

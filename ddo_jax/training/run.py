@@ -10,11 +10,14 @@ import pathlib
 import time
 from typing import Any
 
+import numpy as np
+
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.method import likelihood
+from ddo_jax.report import cost
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import records
@@ -104,11 +107,27 @@ def _seconds(
   return seconds
 
 
-def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
+def _cost(run: workspace.Run) -> dict[str, int]:
+  """Returns what the run's model costs; see `cost.describe`."""
+  phase = config_lib.at_round(run.config.ddo, 0)
+  model = workspace.build_model(run.config, phase.noise)
+  stored, _ = run.real.read(np.arange(1))
+  return cost.describe(model, run.frozen, stored)
+
+
+def play(
+  config: config_lib.Config, workdir: pathlib.Path, command: str = ''
+) -> dict[str, Any]:
   """Pretrains and plays all rounds; writes summary.json and report.html.
 
+  Args:
+    config: the run's.
+    workdir: its folder.
+    command: the command line that asked for it, for the report; '' for none.
+
   Returns:
-    The summary: {'name', 'rounds': [see `round.play_round`], 'seconds'}.
+    The summary: {'name', 'rounds': [see `round.play_round`], 'seconds',
+    'model': see `cost.describe`, 'command'}.
   """
   run = workspace.Run(config, workdir)
   metric = config.evaluation.metric
@@ -132,6 +151,8 @@ def play(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     'name': config.name,
     'rounds': rounds,
     'seconds': _seconds(workdir, rounds),
+    'model': _cost(run),
+    'command': command,
   }
   records.write_json(workdir / 'summary.json', summary)
   page.write(workdir)
