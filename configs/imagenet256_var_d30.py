@@ -10,7 +10,7 @@ python -m ddo_jax.main --config=configs/imagenet256_var_d30.py \
 The tokenizer is the one that configs/imagenet256_var_d16.py converts, and the
 notes there hold here too. Expected: before, FID is 4.74 without guidance and
 1.92 with it; after two rounds it is 1.79 and 1.73. The model has two billion
-parameters: see the memory table in BUILD.md. It was not run here.
+parameters: see the memory table in docs/scaling.md. It was not run here.
 
 CCA reaches 2.54. Its flags are those of d16's header, except for
   --config.ddo.objective='CCA(alpha=(1000.0,), beta=(0.02,), normalize=True)'

@@ -1,5 +1,7 @@
 """The code in README and CONTRIBUTING does what it says."""
 
+import dataclasses
+import importlib
 import pathlib
 import re
 
@@ -10,6 +12,8 @@ import optax
 
 import ddo_jax
 from ddo_jax import config as config_lib
+from ddo_jax import main
+from ddo_jax import recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -60,3 +64,56 @@ def test_the_public_names():
   assert re.fullmatch(r'\d+\.\d+\.\d+', ddo_jax.__version__)
   for name in ddo_jax.__all__:
     assert getattr(ddo_jax, name).__doc__, name
+
+
+DOCUMENTS = sorted(
+  [
+    *ROOT.glob('*.md'),
+    *ROOT.glob('docs/**/*.md'),
+    *ROOT.glob('experiments/*.md'),
+  ]
+)
+# What was renamed is told with its old name.
+FREE = {'CHANGELOG.md', 'changes.md'}
+
+
+def fields_of(group, name):
+  """The dotted names of all fields of a config that the package knows."""
+  if not dataclasses.is_dataclass(group):
+    return {name}
+  return {name}.union(
+    *(
+      fields_of(getattr(group, field.name), f'{name}.{field.name}')
+      for field in dataclasses.fields(group)
+    )
+  )
+
+
+def test_the_flags_that_documents_name():
+  """They are there: recipes, modes, flags, and the fields of a config."""
+  fields = set()
+  for name in recipes.names():
+    module = importlib.import_module(f'ddo_jax.configs.{name}')
+    fields |= fields_of(module.get_config(), 'config')
+  fields |= {'config.x.y', 'config.at_round'}
+  fields |= {'config.json', 'config.py', 'config.yaml'}
+  for path in DOCUMENTS:
+    if path.name in FREE:
+      continue
+    text = path.read_text()
+    for field in re.findall(r'\bconfig\.[a-z_0-9]+(?:\.[a-z_0-9]+)*', text):
+      assert field in fields, f'{path.name}: {field}'
+    for given in re.findall(r'--config=(?:configs/)?(\w+)(?:\.py)?\b', text):
+      assert given in {*recipes.names(), 'hinge'}, f'{path.name}: {given}'
+    for mode in re.findall(r'--mode=(\w+)', text):
+      assert mode in main.flags.FLAGS['mode'].parser.enum_values, path.name
+    for line in text.splitlines():
+      if 'ddo-jax' in line or 'ddo_jax.main' in line:
+        for flag in re.findall(r'(?<=[ `])--([a-z_0-9-]+)', line):
+          assert flag in main.flags.FLAGS, f'{path.name}: --{flag}'
+
+
+def test_the_links_between_documents():
+  for path in DOCUMENTS:
+    for link in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', path.read_text()):
+      assert (path.parent / link).exists(), f'{path.name}: {link}'
