@@ -10,8 +10,10 @@ beside it and no others:
               Pretrains, plays the rounds, writes the report (the default).
   pretrain    --config --workdir
               The pretraining alone.
-  sample      --config --workdir [--params --num_samples --output]
-              Draws class-balanced images of the newest params, or of --params.
+  sample      --config --workdir [--params --output]
+              [--num_samples, or --seeds=0-15; --classes=3,7]
+              Draws images of the newest params, or of --params: for each seed
+              one, or one of each class that is named.
   evaluate    --config --workdir [--params --output --against --save_images]
               --config --images --output [--against]
               Scores params, or images that are there already.
@@ -28,7 +30,6 @@ A notebook calls the function of the mode's name with a config of its own.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -43,26 +44,23 @@ from absl import flags
 from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
-import numpy as np
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import recipes
-from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.assets import download
-from ddo_jax.data import labels as labels_lib
 from ddo_jax.evaluation import score
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
-from ddo_jax.report import grid
 from ddo_jax.report import page
 from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
+from ddo_jax.training import samples
 from ddo_jax.training import workspace
 from ddo_jax.weights import released
 
@@ -136,7 +134,13 @@ _PARAMS = flags.DEFINE_string(
   ' newest.',
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-  'num_samples', 100, 'sample: how many images.', lower_bound=1
+  'num_samples', 100, 'sample: takes seeds 0, 1, ….', lower_bound=1
+)
+_SEEDS = flags.DEFINE_string(
+  'seeds', None, 'sample: which seeds, such as 0-15 or 3,7.'
+)
+_CLASSES = flags.DEFINE_string(
+  'classes', None, 'sample: draws each seed for each of these, such as 3,7.'
 )
 _CONTROL = flags.DEFINE_string(
   'control', None, 'report: the workdir of a run whose curve is drawn beside.'
@@ -215,15 +219,19 @@ def sample(
   params: pathlib.Path | None = None,
   num_samples: int = 100,
   output: pathlib.Path | None = None,
+  seeds: Sequence[int] = (),
+  classes: Sequence[int] = (),
 ) -> pathlib.Path:
-  """Draws class-balanced images: samples.npz and samples.png.
+  """Draws images: samples.npz and samples.png; see `samples.draw`.
 
   Args:
     config: `config.sampler.guidance` guides by the model without labels.
     workdir: the folder of a run.
     params: a folder of params, or a released file; None takes the run's newest.
-    num_samples: the number of images.
+    num_samples: how many seeds are drawn where none are named, from 0 on.
     output: the folder of the result; None is the workdir.
+    seeds: the images' seeds.
+    classes: each seed is drawn for each of these; () draws it once.
 
   Returns:
     The path of samples.png.
@@ -232,20 +240,7 @@ def sample(
   output = output or workdir
   folder = params_folder(params, config, output)
   folder = folder or workspace.newest_params(workdir)
-  weights, meta = workspace.load_params(folder, run.model, run.executor)
-  ids = np.arange(num_samples)
-  labels = labels_lib.Shares([1] * run.model.num_classes).labels(ids)
-  images = run.generator().images(
-    weights, rng.stream(config.seed, 'sample'), ids, labels
-  )
-  output.mkdir(parents=True, exist_ok=True)
-  provenance = json.dumps(meta.get('provenance', {}))
-  np.savez(
-    output / 'samples.npz', image=images, label=labels, provenance=provenance
-  )
-  path = output / 'samples.png'
-  grid.save(path, images, run.model.codec.pixel_values)
-  return path
+  return samples.draw(run, folder, output, seeds or range(num_samples), classes)
 
 
 def evaluate(
@@ -325,13 +320,21 @@ def _pretrain() -> Any:
   return pretrain(_CONFIG.value, _path(_WORKDIR))
 
 
+def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
+  return samples.parse_numbers(flag.name, flag.value) if flag.value else ()
+
+
 def _sample() -> Any:
+  if flags.FLAGS['num_samples'].present and _SEEDS.value:
+    raise errors.UserError('--num_samples and --seeds: give one of them')
   return sample(
     config=_CONFIG.value,
     workdir=_path(_WORKDIR),
     params=_path(_PARAMS),
     num_samples=_NUM_SAMPLES.value,
     output=_path(_OUTPUT),
+    seeds=_numbers(_SEEDS),
+    classes=_numbers(_CLASSES),
   )
 
 
@@ -392,7 +395,10 @@ _MODES = {
   'selfplay': _Mode(_selfplay, (_CONFIG, _WORKDIR), (), _RUN),
   'pretrain': _Mode(_pretrain, (_CONFIG, _WORKDIR), (), _RUN),
   'sample': _Mode(
-    _sample, (_CONFIG, _WORKDIR), (_PARAMS, _NUM_SAMPLES, _OUTPUT), _RUN
+    _sample,
+    (_CONFIG, _WORKDIR),
+    (_PARAMS, _NUM_SAMPLES, _SEEDS, _CLASSES, _OUTPUT),
+    _RUN,
   ),
   'evaluate': _Mode(
     _evaluate,

@@ -5,6 +5,7 @@ import json
 
 import command_line
 import numpy as np
+from PIL import Image
 import pytest
 from strangers import tiny as tiny_recipe
 
@@ -13,6 +14,7 @@ from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax import rng
 from ddo_jax.runtime import checkpoint
+from ddo_jax.training import samples
 from ddo_jax.training import workspace
 
 
@@ -52,6 +54,56 @@ def test_sample_is_repeatable_and_guidance_changes_it(workdir, tmp_path):
   assert draw('a', tiny()) == draw('b', tiny())
   assert draw('c', guided) != draw('a', tiny())
   assert (tmp_path / 'a' / 'samples.png').exists()
+
+
+def test_classes_and_seeds_are_chosen(workdir, tmp_path):
+  def draw(name, **chosen):
+    path = main.sample(tiny(), workdir, output=tmp_path / name, **chosen)
+    drawn = np.load(tmp_path / name / 'samples.npz')
+    return Image.open(path).size, drawn['image'], drawn['label'], drawn['seed']
+
+  size, images, labels, seeds = draw('a', classes=(3, 7), seeds=range(16))
+  assert labels.tolist() == [3] * 16 + [7] * 16
+  assert seeds.tolist() == [*range(16)] * 2
+  assert size == (4 * (16 * 9 + 1), 4 * (2 * 9 + 1))  # a row for each class
+  _, some, labels, seeds = draw('b', seeds=(13, 7))
+  assert (labels.tolist(), seeds.tolist()) == ([3, 7], [13, 7])
+  # The image of a class and a seed is one image, but for what the size of a
+  # call rounds.
+  wanted = images[[13, 16 + 7]].astype(int)
+  assert np.abs(some.astype(int) - wanted).max() <= 1
+  assert (images[13] != images[16 + 7]).any()
+  with pytest.raises(errors.UserError, match='class 10 is not there; wanted'):
+    draw('c', classes=(3, 10))
+  with pytest.raises(errors.UserError, match='seed 4294967296 is not there'):
+    draw('c', seeds=(2**32,))
+  plain = tiny()
+  plain.model.num_classes = 0
+  plain.pretrain.label_drop = 0.0
+  with pytest.raises(errors.UserError, match='the model has no classes'):
+    main.sample(plain, workdir, output=tmp_path / 'd', classes=(3,))
+
+
+def test_params_remember_the_classes_of_their_data(workdir, tmp_path):
+  """Of a model with ten classes, trained on data that has two."""
+  promoted = workdir / 'round_000' / 'promoted'
+  assert checkpoint.load_meta(promoted)['class_shares'] == [1] * 10
+  run = workspace.Run(tiny(), workdir)
+  params, meta = workspace.load_params(promoted, run.model, run.executor)
+  two = tmp_path / 'two'
+  checkpoint.save_params(two, params, meta | {'class_shares': [0, 3, 0, 8]})
+  main.sample(tiny(), workdir, params=two, num_samples=4, output=tmp_path)
+  labels = np.load(tmp_path / 'samples.npz')['label']
+  assert labels.tolist() == [1, 3, 1, 3]
+
+
+@pytest.mark.parametrize(
+  'text', ['x', '3,', '5-3', '1,1', '-2', '0-99999999999']
+)
+def test_numbers_that_are_none(text):
+  assert samples.parse_numbers('seeds', '0-2, 7') == (0, 1, 2, 7)
+  with pytest.raises(errors.UserError, match='--seeds is'):
+    samples.parse_numbers('seeds', text)
 
 
 def test_a_guide_of_its_own(workdir, tmp_path):

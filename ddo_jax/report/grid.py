@@ -31,9 +31,11 @@ def grid(
   return sheet
 
 
-def save(path: pathlib.Path, images: np.ndarray, pixel_values: int) -> None:
-  """Writes a PNG of images uint8 [N,H,W,C], ten a row, small ones enlarged."""
-  sheet = grid(images, 10, pixel_values)
+def save(
+  path: pathlib.Path, images: np.ndarray, pixel_values: int, columns: int = 10
+) -> None:
+  """Writes a PNG of images uint8 [N,H,W,C]; small ones are enlarged."""
+  sheet = grid(images, columns, pixel_values)
   zoom = max(1, 32 // images.shape[1])
   sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
   Image.fromarray(sheet.squeeze()).save(path)

@@ -95,6 +95,7 @@ def _save_promoted(
     'stage': folder.name,
     'promoted': chosen,
     'provenance': provenance,
+    'class_shares': run.shares.counts,
     'config': settings.to_json(run.config),
   }
   checkpoint.save_params(folder / 'promoted', promotion.params, meta)

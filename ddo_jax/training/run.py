@@ -54,7 +54,11 @@ def _learn(
     fake=None,
   )
   promotion = loop_lib.run(job)
-  meta = {'stage': name, 'config': settings.to_json(run.config)}
+  meta = {
+    'stage': name,
+    'class_shares': run.shares.counts,
+    'config': settings.to_json(run.config),
+  }
   checkpoint.save_params(params_folder, promotion.params, meta)
   records.write_json(done, {'seconds': time.perf_counter() - begin})
   return params_folder
