@@ -70,11 +70,13 @@ class Rhythm:
   Attributes:
     eval_images: images between evaluations in a phase; 0: at its end.
     save_images: images between saves; 0: at evaluations.
+    save_minutes: minutes after which a state is saved in any case; 0: never.
     log_images: images between log lines.
   """
 
   eval_images: int = _knob(0)
   save_images: int = _knob(0, science=False)
+  save_minutes: float = _knob(10.0, science=False)
   log_images: int = _knob(25_600, science=False)
 
 
@@ -260,6 +262,12 @@ def _validate_phase(name: str, phase: Phase) -> None:
     rhythm.eval_images >= 0,
     f'{name}.rhythm.eval_images',
     rhythm.eval_images,
+    '0 or more',
+  )
+  errors.require(
+    rhythm.save_minutes >= 0,
+    f'{name}.rhythm.save_minutes',
+    rhythm.save_minutes,
     '0 or more',
   )
   objective = phase.objective

@@ -34,7 +34,6 @@ import logging
 import os
 import pathlib
 import shlex
-import signal
 import sys
 from typing import Any
 from typing import NamedTuple
@@ -56,9 +55,9 @@ from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
 from ddo_jax.report import page
+from ddo_jax.runtime import interruption
 from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
-from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import samples
 from ddo_jax.training import workspace
@@ -514,14 +513,11 @@ def _main(argv: Sequence[str]) -> None:
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     cache = pathlib.Path('~/.cache/ddo_jax/xla').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache))
-  # Between training steps nothing needs saving: stages are whole or absent.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(loop_lib.EX_TEMPFAIL))
-  try:
-    _print(_mode().run())
-  except errors.UserError as error:
-    sys.exit(f'FATAL {error}')
-  except KeyboardInterrupt:
-    sys.exit('interrupted; run the same command again to continue')
+  with interruption.handled():
+    try:
+      _print(_mode().run())
+    except errors.UserError as error:
+      sys.exit(f'FATAL {error}')
 
 
 if __name__ == '__main__':

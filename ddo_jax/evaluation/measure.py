@@ -130,6 +130,7 @@ def selection_scores(
   params: likelihood.Params,
   settings: evaluator_lib.Evaluation,
   seed: int,
+  folder: pathlib.Path | None = None,
 ) -> evaluator_lib.Scores:
   """Returns scores on the one fixed stream by which checkpoints are compared.
 
@@ -139,10 +140,11 @@ def selection_scores(
     params: the checkpoint's weights, on the devices.
     settings: say how many images are drawn.
     seed: the run's.
+    folder: where rows are kept; see `rows.gather`.
   """
   key = rng.stream(seed, 'select')
   ids = evaluator.ids(0, settings.selection_samples)
-  rows, labels = draw(evaluator, generator, params, key, ids)
+  rows, labels = draw(evaluator, generator, params, key, ids, folder)
   return evaluator.scores(rows, labels)
 
 
@@ -188,12 +190,13 @@ def report_scores(
   params: likelihood.Params,
   settings: evaluator_lib.Evaluation,
   seed: int,
+  folder: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Returns the summary of a report's scores; see `report_blocks`."""
   blocks = [
     evaluator.scores(rows, labels)
     for rows, labels in report_blocks(
-      evaluator, generator, params, settings, seed
+      evaluator, generator, params, settings, seed, folder
     )
   ]
   return summarize(blocks, evaluator.minima)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import os
 import pathlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ddo_jax.evaluation.metrics import frechet
@@ -54,17 +56,20 @@ def gather(
     count: N.
     name: what the progress is called.
     folder: rows are kept here as they come, and a later call makes only those
-      that are missing; None keeps them in memory.
+      that are missing; None keeps them in memory, and so do several processes,
+      which must ask for the same images.
 
   Raises:
     errors.UserError: a row holds NaN or Inf.
   """
   rows = {}
+  if jax.process_count() > 1:
+    folder = None
   # A row is NaN until it has come; none that has come holds one.
   missing = np.zeros(count, bool)
   for kind, (width, dtype) in kinds.items():
     rows[kind] = _open(folder, kind, (count, width), dtype)
-    missing |= np.isnan(rows[kind][:, 0])
+    missing |= np.isnan(rows[kind][:, [0, -1]]).any(axis=1)
   ids = np.flatnonzero(missing)
   take = _Buffer(images(ids))
   with progress.follow(name, count, done=count - len(ids)) as bar:
@@ -107,6 +112,8 @@ def _open(
     rows = np.lib.format.open_memmap(path, 'r+')
     if rows.shape == shape:
       return rows
-  rows = np.lib.format.open_memmap(path, 'w+', dtype, shape)
+  partial = path.with_suffix('.partial')
+  rows = np.lib.format.open_memmap(partial, 'w+', dtype, shape)
   rows[:] = np.nan
+  os.replace(partial, path)  # else rows of 0 would pass for some that came
   return rows

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import hashlib
 import os
@@ -12,11 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from ddo_jax import errors
 
-_METRIC = 'selection'
 # How the operating system, Orbax and TensorStore say that a disk is full.
 _FULL_DISK = ('No space left', 'RESOURCE_EXHAUSTED', 'Disk quota')
 
@@ -94,8 +93,17 @@ def _guarded(
     ) from error
 
 
-def _selection(metrics: dict[str, float]) -> float:
-  return metrics[_METRIC]
+class _NewestAndBest:
+  """Orbax asks it which checkpoints to keep."""
+
+  best: int | None = None
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    del context
+    kept = (checkpoints[-1].step, self.best)
+    return [info.step in kept for info in checkpoints]
 
 
 class Checkpoints:
@@ -107,20 +115,9 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path):
     """Opens or creates `folder`."""
     self.folder = folder.absolute()
-    newest = checkpoint_managers.LatestN(1)
-    best = checkpoint_managers.BestN(
-      get_metric_fn=_selection,
-      reverse=True,
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
+    self._policy = _NewestAndBest()
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-        [newest, best]
-      ),
-      best_fn=_selection,  # without it no metric is written to disk
-      best_mode='min',
-      cleanup_tmp_directories=True,
+      preservation_policy=self._policy, cleanup_tmp_directories=True
     )
     self._manager = ocp.CheckpointManager(
       self.folder,
@@ -141,14 +138,15 @@ class Checkpoints:
     """Returns the newest complete step, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: Any, step: int, metric: float | None = None) -> None:
-    """Starts to save a TrainState.
+  def save(self, state: Any, step: int, best: int | None = None) -> None:
+    """Starts to save a TrainState; earlier ones are removed when it is whole.
 
     Args:
       state: the TrainState; it may be donated as soon as this returns.
       step: its number.
-      metric: ranks it, lower is better; None: it is not evaluated.
+      best: the step of an earlier checkpoint that is kept; None: there is none.
     """
+    self._policy.best = best
     items = {'state': ocp.args.StandardSave(_without_ema(state))}
     if state.ema:
       items['ema'] = ocp.args.StandardSave(state.ema)
@@ -157,7 +155,6 @@ class Checkpoints:
       self._manager.save,
       step,
       args=ocp.args.Composite(**items),
-      metrics=None if metric is None else {_METRIC: metric},
       force=True,
     )
 

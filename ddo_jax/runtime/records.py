@@ -95,7 +95,7 @@ class MetricsLog:
       if record['stage'] != stage:
         return True
       if record['kind'] == 'eval':
-        return record['step'] <= step  # evaluated and logged before the save
+        return record['step'] <= step  # of a state that is saved
       return record['step'] < step
 
     kept = []

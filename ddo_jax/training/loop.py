@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from collections.abc import Generator
-from collections.abc import Iterator
 import contextlib
 import dataclasses
 import logging
-import math
 import pathlib
+import shutil
 import signal
-import threading
 import time
 from typing import Any
 
@@ -26,13 +24,13 @@ from ddo_jax.data import sources
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import interruption
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
 _LOGGER = logging.getLogger(__name__)
-EX_TEMPFAIL = 75  # exit status: interrupted, run the same command again
 _TOLERANCE = 1e-3  # of |βΔ| at step 0: what rounding may leave
 
 
@@ -56,7 +54,9 @@ class Job:
     executor: the devices.
     accumulate: the number of microbatches a step.
     log: metrics.jsonl.
-    evaluate: params -> scores that choose a checkpoint; None keeps the last.
+    evaluate: (params, folder=...) -> scores that choose a checkpoint; None
+      keeps the last. In the folder a call that is cut off leaves what the next
+      one goes on with.
     metric: the score that chooses; lower is better.
   """
 
@@ -74,7 +74,7 @@ class Job:
   executor: devices_lib.Executor
   accumulate: int
   log: records.MetricsLog
-  evaluate: Callable[[likelihood.Params], dict[str, float]] | None
+  evaluate: Callable[..., dict[str, float]] | None
   metric: str
 
   def transform(self) -> optax.GradientTransformation:
@@ -99,20 +99,6 @@ class Promotion:
   step: int
   profile: str
   selection: float | None
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-  """Yields an event that SIGTERM sets, in place of ending the process."""
-  event = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield event  # only the main thread hears signals
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-  try:
-    yield event
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 def batches(job: Job, start: int) -> Generator[Any, None, None]:
@@ -221,8 +207,9 @@ def _evaluate(
 ) -> dict[str, Any]:
   """Scores every candidate; logs and returns the best one's record."""
   best: dict[str, Any] | None = None
+  folder = _evaluation_folder(job, step)
   for profile, params in state.candidates().items():
-    scores = job.evaluate(params)
+    scores = job.evaluate(params, folder=folder / profile)
     selection = scores[job.metric]
     if not np.isfinite(selection):
       raise errors.UserError(
@@ -233,12 +220,58 @@ def _evaluate(
   images = step * job.phase.batch_size
   record = {'stage': job.name, 'kind': 'eval', 'step': step, 'images': images}
   job.log.write(record | best)
+  shutil.rmtree(folder.parent, ignore_errors=True)
   return best
+
+
+def _evaluation_folder(job: Job, step: int) -> pathlib.Path:
+  """Where an evaluation keeps what it has until it is done."""
+  return job.folder / 'selection' / str(step)
+
+
+def _forget_evaluations(job: Job, start: int) -> None:
+  """Drops what is left of evaluations of states that were not saved.
+
+  On some devices the state of a step does not come again to the bit.
+  """
+  kept = _evaluation_folder(job, start)
+  for folder in kept.parent.glob('*'):
+    if folder != kept:
+      shutil.rmtree(folder)
 
 
 def _due(step: int, images: int, batch: int) -> bool:
   """Whether a multiple of `images` falls on this step; 0 is never."""
   return images > 0 and step % max(1, round(images / batch)) == 0
+
+
+def _asked(
+  job: Job, step: int, deferral: interruption.Deferral, minutes: float
+) -> tuple[int, bool]:
+  """Returns what is asked for at a step from outside of the training.
+
+  Several processes save and leave at the same step, whichever was asked. They
+  tell each other where metrics are logged: telling waits for the devices.
+
+  Args:
+    job: the job.
+    step: the step.
+    deferral: hears the signals.
+    minutes: since the last save.
+
+  Returns:
+    The signal that ends the run at this step, 0 for none; and whether the clock
+    wants a save.
+  """
+  rhythm = job.phase.rhythm
+  signum = deferral.signum or 0
+  overdue = 0 < rhythm.save_minutes <= minutes
+  if jax.process_count() == 1:
+    return signum, overdue
+  if not _due(step, rhythm.log_images, job.phase.batch_size):
+    return 0, False
+  signum, wanted = devices_lib.largest([signum, int(overdue)])
+  return signum, bool(wanted)
 
 
 def _promote(
@@ -284,7 +317,9 @@ def run(job: Job) -> Promotion:
   """Trains a phase to its end, resuming where an earlier call stopped.
 
   Raises:
-    SystemExit: with status EX_TEMPFAIL after SIGTERM; the state is saved.
+    KeyboardInterrupt: after Ctrl-C; the state is saved. A second Ctrl-C does
+      not wait for that.
+    SystemExit: after SIGTERM or SIGHUP; the state is saved.
     errors.UserError: a loss or gradient is not finite, step 0 of a round is not
       at chance, or the data is at fault.
   """
@@ -302,10 +337,7 @@ def run(job: Job) -> Promotion:
   key = rng.stream(job.seed, 'train', job.name)
   model, traced_phase, key = executor.replicate((*numbers, key))
   target = _abstract_state(job)
-  with (
-    checkpoint.Checkpoints(job.folder / 'checkpoints') as checkpoints,
-    _termination() as terminated,
-  ):
+  with checkpoint.Checkpoints(job.folder / 'checkpoints') as checkpoints:
     start = checkpoints.latest_step() or 0
     if start:
       state = checkpoints.restore(start, target)
@@ -313,6 +345,7 @@ def run(job: Job) -> Promotion:
     else:
       state = _fresh_state(job)
     job.log.rewind(job.name, start)
+    _forget_evaluations(job, start)
     evaluated = {
       record['step']: record['selection']
       for record in job.log.read(job.name)
@@ -323,33 +356,42 @@ def run(job: Job) -> Promotion:
       job.name, steps * batch_size, done=start * batch_size, leave=True
     )
     rows = batches(job, start)
-    with bar, contextlib.closing(rows):
+    saved_at = time.monotonic()
+    with bar, contextlib.closing(rows), interruption.deferred() as deferral:
       for step in range(start, steps + 1):
         last = step == steps
-
-        # Evaluate, before the save that its score may rank.
-        metric = None
-        rank = None
-        due = last or _due(step, rhythm.eval_images, batch_size)
-        if job.evaluate and due and step not in evaluated:
-          logger.flush()
-          metric = _evaluate(job, state, step)['selection']
-          if metric < min(evaluated.values(), default=math.inf):
-            rank = metric  # of equal scores the first one is kept
-          evaluated[step] = metric
-          bar.set_postfix_str(f'{job.metric} {metric:.4g}')
+        evaluate = last or _due(step, rhythm.eval_images, batch_size)
+        evaluate = job.evaluate and evaluate and step not in evaluated
 
         # Save.
+        minutes = (time.monotonic() - saved_at) / 60
+        signum, overdue = _asked(job, step, deferral, minutes)
         save = last or _due(step, rhythm.save_images, batch_size)
-        save = save or metric is not None or terminated.is_set()
-        if save and step > start:
+        if (save or overdue or evaluate or signum) and step > start:
           logger.flush()
-          checkpoints.save(state, step, rank)
+          # Of equal scores the first one is kept.
+          best = min(evaluated, key=evaluated.__getitem__, default=None)
+          checkpoints.save(state, step, best)
+          saved_at = time.monotonic()
           logger.restart_clock()
-        if terminated.is_set():
+        if signum:
           checkpoints.wait()
-          _LOGGER.warning('%s: SIGTERM; saved step %d', job.name, step)
-          raise SystemExit(EX_TEMPFAIL)
+          _LOGGER.warning(
+            '%s: %s; saved step %d of %d, run the same command again to go on',
+            job.name,
+            signal.Signals(signum).name,
+            step,
+            steps,
+          )
+          interruption.leave(signum)
+
+        # Evaluate what is saved, so that this may be cut off.
+        if evaluate:
+          with deferral.saved():
+            metric = _evaluate(job, state, step)['selection']
+          evaluated[step] = metric
+          bar.set_postfix_str(f'{job.metric} {metric:.4g}')
+          logger.restart_clock()
         if last:
           break
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -148,11 +149,14 @@ def _report_scores(
     settings=evaluation,
     seed=run.config.seed,
   )
+  kept = folder / 'evaluation'  # of a call that is cut off
   weights = {'after': promotion.params}
   if before is None:  # no earlier round has scored and drawn these
-    before = scores(reference)
+    before = scores(reference, folder=kept / 'before')
     weights['before'] = reference
-  after = scores(promotion.params) if promotion.step else before
+  after = before
+  if promotion.step:
+    after = scores(promotion.params, folder=kept / 'after')
   count = measure.num_images(run.evaluator, evaluation)
   num_blocks = measure.num_blocks(run.evaluator, evaluation)
   result = {
@@ -165,6 +169,7 @@ def _report_scores(
     'sheets': _draw_sheets(run, folder, weights, count),
   }
   records.write_json(folder / 'eval.json', result)
+  shutil.rmtree(kept, ignore_errors=True)
   return result
 
 

@@ -254,7 +254,7 @@ class Run:
     start: Callable[[], likelihood.Params],
     reference: likelihood.Params,
     fake: sources.Source | None,
-    score: Callable[[likelihood.Params], evaluator_lib.Scores] | None = None,
+    score: Callable[..., evaluator_lib.Scores] | None = None,
   ) -> loop_lib.Job:
     """Returns the training job of a stage; see `loop.Job`."""
     draws = phase.used_negatives.needs_sampler

@@ -43,11 +43,11 @@ def abstract(tree):
   return checkpoint.abstract(tree, jax.tree.map(lambda _: HERE, tree))
 
 
-def saved(folder, steps, metrics=None):
-  """Saves the state of each step, with the metrics given by step."""
+def saved(folder, steps, best=None):
+  """Saves the state of each step; `best` gives the best one before it."""
   with checkpoint.Checkpoints(folder) as checkpoints:
     for step in steps:
-      checkpoints.save(make_state(step), step, (metrics or {}).get(step))
+      checkpoints.save(make_state(step), step, (best or {}).get(step))
   return folder
 
 
@@ -78,21 +78,21 @@ def kept(folder):
 
 
 @pytest.mark.parametrize(
-  ('metrics', 'expected'),
+  ('best', 'expected'),
   [
     ({}, [8]),
-    ({2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}, [4, 8]),
-    ({2: 3.0, 4: 2.0, 6: 1.5, 8: 1.0}, [8]),
-    ({2: 1.0, 6: 2.0}, [2, 8]),  # saves between evaluations
+    ({4: 2, 6: 4, 8: 4}, [4, 8]),
+    ({4: 2, 6: 4, 8: 6}, [6, 8]),
+    ({2: 0, 4: 0, 6: 0, 8: 0}, [8]),  # the reference, which is elsewhere
   ],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path, metrics, expected):
-  assert kept(saved(tmp_path, [2, 4, 6, 8], metrics)) == expected
+def test_the_newest_and_the_best_are_kept(tmp_path, best, expected):
+  assert kept(saved(tmp_path, [2, 4, 6, 8], best)) == expected
 
 
 def test_the_best_is_kept_across_a_resume(tmp_path):
-  saved(tmp_path, [2, 4], {2: 1.0, 4: 2.0})
-  saved(tmp_path, [6, 8], {6: 3.0})
+  saved(tmp_path, [2, 4], {4: 2})
+  saved(tmp_path, [6, 8], {6: 2, 8: 2})
   assert kept(tmp_path) == [2, 8]
 
 

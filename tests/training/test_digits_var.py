@@ -96,7 +96,7 @@ def test_law_4_a_round_resumes_bit_for_bit(workdir, jobs, tmp_path):
       job,
       folder=tmp_path / name / job.name,
       log=records.MetricsLog(tmp_path / name),
-      evaluate=lambda params: {job.metric: next(scores)},
+      evaluate=lambda params, folder: {job.metric: next(scores)},
     )
 
   falling = (3.0, 2.0, 1.0)  # the last state is promoted

@@ -1,6 +1,9 @@
 """The loop of one phase: promotion, what stops it, what it fetches."""
 
 import dataclasses
+import signal
+import time
+import types
 
 import chex
 import interruption
@@ -18,6 +21,7 @@ from ddo_jax.method import noise
 from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import interruption as interruption_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
 
@@ -90,7 +94,8 @@ class Judge:
   def __init__(self, *scores):
     self.scores, self.judged = list(scores), []
 
-  def __call__(self, params):
+  def __call__(self, params, folder):
+    del folder
     self.judged.append(checkpoint.tree_hash(params))
     return {'fd_train': self.scores[len(self.judged) - 1]}
 
@@ -147,6 +152,125 @@ def test_law_4_pmap_resumes_as_fsdp(make_job, tmp_path):
   assert any(not a.sharding.is_fully_replicated for a in kernels)
   params = (jax.device_get(p.params) for p in (promotion, expected))
   chex.assert_trees_all_close(*params, rtol=1e-3, atol=1e-4)
+
+
+def at_step(patch, wanted, act):
+  """Calls `act` when a step is under way."""
+  push = loop_lib._Logger.push
+
+  def acting(logger, step, *args):
+    if step == wanted:
+      act()
+    push(logger, step, *args)
+
+  patch.setattr(loop_lib._Logger, 'push', acting)
+
+
+def interrupt_twice():
+  signal.raise_signal(signal.SIGINT)
+  signal.raise_signal(signal.SIGINT)
+
+
+def elsewhere(job, folder):
+  return dataclasses.replace(job, folder=folder, log=records.MetricsLog(folder))
+
+
+def kept(job):
+  folder = job.folder / 'checkpoints'
+  return sorted(int(path.name) for path in folder.glob('[0-9]*'))
+
+
+def test_law_4_signals_save_first(make_job, tmp_path, monkeypatch, capfd):
+  whole = loop_lib.run(make_job(Judge(9.0, 9.0, 9.0, 8.0, 5.0, 6.0)))
+  log = records.read_log(tmp_path)
+
+  def make(*scores):
+    return elsewhere(make_job(Judge(*scores)), tmp_path / 'other')
+
+  job = make(9.0, 9.0)
+  with monkeypatch.context() as patch:
+    at_step(patch, 0, lambda: signal.raise_signal(signal.SIGHUP))
+    with pytest.raises(SystemExit) as left:
+      loop_lib.run(job)
+  assert left.value.code == interruption_lib.EX_TEMPFAIL == 75
+  assert kept(job) == [1]
+  # The second Ctrl-C does not wait for a save.
+  with monkeypatch.context() as patch:
+    at_step(patch, 4, interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+      loop_lib.run(make())
+  assert kept(job) == [3]
+  assert 'SIGINT: saving before leaving; Ctrl-C again' in capfd.readouterr().err
+  # An evaluation ends at once, for its state is saved, and so are its rows.
+  found = []
+
+  def cut_off(params, folder):
+    found.append(folder.relative_to(job.folder))
+    folder.mkdir(parents=True)
+    signal.raise_signal(signal.SIGTERM)
+    raise AssertionError('not left')
+
+  with pytest.raises(SystemExit):
+    loop_lib.run(dataclasses.replace(job, evaluate=cut_off))
+  assert kept(job) == [6]
+  (rows,) = found
+  assert str(rows) == 'selection/6/halflife_30'
+  (job.folder / 'selection' / '5').mkdir()  # of a state that was not saved
+  judge = Judge(9.0, 8.0)
+
+  def resumed(params, folder):
+    assert folder.exists() == (len(judge.judged) == 0)
+    assert not (job.folder / 'selection' / '5').exists()
+    return judge(params, folder)
+
+  with monkeypatch.context() as patch:
+    at_step(patch, 8, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+      loop_lib.run(dataclasses.replace(job, evaluate=resumed))
+  assert kept(job) == [6, 9]
+  promotion = loop_lib.run(make(5.0, 6.0))
+  assert kept(job) == [6, 12]
+  assert not (job.folder / 'selection').exists()
+  assert (promotion.step, promotion.profile) == (12, 'halflife_30')
+  again, expected = (checkpoint.tree_hash(p.params) for p in (promotion, whole))
+  assert again == expected
+  found = records.read_log(job.folder)
+  assert [r['step'] for r in found] == [r['step'] for r in log]
+
+
+def test_saves_by_the_clock_change_nothing(make_job, tmp_path, monkeypatch):
+  outcomes = []
+  for minutes in (0, 6):
+    clock = types.SimpleNamespace(now=0.0, perf_counter=time.perf_counter)
+    clock.monotonic = lambda clock=clock: clock.now
+    monkeypatch.setattr(loop_lib, 'time', clock)
+    judge = Judge(7.0, 7.0, 2.0, 1.0, 4.0, 5.0)
+    job = elsewhere(make_job(judge), tmp_path / str(minutes))
+    steps = []
+    save = checkpoint.Checkpoints.save
+    push = loop_lib._Logger.push
+
+    def counted(self, state, step, best, steps=steps, save=save):
+      steps.append(step)
+      save(self, state, step, best)
+
+    def timed(*args, clock=clock, minutes=minutes, push=push):
+      clock.now += 60 * minutes
+      push(*args)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint.Checkpoints, 'save', counted)
+      patch.setattr(loop_lib._Logger, 'push', timed)
+      promotion = loop_lib.run(job)
+    assert promotion.step == 6
+    sha256 = checkpoint.tree_hash(promotion.params)
+    outcomes.append((kept(job), promotion.profile, sha256, steps))
+  plain, by_clock = outcomes
+  assert plain[:3] == by_clock[:3]
+  assert plain[0] == [6, 12]
+  assert plain[3] == [3, 6, 9, 12]
+  # Twelve minutes after a save there is another one, wherever the others fall.
+  assert by_clock[3] == [2, 3, 5, 6, 8, 9, 11, 12]
 
 
 def test_an_undefined_score_stops_the_run(make_job):
