@@ -131,17 +131,20 @@ class Config:
     name: what the report calls it.
     seed: everything random follows from it.
     rounds: the number of rounds; raising it continues a finished run.
-    init_from: a folder of params to start from; '' pretrains first.
+    init_from: what to start from: a folder of params; or weights that are
+      converted on the way, by the name of an asset (see `assets.table`), a
+      path or an address. '' pretrains first.
     model: a model's settings, e.g. `models.toy.ToyConfig`.
     sampler: a sampler's settings, e.g. `samplers.heun.Heun`.
-    guide_from: a folder of params of a weaker network, which guides where
-      `sampler.guidance` is not 1. Without it the model itself, its label left
-      out, is the guide.
+    guide_from: the params of a weaker network, named as in `init_from`, which
+      guides where `sampler.guidance` is not 1. Without it the model itself, its
+      label left out, is the guide.
     guide: the guide's model settings, if they are not those of `model`.
-    vae_from: the autoencoder of latent models, sd-vae-ft-mse as .safetensors or
-      .bin. Only seeing or scoring their images needs it; training does not.
-    tokenizer_from: the folder of params of the frozen tokenizer of a model of
-      tokens. '' trains one first, by the phase `tokenizer`.
+    vae_from: the autoencoder of latent models, 'sd-vae-ft-mse' or the path of
+      its .safetensors or .bin. Only seeing or scoring their images needs it;
+      training does not.
+    tokenizer_from: the params of the frozen tokenizer of a model of tokens,
+      named as in `init_from`. '' trains one first, by the phase `tokenizer`.
     data: where real images come from.
     labels: how often each class is drawn, for the fake pools and the scores.
       'data': as often as in the training images, where classes that occur

@@ -48,7 +48,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import recipes
 from ddo_jax import settings
-from ddo_jax.assets import download
+from ddo_jax.assets import store
 from ddo_jax.evaluation import score
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
@@ -129,8 +129,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _PARAMS = flags.DEFINE_string(
   'params',
   None,
-  'sample, evaluate: a folder of params, or a released file; default the'
-  ' newest.',
+  'sample, evaluate: a folder of params, a released file or its published name;'
+  ' default the newest.',
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   'num_samples', 100, 'sample: takes seeds 0, 1, ….', lower_bound=1
@@ -165,8 +165,8 @@ _SAVE_IMAGES = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
-  'convert: a .pkl, .safetensors or .pth by its path, http(s):// or'
-  ' hf://owner/name/file; or a folder of params.',
+  'convert: a .pkl, .safetensors or .pth by its path, its published name,'
+  ' http(s):// or hf://owner/name/file; or a folder of params.',
 )
 _SHA256 = flags.DEFINE_string(
   'sha256', None, 'convert: what the source must hash to.'
@@ -198,24 +198,29 @@ def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def params_folder(
-  params: pathlib.Path | None,
+  params: pathlib.Path | str | None,
   config: config_lib.Config,
   output: pathlib.Path,
 ) -> pathlib.Path | None:
   """Returns the folder of params that --params means.
 
-  A released file is converted into `output`/params on the way. A folder, or
-  None for a run's newest params, is returned as it is.
+  A folder, or None for a run's newest params, is returned as it is. Anything
+  else is fetched, if need be, and converted into a folder in `output`/weights.
   """
-  if params is None or params.is_dir():
-    return params
-  return convert(str(params), output / 'params', config)
+  if params is None:
+    return None
+  return released.folder_of(
+    name=str(params),
+    folder=output / 'weights',
+    setting='--params',
+    config=config.model,
+  )
 
 
 def sample(
   config: config_lib.Config,
   workdir: pathlib.Path,
-  params: pathlib.Path | None = None,
+  params: pathlib.Path | str | None = None,
   num_samples: int = 100,
   output: pathlib.Path | None = None,
   seeds: Sequence[int] = (),
@@ -226,7 +231,8 @@ def sample(
   Args:
     config: `config.sampler.guidance` guides by the model without labels.
     workdir: the folder of a run.
-    params: a folder of params, or a released file; None takes the run's newest.
+    params: a folder of params, a released file or its name; None takes the
+      run's newest.
     num_samples: how many seeds are drawn where none are named, from 0 on.
     output: the folder of the result; None is the workdir.
     seeds: the images' seeds.
@@ -245,13 +251,14 @@ def sample(
 def evaluate(
   config: config_lib.Config,
   workdir: pathlib.Path,
-  params: pathlib.Path | None = None,
+  params: pathlib.Path | str | None = None,
   output: pathlib.Path | None = None,
   save_images: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Scores params; see `score.score_params`.
 
-  `params` may be a released file: from a .pkl to its FID is one command.
+  `params` may be a released file, or the name of one: from a .pkl to its FID is
+  one command.
   """
   run = workspace.Run(config, workdir)
   folder = params_folder(params, config, output or workdir)
@@ -290,8 +297,9 @@ def convert(
   if folder.is_dir():
     weights = released.load_folder(folder, model)
   else:
-    path = download.fetch(source, sha256)
-    weights = released.read(path, source, model)
+    asset = store.asset_of(source)
+    path = store.resolve(source, '--source', sha256)
+    weights = released.read(path, asset.address if asset else source, model)
   if 'licence' in weights.provenance:
     _LOGGER.info('licence of the weights: %s', weights.provenance['licence'])
   if output.suffix in released.SUFFIXES:
@@ -329,7 +337,7 @@ def _sample() -> Any:
   return sample(
     config=_CONFIG.value,
     workdir=_path(_WORKDIR),
-    params=_path(_PARAMS),
+    params=_PARAMS.value or None,
     num_samples=_NUM_SAMPLES.value,
     output=_path(_OUTPUT),
     seeds=_numbers(_SEEDS),
@@ -350,7 +358,7 @@ def _evaluate() -> Any:
   return evaluate(
     config=_CONFIG.value,
     workdir=_path(_WORKDIR),
-    params=_path(_PARAMS),
+    params=_PARAMS.value or None,
     output=_path(_OUTPUT),
     save_images=_path(_SAVE_IMAGES),
   )

@@ -1,7 +1,7 @@
 """Image sets prepared by TFDS and read back, without TensorFlow.
 
 The set `digits` is part of scikit-learn. `fashion_mnist` and `cifar10` are made
-from the files that their authors publish and the user downloads; their names,
+from the files that their authors publish, which are fetched; their names,
 versions, features and keys are TFDS's own, so that stock TFDS reads what is
 written here, in the same order. All three are written as array_record, the
 format that TFDS reads at random without TensorFlow. scikit-learn, PIL and
@@ -21,6 +21,8 @@ import zlib
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.assets import store
+from ddo_jax.assets import table
 from ddo_jax.data import encoded
 
 _CHUNK = 1_024  # Records that are parsed at once for their labels.
@@ -37,6 +39,14 @@ FASHION_MNIST_SHA256 = (
   '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
   '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
 )
+_FASHION_MNIST_FILES = (
+  'train-images-idx3-ubyte.gz',
+  'train-labels-idx1-ubyte.gz',
+  't10k-images-idx3-ubyte.gz',
+  't10k-labels-idx1-ubyte.gz',
+)
+_CIFAR10_FILE = 'cifar-10-binary.tar.gz'
+_SETTING = '--config.data.raw_dir (its folder)'
 CIFAR10_SHA256 = (
   'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
 )
@@ -67,11 +77,19 @@ def digits(raw_dir: str = '') -> Splits:
 
 
 def _raw_file(raw_dir: str, filename: str, where_to_get: str) -> pathlib.Path:
-  """Returns the path of a downloaded file; raises UserError without it."""
+  """Returns the path of a published file, fetched if no folder is named.
+
+  Raises:
+    errors.UserError: it is not in the folder that is named, or it cannot be
+      fetched.
+  """
+  if not raw_dir:
+    return store.fetch(table.find(filename), _SETTING)
   path = pathlib.Path(raw_dir).expanduser() / filename
-  if not raw_dir or not path.is_file():
+  if not path.is_file():
     raise errors.UserError(
-      f'{filename} is not in config.data.raw_dir={raw_dir!r}; {where_to_get}'
+      f'{filename} is not in config.data.raw_dir={raw_dir!r}; {where_to_get};'
+      ' or leave config.data.raw_dir empty to fetch it'
     )
   return path
 
@@ -109,7 +127,7 @@ def fashion_mnist(
   """Reads Fashion-MNIST: 28×28 grey, 60,000 images to train, 10,000 to test.
 
   Args:
-    raw_dir: the folder of the four *-ubyte.gz files.
+    raw_dir: the folder of the four *-ubyte.gz files; '' fetches them.
     sha256: the hashes of their uncompressed content, in the default's order.
 
   Raises:
@@ -121,9 +139,8 @@ def fashion_mnist(
   )
   # All four are looked for before the first is decompressed and hashed.
   paths = [
-    _raw_file(raw_dir, f'{part}-{kind}-ubyte.gz', where_to_get)
-    for part in ('train', 't10k')
-    for kind in ('images-idx3', 'labels-idx1')
+    _raw_file(raw_dir, filename, where_to_get)
+    for filename in _FASHION_MNIST_FILES
   ]
   train_images = _read_idx(paths[0], 3, sha256[0])
   train_labels = _read_idx(paths[1], 1, sha256[1])
@@ -156,7 +173,7 @@ def cifar10(raw_dir: str, sha256: str = CIFAR10_SHA256) -> Splits:
   The images are in the order of the file.
 
   Args:
-    raw_dir: the folder of cifar-10-binary.tar.gz.
+    raw_dir: the folder of cifar-10-binary.tar.gz; '' fetches it.
     sha256: the hash of that file.
 
   Raises:
@@ -165,7 +182,7 @@ def cifar10(raw_dir: str, sha256: str = CIFAR10_SHA256) -> Splits:
   where_to_get = (
     "the University of Toronto's CIFAR page has it (binary version)"
   )
-  path = _raw_file(raw_dir, 'cifar-10-binary.tar.gz', where_to_get)
+  path = _raw_file(raw_dir, _CIFAR10_FILE, where_to_get)
   with path.open('rb') as file:
     got = hashlib.file_digest(file, 'sha256').hexdigest()
   _require_sha256(path, got, sha256)
@@ -183,7 +200,8 @@ class Spec:
   Attributes:
     name: the set's name in TFDS.
     version: its version in TFDS.
-    read: gives the splits, from the folder `raw_dir` of downloaded files.
+    read: gives the splits, from the folder `raw_dir` of published files.
+    files: the names of those files.
     class_names: the names of the classes, by label.
     pixel_values: pixels are 0 .. pixel_values−1.
     has_id: whether records carry '<split>_<index>', as stock cifar10's do.
@@ -195,6 +213,7 @@ class Spec:
   class_names: tuple[str, ...]
   pixel_values: int = 256
   has_id: bool = False
+  files: tuple[str, ...] = ()
 
 
 SPECS = {
@@ -209,6 +228,7 @@ SPECS = {
     name='fashion_mnist',
     version='3.0.1',
     read=fashion_mnist,
+    files=_FASHION_MNIST_FILES,
     class_names=(
       'T-shirt/top',
       'Trouser',
@@ -226,6 +246,7 @@ SPECS = {
     name='cifar10',
     version='3.0.2',
     read=cifar10,
+    files=(_CIFAR10_FILE,),
     class_names=(
       'airplane',
       'automobile',
@@ -302,7 +323,8 @@ def prepare(spec: Spec, data_dir: str = '', raw_dir: str = '') -> None:
   Args:
     spec: the set.
     data_dir: where TFDS keeps prepared data; '' is TFDS's own default.
-    raw_dir: the folder of downloaded files, for sets that need them.
+    raw_dir: the folder of published files, for sets that need them; '' fetches
+      them.
 
   Raises:
     errors.UserError: raw files are missing or damaged, or `data_dir` cannot be
@@ -334,6 +356,14 @@ def _find(name: str, data_dir: str) -> Any | None:
       f'the folder of the set {name!r} is damaged ({type(error).__name__}):'
       ' delete it and prepare the set again'
     ) from error
+
+
+def wanted(name: str, data_dir: str, raw_dir: str) -> list[store.Wanted]:
+  """Returns the published files that opening a set will fetch."""
+  spec = SPECS.get(name)
+  if spec is None or raw_dir or _find(name, data_dir) is not None:
+    return []
+  return [store.Wanted(table.find(file), _SETTING) for file in spec.files]
 
 
 def _open_builder(name: str, data_dir: str, raw_dir: str) -> Any:
@@ -397,7 +427,8 @@ def open_split(
     name: a key of SPECS, or the TFDS name of a set prepared before.
     split: 'train', or a slice such as 'train[:90%]'.
     data_dir: where TFDS keeps prepared data; '' is TFDS's own default.
-    raw_dir: the folder of downloaded files, for sets that need them.
+    raw_dir: the folder of published files, for sets that need them; '' fetches
+      them.
 
   Raises:
     errors.UserError: the name or the split is unknown; the set is damaged or

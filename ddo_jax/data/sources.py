@@ -38,8 +38,8 @@ class Data:
   test_split: str = 'test'
   # Where TFDS keeps prepared data; '' is TFDS's own default.
   data_dir: str = _not_science('')
-  # Folder of the downloaded files that a builder reads (fashion_mnist: the
-  # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz).
+  # Folder of the published files that a builder reads (fashion_mnist: the
+  # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz); '' fetches them.
   raw_dir: str = _not_science('')
 
 

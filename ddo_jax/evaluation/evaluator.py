@@ -52,11 +52,10 @@ class Evaluation:
       all of them.
     real_images: under a protocol, the number of training images embedded for
       kid, precision and recall; 0 leaves these scores out.
-    fid_stats: the file of published statistics; '' looks for the protocol's
-      file in ~/.cache/ddo_jax/fid_stats.
-    inception: the file of Inception's weights; '' looks for a known one in
-      ~/.cache/ddo_jax/networks.
-    dinov2: the file of DINOv2's weights; '' looks for it in the same folder.
+    fid_stats: the file of published statistics, by its path or by the name of
+      an asset; '' takes the protocol's, which is fetched where it is missing.
+    inception: the file of Inception's weights, likewise.
+    dinov2: the file of DINOv2's weights, likewise.
   """
 
   protocol: str = ''

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.assets import store
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import protocols
@@ -26,9 +27,9 @@ LOGITS = 'logits'
 _CHUNK = 500  # images of a source that are read at once
 
 
-def _path(text: str) -> pathlib.Path | None:
-  """Returns the path of a setting; None where it is ''."""
-  return pathlib.Path(text).expanduser() if text else None
+def _file(name: str, setting: str) -> pathlib.Path | None:
+  """Returns the path of the file that a setting names; None where it is ''."""
+  return store.resolve(name, setting) if name else None
 
 
 def of_source(
@@ -80,13 +81,17 @@ class Extractor:
     self._params = {}
     self._widths = {}
     if 'fid' in self.kinds or 'sfid' in self.kinds:
-      params, origin = inception_weights.load(_path(settings.inception))
+      params, origin = inception_weights.load(
+        _file(settings.inception, inception_weights.SETTING)
+      )
       self._params['inception'] = params
       self.provenance['inception'] = origin
       if self.protocol.inception_score:
         self._widths[LOGITS] = rows_lib.Kind(inception.CLASSES)
     if 'fd_dinov2' in self.kinds:
-      params, origin = dinov2_weights.load(_path(settings.dinov2))
+      params, origin = dinov2_weights.load(
+        _file(settings.dinov2, dinov2_weights.SETTING)
+      )
       self._params['dinov2'] = params
       self.provenance['dinov2'] = origin
     for kind in self.kinds:

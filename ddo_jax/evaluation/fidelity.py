@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ddo_jax.assets import store
+from ddo_jax.assets import table
 from ddo_jax.data import loader
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
@@ -20,14 +22,13 @@ from ddo_jax.evaluation.metrics import kid
 from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
+from ddo_jax.weights import dinov2 as dinov2_weights
 from ddo_jax.weights import fid_stats as fid_stats_lib
+from ddo_jax.weights import inception as inception_weights
 
-# Where files of statistics are looked for; the second is where earlier
-# versions asked for them.
-_FOLDERS = (
-  pathlib.Path('~/.cache/ddo_jax/fid_stats'),
-  pathlib.Path('~/.cache/ddo_jax/references'),
-)
+# Where earlier versions asked for files of statistics.
+_FORMERLY = pathlib.Path('~/.cache/ddo_jax/references')
+_SETTING = '--config.evaluation.fid_stats'
 _KID_SUBSET = 1_000  # images of each set in a subset
 _INCEPTION_SCORES: dict[str, Callable[[np.ndarray], Any]] = {
   'openai': inception_score.openai,
@@ -35,13 +36,54 @@ _INCEPTION_SCORES: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
-def _find(name: str) -> pathlib.Path:
-  """Returns where a published file of statistics lies, or ought to."""
-  paths = [(folder / name).expanduser() for folder in _FOLDERS]
-  for path in paths:
-    if path.exists():
-      return path
-  return paths[0]
+def _lying(name: str) -> pathlib.Path | None:
+  """Returns where a protocol's statistics lie, if not where assets do.
+
+  A protocol of one's own may name a file that nobody publishes: it lies where
+  published ones do.
+  """
+  formerly = _FORMERLY.expanduser() / name
+  asset = table.find(name)
+  if asset is not None:
+    return None if store.is_here(asset) or not formerly.is_file() else formerly
+  own = store.folder(table.FID_STATS) / name
+  return formerly if formerly.is_file() and not own.is_file() else own
+
+
+def wanted(settings: evaluator.Evaluation) -> list[store.Wanted]:
+  """Returns the published files that a protocol's evaluator asks for.
+
+  Args:
+    settings: checked ones.
+  """
+  if not settings.protocol:
+    return []
+  protocol = protocols.get(settings.protocol)
+  kinds = evaluator.kinds(settings)
+  named = {}
+  if settings.fid_stats or _lying(protocol.fid_stats) is None:
+    named[_SETTING] = settings.fid_stats or protocol.fid_stats
+  if 'fid' in kinds or 'sfid' in kinds:
+    published = inception_weights.published().name
+    named[inception_weights.SETTING] = settings.inception or published
+  if 'fd_dinov2' in kinds:
+    named[dinov2_weights.SETTING] = settings.dinov2 or dinov2_weights.PUBLISHED
+  return store.wanted(named)
+
+
+def _open_statistics(settings: evaluator.Evaluation) -> fid_stats_lib.FidStats:
+  """Reads the statistics that settings name, or their protocol's.
+
+  Raises:
+    errors.UserError: they are missing and cannot be fetched, or damaged.
+  """
+  name = settings.fid_stats
+  if not name:
+    name = protocols.get(settings.protocol).fid_stats
+    lying = _lying(name)
+    if lying is not None:
+      return fid_stats_lib.read(lying)
+  return fid_stats_lib.read(store.resolve(name, _SETTING))
 
 
 class FidelityEvaluator:
@@ -87,10 +129,7 @@ class FidelityEvaluator:
     self.minima: tuple[str, ...] = ()
     if protocol.printed == 'minimum':
       self.minima = self.extractor.kinds
-    path = _find(protocol.fid_stats)
-    if settings.fid_stats:
-      path = pathlib.Path(settings.fid_stats).expanduser()
-    self._fid_stats = fid_stats_lib.read(path)
+    self._fid_stats = _open_statistics(settings)
     self._moments = {
       kind: self._fid_stats.of(kind) for kind in self.extractor.kinds
     }

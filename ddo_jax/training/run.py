@@ -22,6 +22,7 @@ from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import published
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
 
@@ -74,10 +75,12 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
     The folder of the params that the first round starts from.
 
   Raises:
-    errors.UserError: weights are named, and not the tokenizer they go with.
+    errors.UserError: weights are named, and not the tokenizer they go with; or
+      published files are missing.
   """
   config = run.config
   run.check_batches()
+  published.fetch(config, run.workdir)
   workspace.claim_workdir(config, run.workdir)
   learner = config.model.build_tokenizer()
   if learner and not config.tokenizer_from:
@@ -89,7 +92,7 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
     phase = config_lib.at_round(config.tokenizer, 0)
     _learn(run, 'tokenizer', phase, learner, frozen={})
   if config.init_from:
-    return pathlib.Path(config.init_from).expanduser()
+    return run.start_folder
   phase = config_lib.at_round(config.pretrain, 0)
   model = workspace.build_model(config, phase.noise)
   return _learn(run, 'pretrain', phase, model, run.frozen)

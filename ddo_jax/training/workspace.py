@@ -11,6 +11,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.assets import store
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -21,6 +22,7 @@ from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
+from ddo_jax.weights import released
 from ddo_jax.weights import vae_names
 
 
@@ -201,11 +203,32 @@ class Run:
       rule = 'balanced'
     return labels_lib.Shares.of(rule, self.real.labels())
 
-  @property
+  def _folder_named(self, field: str, model: Any) -> pathlib.Path:
+    """Returns the folder of params that a field of the config names.
+
+    What is no folder yet is fetched and converted into the run's folder.
+
+    Args:
+      field: 'init_from', 'guide_from' or 'tokenizer_from'.
+      model: the settings of the model that it names weights of.
+    """
+    return released.folder_of(
+      name=getattr(self.config, field),
+      folder=self.workdir / 'weights',
+      setting=f'--config.{field}',
+      config=model,
+    )
+
+  @functools.cached_property
+  def start_folder(self) -> pathlib.Path:
+    """Where the params are that `init_from` names."""
+    return self._folder_named('init_from', self.config.model)
+
+  @functools.cached_property
   def tokenizer_folder(self) -> pathlib.Path:
     """Where the params of the model's tokenizer are, if it has one."""
     if self.config.tokenizer_from:
-      return pathlib.Path(self.config.tokenizer_from).expanduser()
+      return self._folder_named('tokenizer_from', self.config.model)
     return self.workdir / 'tokenizer' / 'params'
 
   @functools.cached_property
@@ -215,7 +238,7 @@ class Run:
     frozen = {}
     if config.guide_from:
       guide = config.guide or config.model
-      folder = pathlib.Path(config.guide_from).expanduser()
+      folder = self._folder_named('guide_from', guide)
       frozen['guide'], _ = load_params(folder, guide.build(), self.executor)
     learner = config.model.build_tokenizer()
     if learner:
@@ -223,7 +246,8 @@ class Run:
         self.tokenizer_folder, learner, self.executor
       )
     if config.vae_from:
-      weights = vae_names.read(pathlib.Path(config.vae_from).expanduser())
+      path = store.resolve(config.vae_from, '--config.vae_from')
+      weights = vae_names.read(path)
       frozen['vae'] = self.executor.replicate(weights)
     return frozen
 

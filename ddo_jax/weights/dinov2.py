@@ -7,15 +7,16 @@ from typing import Any
 from flax import traverse_util
 import numpy as np
 
+from ddo_jax.assets import store
+from ddo_jax.assets import table
 from ddo_jax.evaluation.networks import dinov2
 from ddo_jax.weights import files
 from ddo_jax.weights import provenance
 from ddo_jax.weights import safetensors_file
 from ddo_jax.weights import torch_zip
 
-FOLDER = pathlib.Path('~/.cache/ddo_jax/networks')
+SETTING = '--config.evaluation.dinov2'
 PUBLISHED = 'dinov2_vitl14_pretrain.pth'
-LICENCE = 'Apache-2.0 (Meta: DINOv2)'
 
 _WANTED = f'{PUBLISHED} of DINOv2, or a .safetensors with its names'
 _PLACES = {
@@ -72,15 +73,13 @@ def to_flax(
 
 def load(
   path: pathlib.Path | None = None,
-  folder: pathlib.Path = FOLDER,
   network: dinov2.DinoV2 = dinov2.VIT_L14,
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """Returns the network's params and where they come from.
 
   Args:
-    path: the .pth, or a .safetensors of the same names; None looks for one in
-      the folder.
-    folder: where published files are looked for.
+    path: the .pth, or a .safetensors of the same names; None takes the
+      published one.
     network: the network, of the file's sizes. FD-DINOv2 means ViT-L/14.
 
   Returns:
@@ -88,13 +87,11 @@ def load(
     `evaluation.networks.dinov2`; the file's name, sha256, licence and date).
 
   Raises:
-    errors.UserError: there is no file (the line says which to bring and where
-      to put it), or it is damaged or of another network.
+    errors.UserError: there is no file and it cannot be fetched, or it is
+      damaged or of another network.
   """
   if path is None:
-    names = (PUBLISHED, pathlib.Path(PUBLISHED).stem + '.safetensors')
-    path = files.first_of(folder.expanduser(), names, 'DINOv2 weights')
-  path = path.expanduser()
+    path = store.fetch(table.find(PUBLISHED), SETTING)
   with files.refusing(path, _WANTED):
     if path.suffix == '.safetensors':
       state = safetensors_file.read(path)[0]
@@ -103,4 +100,4 @@ def load(
     if not isinstance(state, dict):
       raise ValueError('no state dict')
     params = to_flax(state, network)
-    return params, provenance.describe(path, licence=LICENCE)
+    return params, provenance.describe(path, licence=table.DINOV2)

@@ -1,7 +1,6 @@
 """How other programs' files are opened, refused in one line, and written."""
 
 from collections.abc import Iterator
-from collections.abc import Sequence
 import contextlib
 import mmap
 import os
@@ -56,28 +55,6 @@ def map_file(path: pathlib.Path) -> mmap.mmap:
   """Maps a file's bytes, read-only; arrays that view them keep them alive."""
   with path.open('rb') as file:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def first_of(
-  folder: pathlib.Path, names: Sequence[str], what: str
-) -> pathlib.Path:
-  """Returns the path of the first file, by preference, that a folder has.
-
-  Args:
-    folder: where users put such files.
-    names: the files' names, the preferred one first.
-    what: what the files hold, for the error.
-
-  Raises:
-    errors.UserError: none of them is there.
-  """
-  for name in names:
-    if (folder / name).is_file():
-      return folder / name
-  raise errors.UserError(
-    f'no {what} in {folder}; fetch {" or ".join(names)} from its publisher and'
-    ' put it there, or give its path'
-  )
 
 
 @contextlib.contextmanager

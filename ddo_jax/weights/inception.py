@@ -1,10 +1,10 @@
 """Weights of the InceptionV3 of 2015-12-05, from any of its published files.
 
 Four kinds of files hold the same numbers: PyTorch state dicts (pytorch-fid,
-torch-fidelity), NVIDIA's pickle, TensorFlow's frozen graph, and safetensors, in
-which a converted file is kept. All are read into the names and layouts of the
-state dict: '<module>.conv.weight' [out,in,h,w], '<module>.bn.{weight,bias,
-running_mean,running_var}', 'fc.{weight,bias}'.
+torch-fidelity), NVIDIA's pickle, TensorFlow's frozen graph, and safetensors.
+All are read into the names and layouts of the state dict:
+'<module>.conv.weight' [out,in,h,w], '<module>.bn.{weight,bias,running_mean,
+running_var}', 'fc.{weight,bias}'.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,8 @@ from typing import Any
 from flax import traverse_util
 import numpy as np
 
+from ddo_jax.assets import store
+from ddo_jax.assets import table
 from ddo_jax.evaluation.networks import inception
 from ddo_jax.weights import files
 from ddo_jax.weights import graph_def
@@ -26,18 +28,13 @@ from ddo_jax.weights import torch_zip
 
 State = Mapping[str, np.ndarray]
 
-FOLDER = pathlib.Path('~/.cache/ddo_jax/networks')
-CACHED = 'inception-2015-12-05.safetensors'
-# The publishers' names; any one of them will do.
+SETTING = '--config.evaluation.inception'
+# The publishers' names; any one of them will do, and the first is fetched.
 PUBLISHED = (
   'pt_inception-2015-12-05-6726825d.pth',
   'weights-inception-2015-12-05-6726825d.pth',
   'inception-2015-12-05.pkl',
   'classify_image_graph_def.pb',
-)
-LICENCE = (
-  'Apache-2.0 (Google: the Inception model of 2015-12-05); for this copy of it'
-  ' see the publisher of the file'
 )
 
 _LEAVES = {
@@ -234,7 +231,7 @@ def to_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Reads a file of any kind, which its suffix tells, as a state dict."""
-  wanted = f'one of {", ".join(PUBLISHED)}, or a converted .safetensors'
+  wanted = f'one of {", ".join(PUBLISHED)}, or a .safetensors with their names'
   with files.refusing(path, wanted):
     if path.suffix == '.safetensors':
       return safetensors_file.read(path)[0]
@@ -259,38 +256,31 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(f'the suffix {path.suffix!r} tells no known layout')
 
 
+def published() -> table.Asset:
+  """Returns the published file that is used where none is named."""
+  return store.preferred(PUBLISHED)
+
+
 def load(
-  path: pathlib.Path | None = None, folder: pathlib.Path = FOLDER
+  path: pathlib.Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """Returns the network's params and where they come from.
 
-  A published file is converted once. The result is kept in the folder, with the
-  name and the sha256 of its source, and is read the next time.
-
   Args:
-    path: a file of any kind; None looks for one in the folder.
-    folder: where published files are looked for and converted ones are kept.
+    path: a file of any kind; None takes a published one.
 
   Returns:
     (params, float32 numpy arrays, for the network in
-    `evaluation.networks.inception`; the source file's name, sha256, licence
-    and date).
+    `evaluation.networks.inception`; the file's name, sha256, licence and date).
 
   Raises:
-    errors.UserError: there is no file (the line says which to bring and where
-      to put it), or it is damaged or of another network.
+    errors.UserError: there is no file and none can be fetched, or it is damaged
+      or of another network.
   """
-  folder = folder.expanduser()
   if path is None:
-    names = (CACHED, *PUBLISHED)
-    path = files.first_of(folder, names, 'Inception weights')
-  path = path.expanduser()
-  origin = provenance.describe(path, licence=LICENCE) if path.is_file() else {}
+    path = store.fetch(published(), SETTING)
   state = _read(path)
   wanted = f'the Inception of 2015-12-05: one of {", ".join(PUBLISHED)}'
   with files.refusing(path, wanted):
     params = to_flax(state)
-  if path.suffix == '.safetensors':
-    return params, origin | safetensors_file.read(path)[1]
-  safetensors_file.write(folder / CACHED, to_state(params), origin)
-  return params, origin
+    return params, provenance.describe(path, licence=table.INCEPTION)

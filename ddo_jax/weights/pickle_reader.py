@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.assets import table
 from ddo_jax.weights import arrays
 from ddo_jax.weights import files
 from ddo_jax.weights import pickle_machine
@@ -217,7 +218,7 @@ def read_network(
     encoder = tree.get('encoder')
     pipe = tree.get('augment_pipe')
     augment = pipe.state.get('p', 0) if isinstance(pipe, Record) else 0
-    origin = provenance.describe(path, source, provenance.NVIDIA)
+    origin = provenance.describe(path, source, table.NVIDIA)
     origin['class_sha256'] = hashlib.sha256(network.source.encode()).hexdigest()
     return Network(
       class_name=network.name,

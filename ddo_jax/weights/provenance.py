@@ -6,16 +6,13 @@ import re
 import urllib.parse
 
 from ddo_jax.assets import download
+from ddo_jax.assets import table
 
-NVIDIA = (
-  'CC BY-NC-SA 4.0 (NVIDIA: EDM, EDM2, DDO): non-commercial use, share alike'
-)
-VAR = 'MIT (FoundationVision: VAR)'
 UNKNOWN = 'not known to ddo_jax: see the publisher of the file'
 
 _LICENCES = (
-  (re.compile(r'(edm|edm2|baseline)-.*|.*-ddo\.\w+'), NVIDIA),
-  (re.compile(r'var_d\d+\.pth|vae_ch160v4096z32\.pth'), VAR),
+  (re.compile(r'(edm|edm2|baseline)-.*|.*-ddo\.\w+'), table.NVIDIA),
+  (re.compile(r'var_d\d+\.pth|vae_ch160v4096z32\.pth'), table.VAR),
 )
 
 

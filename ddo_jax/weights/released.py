@@ -6,6 +6,7 @@ that are projected, and is what training starts from.
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -17,6 +18,8 @@ from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.assets import download
+from ddo_jax.assets import store
 from ddo_jax.method import likelihood
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
@@ -33,6 +36,7 @@ from ddo_jax.weights import safetensors_file
 from ddo_jax.weights import torch_zip
 from ddo_jax.weights import var_names
 
+_LOGGER = logging.getLogger(__name__)
 SUFFIXES = ('.pth', '.safetensors')  # of the files that are written
 
 
@@ -219,3 +223,48 @@ def load_folder(folder: pathlib.Path, recipe: Any = None) -> Weights:
   target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
   params, _ = checkpoint.load_params(folder, target)
   return Weights(config, devices_lib.fetch(params), meta.get('provenance', {}))
+
+
+def _is_of(folder: pathlib.Path, path: pathlib.Path) -> bool:
+  """Returns whether a folder was made of what a file holds now."""
+  recorded = checkpoint.load_meta(folder)['provenance']['sha256']
+  return recorded == download.sha256_of(path)
+
+
+def folder_of(
+  name: str, folder: pathlib.Path, setting: str, config: Any = None
+) -> pathlib.Path:
+  """Returns the folder of params that a setting names.
+
+  Anything but a folder is fetched, if need be, and converted once; the result
+  stays, and is made anew only where a file of one's own has changed.
+
+  Args:
+    name: a folder of params, or what `store.resolve` takes: a file's path, the
+      name of a published one, or an address.
+    folder: what is converted is kept here, each in a folder of its name.
+    setting: the setting, for errors, such as '--config.init_from'.
+    config: the model's dataclass, for a file that does not say which network
+      it holds.
+
+  Raises:
+    errors.UserError: there is no such file and none can be fetched, or it is
+      refused.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    return path
+  asset = store.asset_of(name)
+  source = asset.address if asset else name
+  made = folder / (asset.name if asset else pathlib.PurePath(source).stem)
+  if made.exists() and (not path.is_file() or _is_of(made, path)):
+    return made
+  if jax.process_count() > 1:
+    raise errors.UserError(
+      f'{setting} is {name}, which one process must convert before several'
+      ' begin: run --mode=convert, and name the folder that it writes'
+    )
+  weights = read(store.resolve(name, setting), source, config)
+  _LOGGER.info('licence of %s: %s', name, weights.provenance['licence'])
+  save_folder(made, weights)
+  return made

@@ -6,16 +6,14 @@ The server is on the loopback interface; nothing goes further.
 from concurrent import futures
 import errno
 import hashlib
-from http import server
 import os
 import pathlib
 import subprocess
 import sys
-import threading
-import time
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+import loopback
 import pytest
 
 from ddo_jax import errors
@@ -26,60 +24,12 @@ DIGEST = hashlib.sha256(BODY).hexdigest()
 OTHER = hashlib.sha256(b'').hexdigest()
 
 
-class Handler(server.BaseHTTPRequestHandler):
-  """Serves `server.body`; the server's fields say what goes wrong."""
-
-  def do_GET(self):
-    site, body = self.server, self.server.body
-    asked = self.headers.get('Range')
-    site.asked.append((asked, self.headers.get('If-Range')))
-    time.sleep(site.pause)
-    if site.status != 200:
-      return self.send_error(site.status)
-    start = 0
-    if asked and site.ranges and self.headers.get('If-Range') == site.version:
-      start = int(asked.removeprefix('bytes=').removesuffix('-'))
-      if start >= len(body):
-        return self.send_error(416)
-    self.send_response(206 if start else 200)
-    if start:
-      first = start + site.shift
-      span = f'bytes {first}-{len(body) - 1}/{len(body)}'
-      self.send_header('Content-Range', span)
-    if site.length:
-      self.send_header('Content-Length', str(len(body) - start))
-    if site.version:
-      self.send_header(site.header, site.version)
-    self.end_headers()
-    self.wfile.write(body[start : site.cut])
-
-  def do_HEAD(self):
-    """What the hub's library asks first."""
-    self.server.asked.append(self.path)
-    self.send_response(200)
-    self.send_header('ETag', self.server.version)
-    self.send_header('X-Repo-Commit', '0' * 40)
-    self.send_header('Content-Length', str(len(self.server.body)))
-    self.end_headers()
-
-  def log_message(self, *_):
-    pass
-
-
 @pytest.fixture
 def site():
   """A server; `.url` is the address of a file there."""
-  made = server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  made.body, made.status, made.ranges, made.length = BODY, 200, True, True
-  made.header, made.version, made.cut, made.shift = 'ETag', '"one"', None, 0
-  made.asked, made.pause = [], 0.0
-  made.url = f'http://127.0.0.1:{made.server_port}/edm/edm-x.pkl?token=secret'
-  thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-  thread.start()
-  yield made
-  made.shutdown()
-  thread.join()
-  made.server_close()
+  with loopback.serve(BODY) as made:
+    made.url = f'{made.url}/edm/edm-x.pkl?token=secret'
+    yield made
 
 
 def refusal(*args, **kwargs):

@@ -216,9 +216,12 @@ def test_fashion_mnist_reads_idx(tmp_path):
   assert splits['train'][0].shape == (20, 28, 28, 1)
 
 
-def test_wrong_fashion_mnist_files_are_refused(tmp_path):
-  words = "train-images-idx3-ubyte.gz is not in config.data.raw_dir=''"
-  assert words in sets.refusal('fashion_mnist', data_dir=str(tmp_path))
+def test_wrong_fashion_mnist_files_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  line = sets.refusal('fashion_mnist', data_dir=str(tmp_path))
+  assert 'no network to http://127.0.0.1:9/train-images-idx3-ubyte.gz' in line
+  assert f'{tmp_path}/.cache/ddo_jax/data/train-images-idx3-ubyte.gz' in line
+  assert '--config.data.raw_dir' in line
   fashion_files(tmp_path)
   fields = {'data_dir': str(tmp_path), 'raw_dir': str(tmp_path)}
   # Not the real ones, as MNIST's files of the same names are not.

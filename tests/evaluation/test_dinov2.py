@@ -126,8 +126,8 @@ def test_the_large_network_has_its_published_size():
 
 def test_the_published_file(tmp_path):
   tensors = {k: official.Tensor(v) for k, v in weights().items()}
-  official.zipped(tmp_path / convert.PUBLISHED, tensors)
-  params, origin = convert.load(folder=tmp_path, network=TINY)
+  path = official.zipped(tmp_path / convert.PUBLISHED, tensors)
+  params, origin = convert.load(path, network=TINY)
   expected = convert.to_flax(weights(), TINY)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   assert origin['file'] == convert.PUBLISHED and 'Meta' in origin['licence']
@@ -137,9 +137,10 @@ def test_the_published_file(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, expected)
 
 
-def test_what_is_missing_or_broken(tmp_path):
+def test_what_is_missing_or_broken(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
   with pytest.raises(errors.UserError, match=convert.PUBLISHED) as caught:
-    convert.load(folder=tmp_path)
+    convert.load()
   assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
 
   def refuses(said, state):

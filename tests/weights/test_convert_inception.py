@@ -1,5 +1,6 @@
 """The Inception weights from every published layout, and from broken files."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,6 +10,9 @@ import official_files as official
 import pytest
 
 from ddo_jax import errors
+from ddo_jax.assets import download
+from ddo_jax.assets import store
+from ddo_jax.assets import table
 from ddo_jax.evaluation.networks import inception as network
 from ddo_jax.weights import graph_def
 from ddo_jax.weights import inception
@@ -27,6 +31,15 @@ def weights():
   state = inception.to_state(jax.tree.map(draw, network.param_shapes()))
   ones = {k: np.ones_like(v) for k, v in state.items() if 'bn.weight' in k}
   return state | ones
+
+
+def stand_in(monkeypatch, file, path):
+  """Makes a file of ours the published one, in size and hash."""
+  asset = table.find(file)
+  changed = dataclasses.replace(
+    asset, size=path.stat().st_size, sha256=download.sha256_of(path)
+  )
+  monkeypatch.setitem(table.ASSETS, asset.name, changed)
 
 
 def assert_same(params, state):
@@ -106,7 +119,7 @@ def graph(state, gammas=True):
 def test_tensorflows_graph(tmp_path, gammas):
   path = tmp_path / 'classify_image_graph_def.pb'
   path.write_bytes(graph(weights(), gammas))
-  params, origin = inception.load(path, tmp_path / 'kept')
+  params, origin = inception.load(path)
   assert_same(params, weights())
   assert origin['file'] == path.name and 'Google' in origin['licence']
 
@@ -148,14 +161,9 @@ def test_a_state_dict(tmp_path, name):
   counts = {'Conv2d_1a_3x3.bn.num_batches_tracked': np.zeros((), np.int64)}
   tensors = {k: official.Tensor(v) for k, v in (weights() | counts).items()}
   official.zipped(tmp_path / name, tensors)
-  params, origin = inception.load(folder=tmp_path)  # found by its name
+  params, origin = inception.load(tmp_path / name)
   assert_same(params, weights())
-  kept = tmp_path / inception.CACHED
-  assert safetensors_file.read(kept)[1] == origin
-  (tmp_path / name).unlink()  # what was kept is enough from now on
-  again, source = inception.load(folder=tmp_path)
-  assert_same(again, weights())
-  assert source == origin and source['file'] == name
+  assert origin['file'] == name
 
 
 def test_nvidias_pickle(tmp_path):
@@ -183,20 +191,57 @@ def test_nvidias_pickle(tmp_path):
   net = official.Persistent('Inception', official.module(modules=modules))
   path = tmp_path / 'inception-2015-12-05.pkl'
   path.write_bytes(official.dumps(net))
-  assert_same(inception.load(path, tmp_path)[0], weights())
+  assert_same(inception.load(path)[0], weights())
 
 
 # --- What is missing or broken ------------------------------------------------
 
 
-def test_without_a_file_the_line_says_what_to_bring(tmp_path):
-  with pytest.raises(errors.UserError) as caught:
-    inception.load(folder=tmp_path)
+def test_a_published_file_is_found_where_it_lies(tmp_path, monkeypatch):
+  """In the folder that is named, or in the cache."""
+  name = inception.PUBLISHED[0]
+  path = tmp_path / name
+  torch_zip.write(path, weights())
+  stand_in(monkeypatch, name, path)
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+  assert_same(inception.load()[0], weights())
+  monkeypatch.setenv(store.VARIABLE, 'http://127.0.0.1:9')
+  with pytest.raises(errors.UserError, match='no network') as caught:
+    inception.load()
   line = str(caught.value)
-  assert '\n' not in line and str(tmp_path) in line
-  assert all(name in line for name in inception.PUBLISHED)
-  with pytest.raises(errors.UserError, match=r'cannot read .*none\.pth'):
-    inception.load(tmp_path / 'none.pth', tmp_path)
+  assert '\n' not in line and inception.SETTING in line
+  place = tmp_path / 'home' / '.cache' / 'ddo_jax' / 'networks' / name
+  assert f'http://127.0.0.1:9/{name}' in line and str(place) in line
+  path.rename(place)
+  assert_same(inception.load()[0], weights())
+
+
+def test_a_file_given_by_its_path_is_never_kept(tmp_path, monkeypatch):
+  """Random weights, given once, scored later runs that named none."""
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  # Even under a published name.
+  for name in ('mine.safetensors', *inception.PUBLISHED[:1]):
+    path = tmp_path / name
+    if path.suffix == '.pth':
+      torch_zip.write(path, weights())
+    else:
+      safetensors_file.write(path, weights(), {})
+    assert_same(inception.load(path)[0], weights())
+    with pytest.raises(errors.UserError, match='no network'):
+      inception.load()
+  assert not [p for p in (tmp_path / 'home').rglob('inception*') if p.is_file()]
+
+
+def test_what_earlier_versions_kept_is_not_read(tmp_path, monkeypatch):
+  """It was converted from whatever file had been named last."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  folder = tmp_path / '.cache' / 'ddo_jax' / 'networks'
+  kept = folder / 'inception-2015-12-05.safetensors'
+  safetensors_file.write(kept, weights(), {})
+  with pytest.raises(errors.UserError, match='no network'):
+    inception.load()
+  assert_same(inception.load(kept)[0], weights())  # still, where it is named
 
 
 def broken(change):
@@ -226,8 +271,7 @@ def test_another_network_is_refused(tmp_path, change, said):
   path = tmp_path / 'x.pth'
   torch_zip.write(path, broken(change))
   with pytest.raises(errors.UserError, match=said):
-    inception.load(path, tmp_path)
-  assert not (tmp_path / inception.CACHED).exists()
+    inception.load(path)
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.pkl', '.pb', '.safetensors', ''])
@@ -236,7 +280,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, suffix):
   for raw in (b'', b'PK\3\4', b'\x80\x04N.', b'\n\xff\xff\xff\xff\xff', b'<!'):
     path.write_bytes(raw)
     with pytest.raises(errors.UserError) as caught:
-      inception.load(path, tmp_path)
+      inception.load(path)
     assert '\n' not in str(caught.value)
 
 

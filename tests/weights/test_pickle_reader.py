@@ -11,6 +11,7 @@ import pytest
 
 import ddo_jax
 from ddo_jax import errors
+from ddo_jax.assets import table
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import provenance
 
@@ -198,8 +199,8 @@ def test_shared_children_cannot_multiply(tmp_path, monkeypatch):
 
 def test_licences():
   for name in ('edm2-img64-s-1073741-0.075.pkl', 'var_d16-ddo.pth'):
-    assert provenance.licence_of(name) == provenance.NVIDIA
-  assert provenance.licence_of('var_d30.pth') == provenance.VAR
+    assert provenance.licence_of(name) == table.NVIDIA
+  assert provenance.licence_of('var_d30.pth') == table.VAR
   assert provenance.licence_of('mine.pth') == provenance.UNKNOWN
 
 

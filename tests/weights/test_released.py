@@ -14,6 +14,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import main
 from ddo_jax.assets import download
+from ddo_jax.assets import table
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
@@ -22,7 +23,6 @@ from ddo_jax.weights import arrays
 from ddo_jax.weights import edm_configs
 from ddo_jax.weights import edm_names
 from ddo_jax.weights import pickle_reader
-from ddo_jax.weights import provenance
 from ddo_jax.weights import released
 from ddo_jax.weights import torch_zip
 
@@ -140,7 +140,7 @@ def test_params_may_be_a_released_file(tmp_path):
   path = tmp_path / 'edm-x.pkl'
   write_pkl(path, 'edm2')
   folder = main.params_folder(path, config_lib.Config(), tmp_path / 'out')
-  assert folder == tmp_path / 'out' / 'params'
+  assert folder == tmp_path / 'out' / 'weights' / 'edm-x'
   assert released.load_folder(folder).config == CASES['edm2'][2]
   assert main.params_folder(folder, config_lib.Config(), tmp_path) == folder
   assert main.params_folder(None, config_lib.Config(), tmp_path) is None
@@ -296,13 +296,13 @@ def test_where_it_comes_from_goes_along(tmp_path):
   origin = meta['provenance']
   assert origin['file'] == 'edm-x.pkl'
   assert origin['sha256'] == digest
-  assert origin['licence'] == provenance.NVIDIA
+  assert origin['licence'] == table.NVIDIA
   convert(folder, tmp_path / 'x.pth')
   beside = json.loads((tmp_path / 'x.pth.json').read_text())
   assert beside['provenance'] == origin
   convert(folder, tmp_path / 'x.safetensors')
   again = released.read(tmp_path / 'x.safetensors').provenance
-  assert again['licence'] == provenance.NVIDIA
+  assert again['licence'] == table.NVIDIA
 
 
 def test_mistakes(tmp_path):
