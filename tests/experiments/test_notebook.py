@@ -1,4 +1,4 @@
-"""The Colab notebook runs from top to bottom and is committed clean."""
+"""The notebooks run from top to bottom and are committed clean."""
 
 import pathlib
 
@@ -26,10 +26,18 @@ def test_runs(path, monkeypatch):
     notebook, timeout=300, resources={'metadata': {'path': str(path.parent)}}
   )
   client.execute()
-  text = ''.join(
-    output.get('text', '')
-    for cell in notebook.cells
-    for output in cell.get('outputs', [])
-  )
+  outputs = [o for cell in notebook.cells for o in cell.get('outputs', [])]
+  text = ''.join(output.get('text', '') for output in outputs)
   assert 'fd_train' in text
   assert 'report.html' in text
+  assert any('image/png' in output.get('data', {}) for output in outputs)
+
+
+def test_they_begin_alike():
+  """The first cell clones or installs; it is the same in all of them."""
+  first = set()
+  for path in NOTEBOOKS:
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+    first.add(cells[0].source)
+  assert len(first) == 1
