@@ -310,5 +310,6 @@ def validate(config: Config) -> None:
     errors.require(
       not objective.contrastive, f'{name}.objective', objective, 'MLE()'
     )
+  config.data.check()
   evaluator_lib.check(config.evaluation)
   config.executor.check()

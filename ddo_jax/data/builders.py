@@ -23,6 +23,7 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.assets import store
 from ddo_jax.assets import table
+from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import encoded
 
 _CHUNK = 1_024  # Records that are parsed at once for their labels.
@@ -418,8 +419,33 @@ def _records(builder: Any, split: str) -> tuple[Any, list[Any]]:
   return records, info.splits[split].file_instructions
 
 
+def _label_field(name: str, builder: Any, asked: str) -> str:
+  """Returns the field of a set's records that holds the class, or ''."""
+  import tensorflow_datasets as tfds
+
+  features = dict(builder.info.features.items())
+  classes = [
+    field
+    for field, feature in features.items()
+    if isinstance(feature, tfds.features.ClassLabel)
+  ]
+  integers = [
+    field
+    for field, feature in features.items()
+    if isinstance(feature, tfds.features.Tensor)
+    and feature.shape == ()
+    and np.issubdtype(feature.np_dtype, np.integer)
+    and field not in classes
+  ]
+  return classes_lib.choose_field(name, classes, integers, asked)
+
+
 def open_split(
-  name: str, split: str, data_dir: str = '', raw_dir: str = ''
+  name: str,
+  split: str,
+  data_dir: str = '',
+  raw_dir: str = '',
+  label_field: str = '',
 ) -> encoded.EncodedSource:
   """Opens a split of a TFDS set; prepares a set of SPECS on first use.
 
@@ -429,6 +455,7 @@ def open_split(
     data_dir: where TFDS keeps prepared data; '' is TFDS's own default.
     raw_dir: the folder of published files, for sets that need them; '' fetches
       them.
+    label_field: the field of the classes; see `classes.choose_field`.
 
   Raises:
     errors.UserError: the name or the split is unknown; the set is damaged or
@@ -439,9 +466,7 @@ def open_split(
   records, files = _records(builder, split)
   length = len(records)
   ends = np.cumsum([file.take for file in files])
-  label_feature = dict(builder.info.features.items()).get('label')
-  # Only a ClassLabel has classes.
-  num_classes = getattr(label_feature, 'num_classes', 0)
+  label = _label_field(name, builder, label_field)
 
   def file_of(row: int) -> str:
     return files[np.searchsorted(ends, row, 'right')].filename
@@ -461,7 +486,7 @@ def open_split(
       encoded.EncodedRow(
         where=f'{file_of(row)}, row {row}',
         content=record['image'],
-        label=record['label'] if num_classes else 0,
+        label=record[label] if label else 0,
       )
       for row, record in zip(index, found, strict=True)
     ]
@@ -475,6 +500,15 @@ def open_split(
     ]
     return np.array(labels)
 
+  num_classes = 0
+  class_names = ()
+  if label:
+    feature = dict(builder.info.features.items())[label]
+    # A plain integer does not say how many classes there are.
+    num_classes = getattr(feature, 'num_classes', None)
+    if num_classes is None:
+      num_classes = classes_lib.count_classes(name, fetch_labels())
+    class_names = tuple(getattr(feature, 'names', None) or ())
   spec = SPECS.get(builder.name)
   return encoded.EncodedSource(
     name=f'{name}/{split}',
@@ -483,4 +517,5 @@ def open_split(
     pixel_values=spec.pixel_values if spec else 256,
     fetch=fetch,
     fetch_labels=fetch_labels,
+    class_names=class_names,
   )

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.data import transforms
+
+_AS_IT_IS = transforms.Fit()
 
 
 class EncodedRow(NamedTuple):
@@ -45,8 +48,15 @@ def user_error(message: str) -> Iterator[None]:
     raise errors.UserError(f'{message} ({error})') from error
 
 
-def decode_image(where: str, content: bytes) -> np.ndarray:
+def decode_image(
+  where: str, content: bytes, fit: transforms.Fit = _AS_IT_IS
+) -> np.ndarray:
   """Decodes the bytes of an image file to uint8 [H,W,C], with C 1 or 3.
+
+  Args:
+    where: the place of the image, for errors.
+    content: the file.
+    fit: what is done to the image.
 
   Raises:
     errors.UserError: the image is damaged, or neither 8-bit grey nor RGB.
@@ -55,14 +65,8 @@ def decode_image(where: str, content: bytes) -> np.ndarray:
 
   with user_error(f'{where}: the image is damaged or cut off, replace it'):
     with Image.open(io.BytesIO(content)) as image:
-      mode = image.mode
-      pixels = np.asarray(image)
-  if mode not in ('L', 'RGB'):
-    raise errors.UserError(
-      f'{where} is of PIL mode {mode!r}; wanted L (8-bit grey) or RGB: convert'
-    )
-  height, width = pixels.shape[:2]
-  return pixels.reshape(height, width, -1)
+      image.load()
+  return fit.pixels(where, image)
 
 
 def decode_latents(where: str, content: bytes) -> np.ndarray:
@@ -114,6 +118,7 @@ class EncodedSource:
     fetch_labels: gives the classes of all rows, integers [N].
     decode: turns (where, content) of a row into an array [H,W,C]. All rows
       must have the shape of the first.
+    class_names: the names of the classes, by label; () where not known.
   """
 
   name: str
@@ -123,6 +128,21 @@ class EncodedSource:
   fetch: Callable[[list[int]], list[EncodedRow]]
   fetch_labels: Callable[[], np.ndarray]
   decode: Callable[[str, bytes], np.ndarray] = decode_image
+  class_names: tuple[str, ...] = ()
+
+  def fitted(self, fit: transforms.Fit) -> 'EncodedSource':
+    """Returns the source with its images fitted, each as it is read.
+
+    Raises:
+      errors.UserError: the rows are no images.
+    """
+    if self.decode is not decode_image:
+      raise errors.UserError(
+        f'{self.name} holds latents; only images can be resized, padded or'
+        ' converted: set config.data.resize, pad_to and channels to 0'
+      )
+    decode = functools.partial(decode_image, fit=fit)
+    return dataclasses.replace(self, decode=decode)
 
   @functools.cached_property
   def _first(self) -> np.ndarray:
@@ -174,7 +194,8 @@ class EncodedSource:
         raise errors.UserError(
           f'{row.where} is {list(decoded.shape)}, label {row.label}; wanted'
           f' {list(shape)} [H,W,C] as the first image, label 0 ..'
-          f' {num_labels - 1}'
+          f' {num_labels - 1}: images are made alike with --config.data.resize'
+          ' and --config.data.channels'
         )
       stored[i] = decoded
       labels[i] = row.label

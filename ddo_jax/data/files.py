@@ -1,14 +1,23 @@
-"""Folders and zips of images, or of latents, in the layout of EDM's programs.
+"""Folders and zips of images, or of latents.
 
-A set is a tree of image files with a `dataset.json` at its top that lists the
-class of each: {"labels": [["00000/img00000000.png", 6], ...]}. In a set
-without classes the list is null, or there is no such file.
+A set is a tree of files. A `dataset.json` at its top, as EDM's programs write
+it, lists the class of each: {"labels": [["00000/img00000000.png", 6], ...]},
+or null in a set without classes. Where there is no such file, the folders say
+the classes: all that stands below the k-th folder, by name, is of class k.
+
+Two kinds of folders are no classes: `train`, `test` and their like are the
+splits of a set, and folders of five digits or more that hold numbered images
+(EDM's 00000/img00000000.png, FFHQ's 00000/00000.png) are chunks of one set.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import functools
 import json
+import logging
+import os
 import pathlib
+import re
 import threading
 import zipfile
 
@@ -16,10 +25,40 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import encoded
+from ddo_jax.data import splits
 
+_LOGGER = logging.getLogger(__name__)
 _IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 _LATENTS = '.npy'
 _MANIFEST = 'dataset.json'
+_CHUNKED = re.compile(r'\d{5,}/(img|img-mean-std-)?\d+\.\w+')
+
+
+def _is_hidden(name: str) -> bool:
+  """Whether a file or folder is none of the user's, such as macOS's notes."""
+  return name.startswith('.') or name == '__MACOSX'
+
+
+def _walk(
+  folder: str, prefix: str = '', above: tuple[str, ...] = ()
+) -> Iterator[str]:
+  """Yields the names of all files below a folder, also through symlinks.
+
+  Args:
+    folder: where to look.
+    prefix: what stands before the names.
+    above: the real paths of the folders that led here, which a symlink may
+      name again.
+  """
+  above = (*above, os.path.realpath(folder))
+  with os.scandir(folder) as entries:
+    for entry in sorted(entries, key=lambda entry: entry.name):
+      if _is_hidden(entry.name):
+        continue
+      if not entry.is_dir():
+        yield prefix + entry.name
+      elif os.path.realpath(entry.path) not in above:
+        yield from _walk(entry.path, f'{prefix}{entry.name}/', above)
 
 
 def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -27,13 +66,15 @@ def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
 
   Returns:
     The names of the files in it, relative to it, and a function that reads the
-    file of a name and may be called in several threads at once.
+    file of a name and may be called in several threads at once. Hidden files
+    and folders are left out.
 
   Raises:
     errors.UserError: `path` is neither a folder nor a readable zip.
   """
   if path.is_dir():
-    found = [file.relative_to(path).as_posix() for file in path.rglob('*')]
+    with encoded.user_error(f'{path} cannot be read'):
+      found = list(_walk(str(path)))
 
     def read_file(name: str) -> bytes:
       return (path / name).read_bytes()
@@ -51,7 +92,12 @@ def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
     with lock:
       return archive.read(name)
 
-  return archive.namelist(), read_member
+  names = [
+    name
+    for name in archive.namelist()
+    if not any(_is_hidden(part) for part in name.split('/'))
+  ]
+  return names, read_member
 
 
 def _parse_labels(where: str, content: bytes, names: list[str]) -> list[int]:
@@ -91,18 +137,124 @@ def _parse_labels(where: str, content: bytes, names: list[str]) -> list[int]:
   return [class_of[name] for name in names]
 
 
-def open_files(path: pathlib.Path) -> encoded.EncodedSource:
+def _above(names: list[str]) -> list[str]:
+  """Returns the folders, one in the other, that all files stand in."""
+  shared = os.path.commonpath([os.path.dirname(name) for name in names])
+  return shared.split('/') if shared else []
+
+
+def _folder_labels(names: list[str]) -> tuple[list[int], tuple[str, ...]]:
+  """Returns the labels that folders give to files, and the classes' names.
+
+  Args:
+    names: the rows' files.
+
+  Returns:
+    The class of each file and the folder of each class; ([], ()) if the
+    folders are no classes.
+  """
+  above = ''.join(f'{folder}/' for folder in _above(names))
+  below = [name.removeprefix(above) for name in names]
+  loose = sum('/' not in name for name in below)
+  if 0 < loose < len(names):
+    _LOGGER.warning(
+      '%s and %d more images stand beside the folders of the others: the'
+      ' folders are not taken as classes',
+      next(name for name in below if '/' not in name),
+      loose - 1,
+    )
+  if loose or all(map(_CHUNKED.fullmatch, below)):
+    return [], ()
+  folder_of = [name.partition('/')[0] for name in below]
+  folders = sorted(set(folder_of))
+  label_of = {folder: label for label, folder in enumerate(folders)}
+  return [label_of[folder] for folder in folder_of], tuple(folders)
+
+
+def _label(
+  path: pathlib.Path, manifest: bytes | None, names: list[str]
+) -> tuple[list[int], tuple[str, ...]]:
+  """Returns the labels of files and the names of the classes.
+
+  Args:
+    path: the set.
+    manifest: the content of its dataset.json; None if there is none.
+    names: the rows' files.
+
+  Returns:
+    ([], ()) for a set without classes.
+  """
+  by_folder, folders = _folder_labels(names)
+  if manifest is None:
+    return by_folder, folders
+  where = path / _MANIFEST
+  labels = _parse_labels(str(where), manifest, names)
+  if not by_folder:
+    return labels, ()
+  folder_of = dict(zip(labels, by_folder, strict=False))
+  pairs = set(zip(labels, by_folder, strict=False))
+  if len(pairs) == len(folder_of) == len(folders):  # perhaps in another order
+    named = {label: folders[folder] for label, folder in folder_of.items()}
+    return labels, tuple(named.get(k, '') for k in range(max(named) + 1))
+  _LOGGER.warning(
+    '%s says other classes than the folders (%s): the file is followed',
+    where,
+    ', '.join(folders[:3]) + (', …' if len(folders) > 3 else ''),
+  )
+  return labels, ()
+
+
+def _folder_of_split(
+  path: pathlib.Path, rows: list[str], wanted: splits.Wanted
+) -> str:
+  """Returns the folder of a split, 'train/'; '' if there are no such folders.
+
+  Args:
+    path: the set, for errors.
+    rows: the files of all rows.
+    wanted: the split.
+
+  Raises:
+    errors.UserError: there are folders of other splits only, or none and the
+      set is no such split.
+  """
+  # A zip often holds one folder with all the others, so this looks below it.
+  above = _above(rows)
+  for depth in range(len(above) + 1):
+    start = ''.join(f'{folder}/' for folder in above[:depth])
+    folders = {name[len(start) :].partition('/')[0] for name in rows}
+    if folders <= set(wanted.known):
+      return f'{start}{wanted.choose(str(path), sorted(folders))}/'
+  return wanted.choose(str(path), [])
+
+
+def open_files(
+  path: pathlib.Path, wanted: splits.Wanted | None = None
+) -> encoded.EncodedSource:
   """Opens a folder or zip whose rows are files, sorted by their names.
 
   The rows are images, or latents as EDM2's programs write them: files
   `img-mean-std-*.npy` of float32 [2C,H,W], an autoencoder's means and standard
   deviations.
 
+  Args:
+    path: the folder or zip.
+    wanted: the split, of a set that has a folder for each; None where folders
+      are no splits.
+
   Raises:
     errors.UserError: the set cannot be read, is empty, holds both images and
       latents, or has wrong labels. A damaged row is refused when it is read.
   """
   names, read_bytes = opener(path)
+  top = ''
+  rows = [n for n in names if n.lower().endswith((*_IMAGES, _LATENTS))]
+  if wanted and _MANIFEST in names:
+    wanted.choose(str(path), [])
+  elif wanted and rows:
+    top = _folder_of_split(path, rows, wanted)
+    names = [n.removeprefix(top) for n in names if n.startswith(top)]
+    path = path / top
   images = sorted(n for n in names if n.lower().endswith(_IMAGES))
   latents = sorted(n for n in names if n.lower().endswith(_LATENTS))
   if bool(images) == bool(latents):
@@ -114,17 +266,13 @@ def open_files(path: pathlib.Path) -> encoded.EncodedSource:
 
   def read(name: str) -> bytes:
     with encoded.user_error(f'{path / name} cannot be read, copy it again'):
-      return read_bytes(name)
+      return read_bytes(top + name)
 
-  labels: list[int] = []
-  if _MANIFEST in names:
-    labels = _parse_labels(str(path / _MANIFEST), read(_MANIFEST), rows)
-  else:
-    nested = [n for n in names if n.endswith(f'/{_MANIFEST}')]
-    if nested:
-      raise errors.UserError(
-        f'{path / nested[0]} must be at the top: move it up'
-      )
+  manifest = read(_MANIFEST) if _MANIFEST in names else None
+  nested = [n for n in names if n.endswith(f'/{_MANIFEST}')]
+  if nested and manifest is None:
+    raise errors.UserError(f'{path / nested[0]} must be at the top: move it up')
+  labels, class_names = _label(path, manifest, rows)
   num_classes = max(labels, default=-1) + 1
   if not labels:
     labels = [0] * len(rows)
@@ -144,4 +292,5 @@ def open_files(path: pathlib.Path) -> encoded.EncodedSource:
     fetch=fetch,
     fetch_labels=functools.partial(np.asarray, labels),
     decode=encoded.decode_image if images else encoded.decode_latents,
+    class_names=class_names,
   )

@@ -4,8 +4,9 @@ A source gives any of its rows by index, as they are stored: uint8 pixels, or
 float32 latents. Nothing is scaled here; `codec` does that on the devices.
 """
 
+from concurrent import futures
 import dataclasses
-import math
+import logging
 import pathlib
 from typing import Any
 from typing import Protocol
@@ -14,10 +15,19 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import builders
+from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import encoded
 from ddo_jax.data import files
+from ddo_jax.data import hugging_face
+from ddo_jax.data import selection
+from ddo_jax.data import splits
+from ddo_jax.data import transforms
+from ddo_jax.runtime import progress
 
-_IN_MEMORY = 2**30  # A TFDS split of up to this many bytes is decoded once.
+_LOGGER = logging.getLogger(__name__)
+_IN_MEMORY = 2**30  # A split of up to this many bytes is decoded once.
+_CHUNK = 256  # Rows that a thread decodes at once.
+_THREADS = 4
 
 
 def _not_science(default: Any) -> Any:
@@ -29,11 +39,32 @@ def _not_science(default: Any) -> Any:
 class Data:
   """The settings that say where real images come from; see `open_source`."""
 
-  # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow), or the
-  # path of an .npz, or of a folder or zip of images with EDM's dataset.json.
+  # A TFDS name (digits, fashion_mnist and cifar10 need no TensorFlow); or the
+  # path of an .npz, of a folder or zip of images, whose classes are its
+  # sub-folders or stand in EDM's dataset.json, of a parquet file or a folder
+  # of them, or of what Hugging Face's save_to_disk wrote; or hf:owner/name.
+  # `{split}` in a path stands for the name of the split. A folder with only
+  # train, test, … in it has these splits.
   source: str = 'digits'
+  # Where the held-out images are, if they are not the split `test_split` of
+  # `source`; of the same kinds.
+  test_source: str = ''
+  # The share of the training split that is held out, in (0, 1): of every class
+  # alike, and always the same images. 0 leaves the set's own splits.
+  holdout: float = 0.0
+  # The side of the centre square to which images are cropped and resized, and
+  # how (see `transforms.Fit`); 0 leaves the size.
+  resize: int = 0
+  resize_by: str = 'lanczos'
+  # 1 turns images grey and 3 into RGB; 0 leaves them as they are.
+  channels: int = 0
   # Smaller images are centred in a black square of this side; 0 leaves them.
   pad_to: int = 0
+  # The field of the classes in a TFDS set or a table; '' takes `label`, or the
+  # only one there is, and 'none' takes no classes.
+  label_field: str = ''
+  # The label of the first class, where they do not begin at 0.
+  first_label: int = 0
   train_split: str = 'train'
   test_split: str = 'test'
   # Where TFDS keeps prepared data; '' is TFDS's own default.
@@ -41,6 +72,39 @@ class Data:
   # Folder of the published files that a builder reads (fashion_mnist: the
   # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz); '' fetches them.
   raw_dir: str = _not_science('')
+
+  def check(self) -> None:
+    """Raises UserError, naming the field, where a value makes no sense."""
+    errors.require(
+      0 <= self.holdout < 1, 'data.holdout', self.holdout, 'a share in [0, 1)'
+    )
+    errors.require(
+      not (self.holdout and self.test_source),
+      'data.test_source',
+      self.test_source,
+      "'' where config.data.holdout cuts the held-out images",
+    )
+    errors.require(
+      self.train_split != self.test_split,
+      'data.test_split',
+      self.test_split,
+      'another than config.data.train_split',
+    )
+    errors.require(
+      self.resize_by in transforms.RESIZES,
+      'data.resize_by',
+      self.resize_by,
+      f'one of {transforms.RESIZES}',
+    )
+    errors.require(
+      self.channels in (0, 1, 3),
+      'data.channels',
+      self.channels,
+      '1 (grey), 3 (RGB) or 0 (as they are)',
+    )
+    for name in ('resize', 'pad_to', 'first_label'):
+      value = getattr(self, name)
+      errors.require(value >= 0, f'data.{name}', value, '0 or more')
 
 
 class Source(Protocol):
@@ -61,6 +125,10 @@ class Source(Protocol):
   @property
   def pixel_values(self) -> int:
     """Pixels are 0 .. pixel_values−1, also those of images kept as latents."""
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """The names of the classes, by label; () where they are not known."""
 
   def __len__(self) -> int: ...
 
@@ -96,6 +164,7 @@ class ArraySource:
       set without labels.
     num_classes: the number of classes; 0 for a set without labels.
     pixel_values: the number of values of a pixel.
+    class_names: the names of the classes, by label; () where not known.
 
   Raises:
     errors.UserError: the arrays are not as described.
@@ -106,6 +175,7 @@ class ArraySource:
   classes: np.ndarray
   num_classes: int = 0
   pixel_values: int = 256
+  class_names: tuple[str, ...] = ()
 
   def __post_init__(self):
     stored = self.stored
@@ -125,7 +195,7 @@ class ArraySource:
       fault = encoded.fault_of_latents(stored)
       if fault:
         raise errors.UserError(f'{self.name} holds {fault}; encode it again')
-    top_label = count_classes(self.name, self.classes) - 1
+    top_label = classes_lib.count_classes(self.name, self.classes) - 1
     top_pixel = int(stored.max()) if is_pixels else 0
     label_limit = max(self.num_classes, 1) - 1
     pixel_limit = self.pixel_values - 1
@@ -144,6 +214,15 @@ class ArraySource:
   def __len__(self) -> int:
     return len(self.stored)
 
+  def fitted(self, fit: transforms.Fit) -> 'ArraySource':
+    """Returns the source with its images fitted.
+
+    Raises:
+      errors.UserError: the rows are no images, or larger than they may be.
+    """
+    stored = fit.array(self.name, self.stored)
+    return dataclasses.replace(self, stored=stored)
+
   def labels(self) -> np.ndarray:
     """Returns the class of every row, as `Source` says."""
     return self.classes.astype(np.int32)
@@ -153,30 +232,16 @@ class ArraySource:
     return self.stored[index], self.classes[index].astype(np.int32)
 
 
-def count_classes(where: str, labels: np.ndarray) -> int:
-  """Returns the largest label plus one, and 0 for no labels.
-
-  Args:
-    where: the place of the labels, for errors.
-    labels: [N].
-
-  Raises:
-    errors.UserError: a label is no integer, negative, or beyond int32.
-  """
-  low = labels.min() if labels.size else 0
-  high = labels.max() if labels.size else -1
-  whole = np.issubdtype(labels.dtype, np.integer)
-  if not whole or low < 0 or high >= 2**31 - 1:
-    raise errors.UserError(
-      f'{where}: labels are {labels.dtype} {low} .. {high}; wanted ints from 0'
-    )
-  return int(high) + 1
+def _one_of(arrays: Any, names: tuple[str, ...]) -> np.ndarray | None:
+  """Returns the first array that is there of some names."""
+  return next((arrays[name] for name in names if name in arrays), None)
 
 
 def open_npz(path: pathlib.Path) -> ArraySource:
-  """Opens the arrays `image` and, if it is there, `label` of an .npz file.
+  """Opens an .npz file of images and, if they are there, labels.
 
-  The plurals `images` and `labels` are accepted, too.
+  Images are the array `image`, `images` or `arr_0` (as in OpenAI's files),
+  labels `label`, `labels` or `arr_1`.
 
   Raises:
     errors.UserError: the file is damaged, or its arrays are not those of a set.
@@ -186,22 +251,121 @@ def open_npz(path: pathlib.Path) -> ArraySource:
     f'{name} is no whole .npz of plain arrays, write it again'
   ):
     with np.load(path, allow_pickle=False) as file:
-      arrays = {
-        key.removesuffix('s'): file[key]
-        for key in file
-        if key in ('image', 'images', 'label', 'labels')
-      }
-  if 'image' not in arrays:
-    raise errors.UserError(f'{name} has no array `image`, [N,H,W,C]')
-  stored = arrays['image']
-  if 'label' not in arrays:
+      known = list(file)
+      stored = _one_of(file, ('image', 'images', 'arr_0'))
+      labels = _one_of(file, ('label', 'labels', 'arr_1'))
+  if stored is None:
+    raise errors.UserError(
+      f'{name} has no array `image` (or arr_0), uint8 [N,H,W,C]; it has {known}'
+    )
+  if labels is None:
     return ArraySource(name, stored, np.zeros(stored.shape[:1], np.int32))
-  labels = arrays['label']
   return ArraySource(
     name=name,
     stored=stored,
     classes=labels,
-    num_classes=count_classes(name, labels),
+    num_classes=classes_lib.count_classes(name, labels),
+  )
+
+
+def _open_place(
+  data: Data, place: str, wanted: splits.Wanted
+) -> ArraySource | encoded.EncodedSource:
+  """Opens what `data.source` or `data.test_source` names, as it is stored.
+
+  Args:
+    data: the settings.
+    place: a name, a path or an address.
+    wanted: the split, where the place has several.
+  """
+  path = pathlib.Path(place.replace('{split}', wanted.name)).expanduser()
+  if '{split}' in place:
+    wanted = dataclasses.replace(wanted, alone=True)
+  if hugging_face.is_address(place):
+    path = hugging_face.fetch(place)
+  is_path = path.suffix in ('.npz', '.parquet', '.zip') or path.is_dir()
+  if place in builders.SPECS or not is_path:
+    return builders.open_split(
+      name=place,
+      split=wanted.name,
+      data_dir=data.data_dir,
+      raw_dir=data.raw_dir,
+      label_field=data.label_field,
+    )
+  if path.suffix == '.npz':
+    wanted.choose(str(path), [])
+    return open_npz(path)
+  if path.suffix != '.zip' and hugging_face.is_set(path):
+    cache = pathlib.Path(data.data_dir or '~/.cache/ddo_jax/data').expanduser()
+    return hugging_face.open_set(path, wanted, data.label_field, cache)
+  return files.open_files(path, wanted)
+
+
+def _open_whole(data: Data, place: str, wanted: splits.Wanted) -> Source:
+  """Opens all of a split, its images fitted, its labels from 0."""
+  source = _open_place(data, place, wanted)
+  fit = transforms.Fit(
+    channels=data.channels,
+    resize=data.resize,
+    method=data.resize_by,
+    pad_to=data.pad_to,
+    pixel_values=source.pixel_values,
+  )
+  if fit.changes:
+    source = source.fitted(fit)
+  return selection.from_first(source, data.first_label)
+
+
+def _cut(data: Data, whole: Source, held_out: bool) -> Source:
+  """Returns the held-out images of a set, or the others."""
+  held = splits.held_out(whole.labels(), data.holdout)
+  count = int(held.sum())
+  errors.require(
+    0 < count < len(whole),
+    'data.holdout',
+    data.holdout,
+    f'such that of the {len(whole)} images of {whole.name} some are held out'
+    f' and some are not; {count} are',
+  )
+  if not held_out:
+    _LOGGER.info(
+      '%s: %d of %d images are held out (config.data.holdout=%g), the same'
+      ' share of every class',
+      whole.name,
+      count,
+      len(whole),
+      data.holdout,
+    )
+  split = data.test_split if held_out else data.train_split
+  rows = np.flatnonzero(held == held_out)
+  return selection.of_rows(whole, rows, f'{whole.name} ({split})')
+
+
+def _in_memory(source: Source) -> Source:
+  """Reads a small source into memory; returns a large one as it is."""
+  if isinstance(source, ArraySource):
+    return source
+  first, _ = source.read(np.arange(1))
+  if len(source) * first.nbytes > _IN_MEMORY:
+    return source
+  stored = np.empty((len(source), *first.shape[1:]), first.dtype)
+  labels = np.empty(len(source), np.int32)
+  starts = range(0, len(source), _CHUNK)
+  parts = [np.arange(len(source))[start : start + _CHUNK] for start in starts]
+  with (
+    futures.ThreadPoolExecutor(_THREADS) as pool,
+    progress.follow(f'reading {source.name}', len(source)) as bar,
+  ):
+    for part, rows in zip(parts, pool.map(source.read, parts), strict=True):
+      stored[part], labels[part] = rows
+      bar.update(len(part))
+  return ArraySource(
+    name=source.name,
+    stored=stored,
+    classes=labels,
+    num_classes=source.num_classes,
+    pixel_values=source.pixel_values,
+    class_names=source.class_names,
   )
 
 
@@ -209,77 +373,64 @@ def open_source(data: Data, split: str) -> Source:
   """Opens the real images of a split.
 
   Args:
-    data: the settings. `data.source` is a key of `builders.SPECS`, which is
-      prepared on first use, or the path of an .npz, a .zip or a folder, of
-      images or latents, or the TFDS name of a set prepared before. `{split}`
-      in a path stands for the split's name; a path without it is the training
-      split and no other.
+    data: the settings.
     split: the name of the split; of a TFDS set also a slice, 'train[:90%]'.
 
   Raises:
-    errors.UserError: nothing is there, or what is there is no set of images,
-      or it cannot be padded as `data.pad_to` says.
+    errors.UserError: nothing is there, or what is there is no set of images or
+      has no such split, or the settings do not suit it.
   """
-  source = _open(data, split)
-  if data.pad_to:
-    return _pad(source, data.pad_to)
-  return source
-
-
-def _open(data: Data, split: str) -> Source:
-  """Opens a split like `open_source`, but leaves its images unpadded."""
-  path = pathlib.Path(data.source.replace('{split}', split)).expanduser()
-  is_path = path.suffix in ('.npz', '.zip') or path.is_dir()
-  if data.source in builders.SPECS or not is_path:
-    return _open_tfds(data, split)
-  if '{split}' not in data.source and split != data.train_split:
-    raise errors.UserError(
-      f'{path} is the split {data.train_split!r}, not {split!r}: put {{split}}'
-      ' into config.data.source where the paths differ'
-    )
-  if path.suffix == '.npz':
-    return open_npz(path)
-  return files.open_files(path)
-
-
-def _open_tfds(data: Data, split: str) -> Source:
-  """Opens a split of a TFDS set, and decodes a small one into memory."""
-  source = builders.open_split(
-    name=data.source,
-    split=split,
-    data_dir=data.data_dir,
-    raw_dir=data.raw_dir,
+  data.check()
+  wanted = splits.Wanted(
+    name=split,
+    train=data.train_split,
+    test=data.test_split,
+    alone=split == data.train_split,
   )
-  if len(source) * math.prod(source.stored_shape) > _IN_MEMORY:
-    return source
-  stored, labels = source.read(np.arange(len(source)))
-  return ArraySource(
-    name=source.name,
-    stored=stored,
-    classes=labels,
-    num_classes=source.num_classes,
-    pixel_values=source.pixel_values,
-  )
+  train = dataclasses.replace(wanted, name=data.train_split, alone=True)
+  held_out = split == data.test_split
+  if data.holdout and (held_out or wanted.alone):
+    whole = _open_whole(data, data.source, train)
+    return _in_memory(_cut(data, whole, held_out))
+  place = data.source
+  if held_out and data.test_source:
+    place = data.test_source
+    wanted = dataclasses.replace(wanted, alone=True)
+  source = _open_whole(data, place, wanted)
+  if held_out and source.class_names:
+    whole = _open_whole(data, data.source, train)
+    source = selection.named_like(source, whole)
+  return _in_memory(source)
 
 
-def _pad(source: Source, side: int) -> Source:
-  """Centres the images of a source in black squares of the given side.
+def compare(train: Source, test: Source) -> None:
+  """Says how many held-out images are copies of training images.
+
+  Only sets in memory are compared.
 
   Raises:
-    errors.UserError: the images are larger, or not held in memory.
+    errors.UserError: all of them are, or they are of another shape.
   """
-  height, width, _ = source.stored_shape
-  if (height, width) == (side, side):
-    return source
-  rows = side - height
-  columns = side - width
-  if not isinstance(source, ArraySource) or rows < 0 or columns < 0:
+  if train.stored_shape != test.stored_shape:
     raise errors.UserError(
-      f'{source.name}: config.data.pad_to={side} pads smaller images held in'
-      f' memory (.npz, or a small TFDS set); these are {height}×{width}: pad'
-      ' them on disk, or set it to 0'
+      f'the held-out images of {test.name} are {list(test.stored_shape)}, the'
+      f' training images of {train.name} {list(train.stored_shape)}: make them'
+      ' alike with --config.data.resize and --config.data.channels'
     )
-  top = rows // 2
-  left = columns // 2
-  margins = ((0, 0), (top, rows - top), (left, columns - left), (0, 0))
-  return dataclasses.replace(source, stored=np.pad(source.stored, margins))
+  if not isinstance(train, ArraySource) or not isinstance(test, ArraySource):
+    return
+  count = int(splits.copies(train.stored, test.stored).sum())
+  if count == len(test):
+    raise errors.UserError(
+      f'all {count} held-out images of {test.name} are copies of training'
+      f' images of {train.name}: nothing can be measured with them; cut others'
+      ' with --config.data.holdout=0.1, or name them with'
+      ' --config.data.test_source'
+    )
+  if count:
+    _LOGGER.warning(
+      '%d of the %d held-out images of %s are copies of training images',
+      count,
+      len(test),
+      test.name,
+    )

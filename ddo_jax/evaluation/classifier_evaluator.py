@@ -71,6 +71,7 @@ class ClassifierEvaluator:
         f'{train.name} has {train.num_classes} classes; evaluation fits a'
         ' classifier and wants 2 or more: give the images labels'
       )
+    sources.compare(train, test)
     self._train, labels = train.read(np.arange(len(train)))
     test_images, _ = test.read(np.arange(len(test)))
     self._identity = {

@@ -9,8 +9,6 @@ import shutil
 from typing import Any
 import zipfile
 
-import numpy as np
-
 from ddo_jax import errors
 from ddo_jax.data import files as image_files
 from ddo_jax.data import image_writer
@@ -109,23 +107,6 @@ def _digest(run: workspace.Run, about: Mapping[str, Any]) -> str:
   return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _read_arrays(path: pathlib.Path) -> sources.ArraySource:
-  """Opens an .npz of images, and of their labels if it has any."""
-  arrays = statistics.read_npz(path)
-  images = arrays.get('arr_0', arrays.get('image', arrays.get('images')))
-  if images is None:
-    raise errors.UserError(
-      f'{path} has the arrays {", ".join(arrays)}; wanted arr_0 or image,'
-      ' uint8 [N,H,W,C]'
-    )
-  labels = arrays.get('arr_1', arrays.get('label', arrays.get('labels')))
-  if labels is None:
-    none = np.zeros(len(images), np.int32)
-    return sources.ArraySource(str(path), images, none)
-  num_classes = int(labels.max(initial=0)) + 1
-  return sources.ArraySource(str(path), images, labels, num_classes)
-
-
 def open_images(path: pathlib.Path) -> sources.Source:
   """Opens a set of finished images: a folder, a zip or an .npz.
 
@@ -139,7 +120,7 @@ def open_images(path: pathlib.Path) -> sources.Source:
       loss or scaled.
   """
   if path.suffix == '.npz':
-    return _read_arrays(path)
+    return sources.open_npz(path)
   if not path.is_dir() and not zipfile.is_zipfile(path):
     raise errors.UserError(
       f'no images at {path}; wanted a folder or zip of PNGs, or an .npz'

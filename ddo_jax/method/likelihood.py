@@ -174,6 +174,26 @@ def hide_labels(
   return jnp.where(dropped, num_classes, label)
 
 
+def _shape_fault(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+  """Says how rows of one shape are brought to another."""
+  remedies = []
+  if got[-1] in (1, 3) and wanted[-1] in (1, 3):
+    height, width, channels = wanted
+    if got[:2] != wanted[:2] and height == width:
+      remedy = f'--config.data.resize={height}'
+      if max(got[:2]) < height:
+        remedy += f' (or pad_to={height})'
+      remedies.append(remedy)
+    if got[2] != channels:
+      remedies.append(f'--config.data.channels={channels}')
+  remedies.append('set config.model to the data')
+  return (
+    f'rows are {list(got)} and the model takes {list(wanted)}:'
+    f' {" ".join(remedies[:-1])}{", or " if remedies[:-1] else ""}'
+    f'{remedies[-1]}'
+  )
+
+
 def check_source(
   model: LikelihoodModel,
   name: str,
@@ -183,6 +203,9 @@ def check_source(
 ) -> None:
   """Raises UserError where a source of stored rows does not fit a model.
 
+  A source may have fewer classes than the model, whose others then stay as they
+  are.
+
   Args:
     model: the model.
     name: what the message calls the source.
@@ -191,19 +214,30 @@ def check_source(
       unused.
     pixel_values: the number of values of its pixels.
   """
-  if not model.num_classes:
-    num_classes = 0
-  got = (tuple(stored_shape), pixel_values, num_classes)
-  wanted = (
-    model.codec.stored_shape(model.example_shape),
-    model.codec.pixel_values,
-    model.num_classes,
-  )
+  got = tuple(stored_shape)
+  wanted = tuple(model.codec.stored_shape(model.example_shape))
+  faults = []
   if got != wanted:
-    raise errors.UserError(
-      f'{name} has (image shape, pixel values, classes) {got}, the model takes'
-      f' {wanted}: set config.model to the data'
+    faults.append(_shape_fault(got, wanted))
+  if pixel_values != model.codec.pixel_values:
+    faults.append(
+      f'pixels are 0 .. {pixel_values - 1} and the model takes 0 ..'
+      f' {model.codec.pixel_values - 1}: --config.model.pixel_values='
+      f"{pixel_values}, or its tokenizer's"
     )
+  if model.num_classes and not num_classes:
+    faults.append(
+      f'it has no classes and the model {model.num_classes}: put the images of'
+      ' each class into a folder of its own, or --config.model.num_classes=0'
+    )
+  if num_classes > model.num_classes > 0:
+    faults.append(
+      f'labels reach {num_classes - 1} and the model has {model.num_classes}'
+      f' classes: --config.model.num_classes={num_classes} (where labels begin'
+      ' at 1, --config.data.first_label=1)'
+    )
+  if faults:
+    raise errors.UserError(f'{name} does not fit: {"; ".join(faults)}')
 
 
 def check_sampler(model: LikelihoodModel, sampler: Any) -> None:

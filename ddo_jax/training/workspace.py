@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import logging
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.assets import store
+from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -24,6 +26,8 @@ from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.weights import released
 from ddo_jax.weights import vae_names
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
@@ -173,6 +177,20 @@ class Run:
       num_classes=source.num_classes,
       pixel_values=source.pixel_values,
     )
+    if self.model.num_classes:
+      odd = classes_lib.describe(
+        source.labels(), source.num_classes, source.class_names
+      )
+      if odd:
+        _LOGGER.warning('%s: %s', source.name, odd)
+      if source.num_classes < self.model.num_classes:
+        _LOGGER.info(
+          '%s has labels below %d; the other classes of the model, which has'
+          ' %d, are not trained',
+          source.name,
+          source.num_classes,
+          self.model.num_classes,
+        )
     return source
 
   @functools.cached_property

@@ -13,6 +13,7 @@ import pytest
 import sets
 
 from ddo_jax import errors
+from ddo_jax.data import files as image_files
 
 
 def refusal(path):
@@ -158,7 +159,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 def test_a_file_that_vanished_is_named(tmp_path):
   path = sets.write(tmp_path / 'set', sets.edm_files())
-  source = sets.open_set(path)
+  source = image_files.open_files(path)
   (path / '00001/img00000005.png').unlink()
   with pytest.raises(
     errors.UserError, match=r'img00000005\.png cannot be read'
@@ -167,7 +168,8 @@ def test_a_file_that_vanished_is_named(tmp_path):
 
 
 def test_a_zip_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
-  source = sets.open_set(sets.write(tmp_path / 'set.zip', sets.edm_files(20)))
+  path = sets.write(tmp_path / 'set.zip', sets.edm_files(20))
+  source = image_files.open_files(path)
   images, _ = sets.read_all(source)
   read = zipfile.ZipFile.read
   busy = threading.Lock()

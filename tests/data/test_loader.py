@@ -9,6 +9,7 @@ import pytest
 import sets
 
 from ddo_jax import errors
+from ddo_jax.data import files
 from ddo_jax.data import loader
 from ddo_jax.data import sources
 
@@ -130,7 +131,7 @@ def test_other_labels_are_the_next_rows_of_the_whole_step(processes):
 
 def counted(path, bad=None):
   """A source on disk that notes what it reads and may fail at one image."""
-  source = sets.open_set(sets.write(path, sets.edm_files()))
+  source = files.open_files(sets.write(path, sets.edm_files()))
   seen = []
 
   def fetch(index):

@@ -98,8 +98,3 @@ def test_images_are_padded_with_black(tmp_path):
   assert got.sum() == images.sum()
   assert 'pad_to=5' in sets.refusal(path, pad_to=5)
   assert sets.open_set(path, pad_to=0).stored_shape == (4, 6, 1)
-
-
-def test_only_images_in_memory_are_padded(tmp_path):
-  path = sets.write(tmp_path / 'set', sets.edm_files())
-  assert 'held in memory' in sets.refusal(path, pad_to=9)

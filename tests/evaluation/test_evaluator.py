@@ -223,7 +223,7 @@ def test_data_that_no_classifier_can_be_fitted_to():
   )
   with pytest.raises(errors.UserError, match='0 classes'):
     measure.open_evaluator(settings, 0, plain, open_test)
-  with pytest.raises(errors.UserError, match='100% of the held-out'):
+  with pytest.raises(errors.UserError, match='all 50 held-out images'):
     measure.open_evaluator(settings, 0, make_source(1, 50), open_test)
 
 

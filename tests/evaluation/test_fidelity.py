@@ -320,7 +320,7 @@ def test_mistakes(settings, tmp_path, monkeypatch):
   np.savez(tmp_path / 'a.npz', arr_0=images_of() / 255)
   assert 'float64' in refusal(tmp_path / 'a.npz')
   np.savez(tmp_path / 'a.npz', x=images_of())
-  assert 'wanted arr_0 or image' in refusal(tmp_path / 'a.npz')
+  assert 'has no array `image` (or arr_0)' in refusal(tmp_path / 'a.npz')
   np.savez(tmp_path / 'a.npz', arr_0=np.zeros((9, 5, 4, 3), np.uint8))
   assert 'measures uint8 [4, 4, 3]' in refusal(tmp_path / 'a.npz')
   assert 'no images at' in refusal(tmp_path / 'lost')

@@ -74,7 +74,7 @@ def test_mistakes():
     draw(frozen, ancestral.Ancestral(smooth=True))
   with pytest.raises(errors.UserError, match='guide_from'):
     draw(frozen | {'guide': {}}, ancestral.Ancestral())
-  with pytest.raises(errors.UserError, match='model to the data'):
+  with pytest.raises(errors.UserError, match='and the model takes 0'):
     likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 256)
   likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 17)
   guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)

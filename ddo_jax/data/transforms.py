@@ -1,0 +1,139 @@
+"""How images are fitted to a model: grey or RGB, cropped, resized, padded."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ddo_jax import errors
+
+RESIZES = ('lanczos', 'adm')
+_MODES = {1: 'L', 3: 'RGB'}
+# Pillow's modes of 8 bits a channel, or fewer, that it converts faithfully.
+_CONVERTIBLE = ('1', 'CMYK', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """Fits an image in this order: channels, crop and resize, padding.
+
+  Attributes:
+    channels: 1 makes images grey (pillow's 'L', ITU-R 601), 3 makes them RGB
+      (grey is replicated, palettes are looked up, alpha is left out); 0 leaves
+      them as they are.
+    resize: the side of the centre square that is kept; 0 leaves the size.
+    method: 'lanczos' crops to the largest centre square and resizes it with
+      pillow's Lanczos filter, as EDM's ImageNet-64 was. 'adm' halves the image
+      by boxes while it is twice the side, resizes it bicubically so that the
+      shorter side fits and crops the centre, as ADM's and EDM2's data were.
+    pad_to: the side of the black square in which images are centred; 0 leaves
+      the size.
+    pixel_values: pixels are cut off at pixel_values − 1, beyond which Lanczos
+      and bicubic filters overshoot.
+  """
+
+  channels: int = 0
+  resize: int = 0
+  method: str = RESIZES[0]
+  pad_to: int = 0
+  pixel_values: int = 256
+
+  @property
+  def changes(self) -> bool:
+    """Whether any image may change."""
+    return bool(self.channels or self.resize or self.pad_to)
+
+  def pixels(self, where: str, image: Any) -> np.ndarray:
+    """Returns the pixels of a fitted image, uint8 [H,W,C], C 1 or 3.
+
+    Args:
+      where: the place of the image, for errors.
+      image: a PIL image.
+
+    Raises:
+      errors.UserError: the image is neither 8-bit grey nor RGB and no
+        conversion is asked for, or it is larger than what it is padded to.
+    """
+    if self.channels and image.mode in _CONVERTIBLE:
+      image = image.convert(_MODES[self.channels])
+    if image.mode not in _MODES.values():
+      remedy = 'convert it to 8 bits'
+      if image.mode in _CONVERTIBLE:
+        remedy = 'convert, or set --config.data.channels=3 (1: grey)'
+      raise errors.UserError(
+        f'{where} is of PIL mode {image.mode!r}; wanted L (8-bit grey) or RGB:'
+        f' {remedy}'
+      )
+    if self.resize:
+      crop = _crop_lanczos if self.method == 'lanczos' else _crop_adm
+      image = crop(image, self.resize)
+    if self.pad_to:
+      image = _pad(where, image, self.pad_to)
+    pixels = np.asarray(image)
+    if self.resize and self.pixel_values < 256:
+      pixels = np.minimum(pixels, np.uint8(self.pixel_values - 1))
+    height, width = pixels.shape[:2]
+    return pixels.reshape(height, width, -1)
+
+  def array(self, where: str, stored: np.ndarray) -> np.ndarray:
+    """Returns images in memory, uint8 [N,H,W,C], fitted.
+
+    Raises:
+      errors.UserError: they are no images of 1 or 3 channels, or are larger
+        than what they are padded to.
+    """
+    from PIL import Image
+
+    if stored.dtype != np.uint8 or stored.shape[-1] not in _MODES:
+      raise errors.UserError(
+        f'{where} holds {stored.dtype} {list(stored.shape)}; only uint8 images'
+        ' of 1 or 3 channels can be resized, padded or converted: set'
+        ' config.data.resize, pad_to and channels to 0'
+      )
+    images = stored[..., 0] if stored.shape[-1] == 1 else stored
+    return np.stack(
+      [self.pixels(where, Image.fromarray(image)) for image in images]
+    )
+
+
+def _centre(image: Any, side: int) -> Any:
+  """Returns the centre square of a PIL image."""
+  left = (image.width - side) // 2
+  top = (image.height - side) // 2
+  return image.crop((left, top, left + side, top + side))
+
+
+def _crop_lanczos(image: Any, side: int) -> Any:
+  """Returns the largest centre square, resized; see `Fit.method`."""
+  from PIL import Image
+
+  square = _centre(image, min(image.size))
+  return square.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _crop_adm(image: Any, side: int) -> Any:
+  """Returns a centre square as ADM's data loader cuts it; see `Fit.method`."""
+  from PIL import Image
+
+  while min(image.size) >= 2 * side:
+    half = (image.width // 2, image.height // 2)
+    image = image.resize(half, Image.Resampling.BOX)
+  scale = side / min(image.size)
+  size = (round(image.width * scale), round(image.height * scale))
+  return _centre(image.resize(size, Image.Resampling.BICUBIC), side)
+
+
+def _pad(where: str, image: Any, side: int) -> Any:
+  """Returns an image in the centre of a black square."""
+  from PIL import Image
+
+  if max(image.size) > side:
+    raise errors.UserError(
+      f'{where} is {image.height}×{image.width}; config.data.pad_to={side} pads'
+      f' smaller images: set --config.data.resize={side}, or pad_to to 0'
+    )
+  square = Image.new(image.mode, (side, side))
+  left = (side - image.width) // 2
+  top = (side - image.height) // 2
+  square.paste(image, (left, top))
+  return square
