@@ -184,7 +184,10 @@ class Evaluator(Protocol):
     """
 
   def scores(
-    self, rows: rows_lib.Rows, labels: np.ndarray | None = None
+    self,
+    rows: rows_lib.Rows,
+    labels: np.ndarray | None = None,
+    from_file: bool = False,
   ) -> Scores:
     """Returns all scores of a set of images by name; see `meanings`.
 
@@ -192,6 +195,8 @@ class Evaluator(Protocol):
       rows: the rows of the whole set.
       labels: [N] the classes that the images were drawn for; None if there are
         none, or they are not known.
+      from_file: whether the rows stand in the order of a file that was given,
+        and not in that of ids, which says nothing.
     """
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
@@ -201,10 +206,13 @@ class Evaluator(Protocol):
     see `metrics.uncertainty`.
     """
 
-  def notes(self, count: int, num_blocks: int) -> list[str]:
-    """Returns lines on what keeps a number from being compared.
+  def notes(
+    self, count: int, num_blocks: int, file_rows: rows_lib.Rows | None = None
+  ) -> list[str]:
+    """Returns lines on how a number was made, and what it cannot be put beside.
 
     Args:
       count: the number of images in each block.
       num_blocks: the number of blocks.
+      file_rows: the rows of images that were given in a file, in its order.
     """

@@ -30,10 +30,15 @@ from ddo_jax.weights import inception as inception_weights
 _FORMERLY = pathlib.Path('~/.cache/ddo_jax/references')
 _SETTING = '--config.evaluation.fid_stats'
 _KID_SUBSET = 1_000  # images of each set in a subset
+_OPENAI = 'openai'
 _INCEPTION_SCORES: dict[str, Callable[[np.ndarray], Any]] = {
-  'openai': inception_score.openai,
+  _OPENAI: inception_score.openai,
   'torch_fidelity': inception_score.torch_fidelity,
 }
+
+
+def _is_shuffled(logits: np.ndarray) -> bool:
+  return inception_score.is_shuffled(logits.argmax(axis=1))
 
 
 def _lying(name: str) -> pathlib.Path | None:
@@ -188,8 +193,19 @@ class FidelityEvaluator:
     """Returns the features of the protocol's networks."""
     return self.extractor.rows(images, count, name, folder)
 
+  def _inception_score(self, logits: np.ndarray, from_file: bool) -> float:
+    """Returns the score of logits [N, classes] by the protocol's convention."""
+    rule = self.extractor.protocol.inception_score
+    # A shuffled file keeps its order, so that OpenAI's own number results.
+    if rule == _OPENAI and not (from_file and _is_shuffled(logits)):
+      logits = logits[inception_score.permutation(len(logits))]
+    return _INCEPTION_SCORES[rule](logits).mean
+
   def scores(
-    self, rows: rows_lib.Rows, labels: np.ndarray | None = None
+    self,
+    rows: rows_lib.Rows,
+    labels: np.ndarray | None = None,
+    from_file: bool = False,
   ) -> evaluator.Scores:
     """Returns all scores of a set of images; the labels take no part."""
     del labels
@@ -198,8 +214,8 @@ class FidelityEvaluator:
       sums = frechet.Statistics.of(rows[kind])
       scores[kind] = frechet.distance(sums, moments)
     if features.LOGITS in rows:
-      score = _INCEPTION_SCORES[self.extractor.protocol.inception_score]
-      scores['inception_score'] = score(rows[features.LOGITS]).mean
+      logits = rows[features.LOGITS]
+      scores['inception_score'] = self._inception_score(logits, from_file)
     if self._real is not None and 'fid' in rows:
       real = self._real['fid']
       fake = rows['fid']
@@ -215,10 +231,25 @@ class FidelityEvaluator:
       for kind, moments in self._moments.items()
     }
 
-  def notes(self, count: int, num_blocks: int) -> list[str]:
-    """Returns where the number of images departs from the protocol."""
+  def notes(
+    self, count: int, num_blocks: int, file_rows: rows_lib.Rows | None = None
+  ) -> list[str]:
+    """Returns how images were taken, and what departs from the protocol."""
     protocol = self.extractor.protocol
     lines = []
+    scored = 'inception' in self.extractor.provenance
+    by_chunks = scored and protocol.inception_score == _OPENAI
+    if by_chunks and count > inception_score.CHUNK:
+      if file_rows is None:
+        order = 'a fixed permutation of the images, as a shuffled file has them'
+      elif _is_shuffled(file_rows[features.LOGITS]):
+        order = "the images in the file's order, as OpenAI's evaluator"
+      else:
+        order = (
+          "a fixed permutation, as the file's order goes by class; OpenAI's"
+          ' evaluator would take that order'
+        )
+      lines.append(f'inception_score: {order}')
     if count != protocol.num_images:
       lines.append(
         f'{count} images, where protocol {protocol.name} has'

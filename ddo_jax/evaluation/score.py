@@ -166,14 +166,14 @@ def score_images(
 
   evaluator = measure.open_evaluator(settings, seed, train, open_test)
   rows, labels = measure.read(evaluator, source)
-  scores = evaluator.scores(rows, labels)
+  scores = evaluator.scores(rows, labels, from_file=True)
   result = evaluator.identity() | {
     'images': str(path),
     'samples': len(source),
     'seeds': 1,
     'scores': measure.summarize([scores], evaluator.minima),
     'uncertainty': evaluator.uncertainty(rows),
-    'notes': evaluator.notes(len(source), 1),
+    'notes': evaluator.notes(len(source), 1, rows),
     'environment': devices_lib.environment(),
   }
   records.write_json(output / 'eval.json', result)

@@ -200,6 +200,8 @@ def test_what_its_number_hangs_on(evaluator):
   identity = evaluator.identity()
   assert identity['classifier']['train'] == 'set 0'
   assert len(identity['classifier']['test_sha256']) == 64
+  assert identity['classifier']['held_out_accuracy'] > 0.9
+  assert identity['classifier']['held_out_images'] == 200
   assert json.loads(json.dumps(identity)) == identity
   np.testing.assert_array_equal(evaluator.ids(2, 5), np.arange(5))
   np.testing.assert_array_equal(evaluator.labels(np.arange(4), 3), [0, 1, 2, 0])
@@ -211,6 +213,33 @@ def test_what_its_number_hangs_on(evaluator):
   found = evaluator.uncertainty(rows)
   assert found.keys() == {'fd_train', 'fd_test'}
   assert found['fd_test'].keys() == {'limit'}  # 30 images a tenth are too few
+
+
+@pytest.mark.parametrize(
+  ('accuracy', 'commonest', 'poor'),
+  [
+    (0.97, 0.1, False),
+    (0.79, 0.1, True),
+    (0.96, 0.9, False),
+    (0.94, 0.9, True),  # it mostly answers with the commonest class
+  ],
+)
+def test_a_classifier_too_poor_to_measure_with(accuracy, commonest, poor):
+  line = classifier_evaluator.doubt(accuracy, commonest)
+  assert bool(line) == poor
+  assert not line or f'{accuracy:.0%}' in line
+
+
+def test_a_poor_classifier_is_named_beside_its_scores(evaluator, monkeypatch):
+  """Held-out labels that say nothing."""
+  monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
+  test = make_source(1, 200)
+  wrong = (test.labels() + 1) % 3
+  test = sources.ArraySource('test', test.stored, wrong, num_classes=3)
+  found = classifier_evaluator.ClassifierEvaluator(make_source(0, 400), test)
+  assert found.identity()['classifier']['held_out_accuracy'] < 0.1
+  (note,) = found.notes(5_000, 3)
+  assert 'too poor to measure with' in note
 
 
 def test_data_that_no_classifier_can_be_fitted_to():

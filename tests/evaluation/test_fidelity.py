@@ -25,6 +25,7 @@ from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import score
 from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.networks import inception
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
@@ -391,13 +392,30 @@ def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
     features.Extractor(settings.evaluation)
 
 
-def test_sorted_samples_have_no_inception_score(settings):
+def test_the_order_of_the_inception_score(settings):
+  """A shuffled file keeps its order, as OpenAI's evaluator takes it."""
   evaluator = fidelity.FidelityEvaluator(settings.evaluation, seed=0)
-  logits = np.repeat(np.eye(5, dtype=np.float32) * 9, 2_000, axis=0)
-  rows = {'fid': np.random.default_rng(0).normal(size=(10_000, WIDTH))}
-  rows = {k: np.float32(v) for k, v in rows.items()}
-  with pytest.raises(errors.UserError, match='sorted by class'):
-    evaluator.scores(rows | {features.LOGITS: logits})
+  ranked = np.repeat(np.eye(5, dtype=np.float32) * 9, 2_000, axis=0)
+  shuffled = np.random.default_rng(1).permutation(ranked)
+  features_of = np.random.default_rng(0).normal(size=(10_000, WIDTH))
+
+  def measured(logits, from_file):
+    rows = {'fid': np.float32(features_of), features.LOGITS: logits}
+    scores = evaluator.scores(rows, from_file=from_file)
+    lines = evaluator.notes(10_000, 1, rows if from_file else None)
+    (note,) = (line for line in lines if 'inception_score' in line)
+    return scores['inception_score'], note
+
+  permuted = inception_score.permutation(10_000)
+  score, note = measured(shuffled, True)
+  assert score == inception_score.openai(shuffled).mean
+  assert "in the file's order" in note
+  score, note = measured(shuffled, False)
+  assert score == inception_score.openai(shuffled[permuted]).mean
+  assert 'fixed permutation of the images' in note
+  score, note = measured(ranked, True)
+  assert score == inception_score.openai(ranked[permuted]).mean
+  assert 'goes by class' in note
 
 
 def test_devices_agree(settings):

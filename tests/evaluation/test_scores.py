@@ -78,23 +78,40 @@ def test_inception_scores_of_known_cases():
     np.testing.assert_allclose(score(sure * 0), (1, 0), atol=1e-12)
 
 
-def test_samples_sorted_by_class_are_refused():
+def test_an_order_that_is_not_of_chance():
   random = np.random.default_rng(0)
-  classes = np.repeat(np.arange(50), 20)
-  logits = random.normal(size=(1_000, 50)) + 4 * np.eye(50)[classes]
-  with pytest.raises(errors.UserError, match='sorted by class'):
-    inception_score.openai(logits, chunk=100)
-  inception_score.openai(logits)  # one chunk: order does not matter
-  shuffled = logits[random.permutation(1_000)]
-  good = inception_score.openai(shuffled, chunk=100)
-  assert good.mean > 3
-  inception_score.openai(
-    logits.reshape(50, 20, 50).swapaxes(0, 1).reshape(-1, 50), 100
-  )
-  inception_score.check_shuffled(np.zeros(500))  # one class alone
-  inception_score.check_shuffled(random.integers(0, 2, 5_000))
-  with pytest.raises(errors.UserError, match='sorted by class'):
-    inception_score.check_shuffled(np.sort(random.integers(0, 2, 5_000)))
+  is_shuffled = inception_score.is_shuffled
+  for classes in (10, 300):
+    drawn = random.integers(0, classes, 12_000)
+    in_turn = np.arange(12_000) % classes
+    # As a network predicts them, that is wrong on a quarter.
+    seen = np.where(random.random(12_000) < 0.25, drawn, in_turn)
+    for chunk in (1_000, 5_000):
+      assert is_shuffled(drawn, chunk)
+      assert is_shuffled(random.permutation(seen), chunk)
+      assert not is_shuffled(np.sort(seen), chunk)
+      assert is_shuffled(np.zeros(12_000, int), chunk)
+    # Where a chunk holds many of each class, turns matter little.
+    assert is_shuffled(seen, 1_000) == (classes == 10)
+    assert is_shuffled(np.sort(seen)[:5_000])  # one chunk
+  flags = [is_shuffled(random.integers(0, 3, 2_000), 500) for _ in range(300)]
+  assert all(flags)
+
+
+def test_classes_in_turn_score_too_high():
+  """A chunk that has each class equally often, against a shuffled file's."""
+  random = np.random.default_rng(0)
+  logits = 9 * np.eye(100)[np.arange(3_000) % 100] + random.normal(size=100)
+  in_turn = inception_score.openai(logits, chunk=300).mean
+  order = inception_score.permutation(3_000)
+  fixed = inception_score.openai(logits[order], chunk=300).mean
+  some = [
+    inception_score.openai(random.permutation(logits), chunk=300).mean
+    for _ in range(4)
+  ]
+  assert in_turn > 1.1 * max(some)
+  assert fixed == pytest.approx(np.mean(some), rel=0.02)
+  np.testing.assert_array_equal(np.sort(order), np.arange(3_000))
 
 
 def test_mistakes_in_an_inception_score_raise():

@@ -16,10 +16,9 @@ from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 
 _SEED = 2020  # torch-fidelity shuffles by this seed
-_OPENAI_CHUNK = 5_000
-# More equal neighbours than this many standard deviations above the expected
-# number mean that the samples are sorted.
-_SORTED = 6.0
+CHUNK = 5_000  # rows of OpenAI's chunks
+# A shuffled file lies within so many standard deviations.
+_SHUFFLED = 6.0
 
 
 class InceptionScore(NamedTuple):
@@ -65,36 +64,30 @@ def torch_fidelity(
     )
   probabilities = special.softmax(logits.astype(np.float64), axis=1)
   if shuffle:
-    order = np.random.RandomState(_SEED).permutation(n)
-    probabilities = probabilities[order]
+    probabilities = probabilities[permutation(n)]
   edges = [i * n // splits for i in range(splits + 1)]
   return _summary(
     [_score(probabilities[a:b]) for a, b in itertools.pairwise(edges)]
   )
 
 
-def openai(
-  logits_unbiased: np.ndarray, chunk: int = _OPENAI_CHUNK
-) -> InceptionScore:
+def openai(logits_unbiased: np.ndarray, chunk: int = CHUNK) -> InceptionScore:
   """Returns the score of OpenAI's evaluator: chunks of 5,000 in a file's order.
 
   OpenAI publishes the mean alone, and computes in float32, which makes a
-  difference of 1e-7. A file that is sorted by class is refused: each of its
-  chunks would know few classes, and the score would be far too low.
+  difference of 1e-7. The order of the file should be that of chance: see
+  `is_shuffled`.
 
   Args:
     logits_unbiased: [N, classes], in the order of the file.
     chunk: the number of rows in a chunk; the last chunk may be shorter.
 
   Raises:
-    UserError: the logits are not [N, classes], hold NaN or Inf, or are sorted
-      by class.
+    UserError: the logits are not [N, classes], or hold NaN or Inf.
   """
   logits = frechet.check_features('logits', logits_unbiased)
   if chunk < 1:
     raise errors.UserError(f'chunk is {chunk}; it must be 1 or more rows')
-  if len(logits) > chunk:
-    check_shuffled(logits.argmax(axis=1))
   probabilities = special.softmax(logits.astype(np.float64), axis=1)
   return _summary(
     [
@@ -104,26 +97,43 @@ def openai(
   )
 
 
-def check_shuffled(classes: np.ndarray) -> None:
-  """Checks that samples are not sorted, or in runs, by class.
+def permutation(count: int) -> np.ndarray:
+  """Returns the order [count] that images drawn here are taken in.
 
-  Neighbours of one class are counted. In random order their expected number is
-  (N − 1) Σ n_c (n_c − 1)/(N (N − 1)), with a standard deviation of about its
-  square root.
+  Their classes follow from their ids, often in turn, and a chunk in which every
+  class occurs equally often scores higher than one of a shuffled file.
+  """
+  return np.random.RandomState(_SEED).permutation(count)
+
+
+def is_shuffled(classes: np.ndarray, chunk: int = CHUNK) -> bool:
+  """Says whether chunks of a file hold classes as those of a shuffled one do.
+
+  In a sorted file a chunk knows few classes, and where classes take turns it
+  holds all of them equally often; the score is too low, or too high. Pearson's
+  statistic of the chunks' classes is compared with what shuffling gives it, by
+  the cube root of Wilson and Hilferty, which is nearly normal.
 
   Args:
-    classes: [N] labels or predicted classes, in the file's order.
-
-  Raises:
-    UserError: the samples are sorted.
+    classes: [N] predicted classes, in the file's order.
+    chunk: the number of rows in a chunk.
   """
   n = len(classes)
-  counts = np.unique(classes, return_counts=True)[1].astype(np.float64)
-  expected = (counts * (counts - 1)).sum() / max(n, 1)
-  found = int((classes[1:] == classes[:-1]).sum())
-  if found > expected + _SORTED * np.sqrt(expected + 1):
-    raise errors.UserError(
-      f'{found} of {n} samples follow one of their own class, where shuffled '
-      f'ones would be {expected:.0f}: the file is sorted by class, which '
-      "ruins OpenAI's Inception Score; shuffle the samples before writing it"
-    )
+  # The last chunk may be shorter; a very short one tells nothing.
+  starts = range(0, n - chunk // 2, chunk)
+  chunks = [classes[start : start + chunk] for start in starts]
+  if len(chunks) < 2:
+    return True  # the order is of no account
+  width = classes.max() + 1
+  counts = np.stack([np.bincount(part, minlength=width) for part in chunks])
+  sizes = counts.sum(axis=1, keepdims=True)
+  expected = sizes * counts.sum(axis=0) / sizes.sum()
+  often = expected.min(axis=0) >= 1  # Pearson's statistic wants no rare ones
+  freedom = (len(chunks) - 1) * (often.sum() - 1)
+  if freedom < 1:
+    return True  # one class alone
+  expected = expected[:, often]
+  pearson = np.square(counts[:, often] - expected) / expected
+  spread = 2 / (9 * freedom)
+  deviation = np.cbrt(pearson.sum() / freedom) - (1 - spread)
+  return bool(abs(deviation) < _SHUFFLED * np.sqrt(spread))
