@@ -45,7 +45,6 @@ class Diffusion:
     codec: between stored rows and model units.
     noise: the law of σ in training; None where the model only samples.
     rules: what may be done to the weights.
-    remat: whether activations are recomputed in the backward pass.
     num_bins: the number of noise bins in the diagnostics.
     guide: the guide's module, with the denoiser's signature; None where the
       guide is built as the denoiser is.
@@ -60,7 +59,6 @@ class Diffusion:
   codec: codec_lib.Codec = _static(default=codec_lib.Pixels())
   noise: noise_lib.NoiseLaw | None = None
   rules: likelihood.WeightRules = _static(default=likelihood.WeightRules())
-  remat: bool = _static(default=False)
   num_bins: int = _static(default=8)
   guide: nn.Module | None = _static(default=None)
 
@@ -75,16 +73,9 @@ class Diffusion:
     self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
   ) -> jax.Array:
     """Returns D(x; σ), the posterior mean of the clean image, shaped as x."""
-
-    def apply(params, x, sigma, label):
-      return self.denoiser.apply({'params': params}, x, sigma, label)
-
-    if self.remat:
-      policy = jax.checkpoint_policies.dots_saveable
-      apply = jax.checkpoint(apply, policy=policy)
     # A difference of two nearly equal networks: TF32 or bfloat16 drowns it.
     with jax.default_matmul_precision('highest'):
-      return apply(params, x, sigma, label)
+      return self.denoiser.apply({'params': params}, x, sigma, label)
 
   def _noisy(
     self, batch: Batch, keys: jax.Array

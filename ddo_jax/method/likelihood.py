@@ -155,7 +155,8 @@ class ModelConfig:
     Args:
       noise: the noise law that it is trained under, a `noise.NoiseLaw` with a
         number in place of each tuple; None where it only samples, or has none.
-      remat: whether activations are recomputed in the backward pass.
+      remat: whether the activations inside each block of the network are
+        recomputed in the backward pass. A model that keeps few may ignore it.
 
     Raises:
       errors.UserError: the settings fit no model.

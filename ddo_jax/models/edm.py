@@ -41,6 +41,8 @@ class SongUNet(nn.Module):
     attn_resolutions: the resolutions with self-attention of one head, in every
       block of the encoder and in a decoder level's last block.
     dropout: the dropout rate in training.
+    remat: whether the activations inside each block are recomputed in the
+      backward pass, which then keeps the blocks' inputs only.
   """
 
   out_channels: int
@@ -52,6 +54,7 @@ class SongUNet(nn.Module):
   num_blocks: int = 4
   attn_resolutions: tuple[int, ...] = (16,)
   dropout: float = 0.13
+  remat: bool = False
 
   @property
   def style(self) -> edm_layers.Style:
@@ -81,7 +84,7 @@ class SongUNet(nn.Module):
     """
     embedding = self._embed(c_noise, label, augment)
 
-    def apply_block(x, step, side):
+    def apply_block(x, step, side, skip=None):
       block = edm_layers.UNetBlock(
         channels=step.channels,
         style=self.style,
@@ -90,7 +93,13 @@ class SongUNet(nn.Module):
         dropout=self.dropout,
         name=f'{side}_{step.name}',
       )
-      return block(x, embedding, train)
+
+      def apply(block, x, skip):
+        if step.joins:
+          x = jnp.concatenate([x, skip], axis=-1)
+        return block(x, embedding, train)
+
+      return layers.checkpointed(apply, self.remat)(block, x, skip)
 
     r = x.shape[1]
     widths = [self.model_channels * mult for mult in self.channel_mult]
@@ -111,9 +120,7 @@ class SongUNet(nn.Module):
         x = image
       skips.append(x)
     for step in decoder:
-      if step.joins:
-        x = jnp.concatenate([x, skips.pop()], axis=-1)
-      x = apply_block(x, step, 'dec')
+      x = apply_block(x, step, 'dec', skips.pop() if step.joins else None)
     x = nn.silu(style.norm(x, f'dec_{r}x{r}_aux_norm'))
     name = f'dec_{r}x{r}_aux_conv'
     return style.layer(x, self.out_channels, name, 3, style.last_gain)
@@ -171,6 +178,8 @@ class DhariwalUNet(nn.Module):
     attn_resolutions: the resolutions at which all blocks have self-attention.
     channels_per_head: the width of a head of the attention.
     dropout: the dropout rate in training.
+    remat: whether the activations inside each block are recomputed in the
+      backward pass, which then keeps the blocks' inputs only.
   """
 
   out_channels: int
@@ -182,6 +191,7 @@ class DhariwalUNet(nn.Module):
   attn_resolutions: tuple[int, ...] = (32, 16, 8)
   channels_per_head: int = 64
   dropout: float = 0.1
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -196,7 +206,7 @@ class DhariwalUNet(nn.Module):
     style = edm_layers.ADM
     embedding = self._embed(c_noise, label, augment)
 
-    def apply_block(x, step, side):
+    def apply_block(x, step, side, skip=None):
       heads = 0
       if step.attention:
         heads = step.channels // self.channels_per_head
@@ -208,7 +218,13 @@ class DhariwalUNet(nn.Module):
         dropout=self.dropout,
         name=f'{side}_{step.name}',
       )
-      return block(x, embedding, train)
+
+      def apply(block, x, skip):
+        if step.joins:
+          x = jnp.concatenate([x, skip], axis=-1)
+        return block(x, embedding, train)
+
+      return layers.checkpointed(apply, self.remat)(block, x, skip)
 
     r = x.shape[1]
     widths = [self.model_channels * mult for mult in self.channel_mult]
@@ -224,9 +240,7 @@ class DhariwalUNet(nn.Module):
       x = apply_block(x, step, 'enc')
       skips.append(x)
     for step in decoder:
-      if step.joins:
-        x = jnp.concatenate([x, skips.pop()], axis=-1)
-      x = apply_block(x, step, 'dec')
+      x = apply_block(x, step, 'dec', skips.pop() if step.joins else None)
     x = nn.silu(style.norm(x, 'out_norm'))
     return style.layer(x, self.out_channels, 'out_conv', 3, style.last_gain)
 
@@ -298,13 +312,12 @@ class EdmConfig(likelihood.ModelConfig):
   ) -> 'Edm':
     """Returns the model under its preconditioning and EDM's weight."""
     return Edm(
-      denoiser=denoiser(self),
+      denoiser=denoiser(self, remat),
       example_shape=self.image_shape,
       num_classes=self.num_classes,
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=codec.Pixels(self.pixel_values),
       noise=noise,
-      remat=remat,
       augment=self.augment,
     )
 
@@ -339,13 +352,16 @@ class Edm(diffusion.Diffusion):
       params,
       rng.split_rows(keys, 'dropout'),
       {'x': noisy, 'sigma': sigma, **rows},
-      self.remat,
     )
     return weight * jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
 
 
-def denoiser(config: EdmConfig) -> precond.Precond:
+def denoiser(config: EdmConfig, remat: bool = False) -> precond.Precond:
   """Returns the network of a config under its preconditioning.
+
+  Args:
+    config: the config.
+    remat: see `SongUNet`.
 
   Raises:
     errors.UserError: there is no network or no preconditioning of that name, or
@@ -371,6 +387,7 @@ def denoiser(config: EdmConfig) -> precond.Precond:
     'num_blocks': config.num_blocks,
     'attn_resolutions': tuple(config.attn_resolutions),
     'dropout': config.dropout,
+    'remat': remat,
   }
   if config.network == 'adm':
     network = DhariwalUNet(

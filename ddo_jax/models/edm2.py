@@ -39,6 +39,8 @@ class UNet(nn.Module):
     attn_resolutions: the resolutions at which all blocks have self-attention.
     channels_per_head: the width of a head of the attention.
     dropout: the dropout rate in training.
+    remat: whether the activations inside each block are recomputed in the
+      backward pass, which then keeps the blocks' inputs only.
   """
 
   num_classes: int
@@ -48,6 +50,7 @@ class UNet(nn.Module):
   attn_resolutions: tuple[int, ...] = (16, 8)
   channels_per_head: int = 64
   dropout: float = 0.0
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -71,7 +74,7 @@ class UNet(nn.Module):
     widths = [self.model_channels * mult for mult in self.channel_mult]
     embedding = self._embed(c_noise, label, widths)
 
-    def apply_block(x, step, side):
+    def apply_block(x, step, side, skip=None):
       heads = 0
       if step.attention:
         heads = step.channels // self.channels_per_head
@@ -83,7 +86,13 @@ class UNet(nn.Module):
         dropout=self.dropout,
         name=f'{side}_{step.name}',
       )
-      return block(x, embedding, train)
+
+      def apply(block, x, skip):
+        if step.joins:
+          x = edm2_layers.mp_cat(x, skip)
+        return block(x, embedding, train)
+
+      return layers.checkpointed(apply, self.remat)(block, x, skip)
 
     r = x.shape[1]
     channels = x.shape[-1]
@@ -101,9 +110,7 @@ class UNet(nn.Module):
       x = apply_block(x, step, 'enc')
       skips.append(x)
     for step in decoder:
-      if step.joins:
-        x = edm2_layers.mp_cat(x, skips.pop())
-      x = apply_block(x, step, 'dec')
+      x = apply_block(x, step, 'dec', skips.pop() if step.joins else None)
     gain = self.param('out_gain', nn.initializers.zeros, ())
     return edm2_layers.MPConv(channels, 3, name='out_conv')(x, gain)
 
@@ -211,6 +218,7 @@ class Edm2Config(likelihood.ModelConfig):
       attn_resolutions=tuple(self.attn_resolutions),
       channels_per_head=self.channels_per_head,
       dropout=self.dropout,
+      remat=remat,
     )
     return Edm2(
       denoiser=Edm2Precond(network, self.sigma_data, self.logvar_channels),
@@ -220,7 +228,6 @@ class Edm2Config(likelihood.ModelConfig):
       codec=self.codec(),
       noise=noise,
       rules=SphereRules(),
-      remat=remat,
     )
 
 
@@ -263,7 +270,6 @@ class Edm2(diffusion.Diffusion):
       params,
       rng.split_rows(keys, 'dropout'),
       {'x': noisy, 'sigma': sigma, 'label': batch.label},
-      self.remat,
     )
     logvar = self.denoiser.apply(
       {'params': params}, sigma, method='log_variance'

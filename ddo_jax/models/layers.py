@@ -1,5 +1,6 @@
 """Layers that more than one model uses."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -140,12 +141,27 @@ def split_heads(
   return q, k, v
 
 
+def checkpointed(
+  apply: Callable[..., jax.Array], remat: bool
+) -> Callable[..., jax.Array]:
+  """Returns a block's call, its activations recomputed if `remat` is true.
+
+  The backward pass then keeps what goes into the block, and computes what is
+  inside it again when it comes to it. A whole network as one such block would
+  save nothing: all of it would be computed again at once.
+
+  Args:
+    apply: (module, arrays...) -> array.
+    remat: whether to do so.
+  """
+  return nn.remat(apply) if remat else apply
+
+
 def apply_training(
   module: nn.Module,
   params: Any,
   keys: jax.Array,
   rows: dict[str, jax.Array],
-  remat: bool,
 ) -> jax.Array:
   """Applies a module in training mode; every row has a dropout key of its own.
 
@@ -158,7 +174,6 @@ def apply_training(
     params: the module's params.
     keys: the rows' keys, [B].
     rows: the module's arguments by name, arrays [B,...].
-    remat: whether activations are recomputed in the backward pass.
 
   Returns:
     The module's output, [B,...].
@@ -171,9 +186,6 @@ def apply_training(
     )
     return output[0]
 
-  if remat:
-    policy = jax.checkpoint_policies.dots_saveable
-    apply_row = jax.checkpoint(apply_row, policy=policy)
   with jax.default_matmul_precision('highest'):
     return jax.vmap(apply_row)(keys, rows)
 

@@ -1,5 +1,6 @@
 """Small denoisers for small images: a residual MLP and a small U-Net."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -47,10 +48,15 @@ class ToyConfig(likelihood.ModelConfig):
   ) -> diffusion.Diffusion:
     """Returns the model under EDM's preconditioning and weight.
 
+    The MLP keeps so little for its backward pass that `remat` leaves it alone.
+
     Raises:
       errors.UserError: the network is unknown, or does not fit the image.
     """
-    networks = {'mlp': ResidualMLP, 'unet': SmallUNet}
+    networks: dict[str, Callable[..., nn.Module]] = {
+      'mlp': ResidualMLP,
+      'unet': functools.partial(SmallUNet, remat=remat),
+    }
     errors.require(
       self.network in networks,
       'model.network',
@@ -78,7 +84,6 @@ class ToyConfig(likelihood.ModelConfig):
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=codec.Pixels(self.pixel_values),
       noise=noise,
-      remat=remat,
     )
 
 
@@ -168,11 +173,14 @@ class SmallUNet(nn.Module):
       lower one.
     blocks: the number of residual blocks at full resolution, on each side.
     num_classes: the number of classes.
+    remat: whether the activations inside each block are recomputed in the
+      backward pass, which then keeps the blocks' inputs only.
   """
 
   hidden: int
   blocks: int
   num_classes: int
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -183,16 +191,21 @@ class SmallUNet(nn.Module):
     H and W must be even.
     """
     condition = Condition(4 * self.hidden, self.num_classes)(c_noise, label)
+
+    def apply(block, h):
+      return block(h, condition)
+
+    apply = layers.checkpointed(apply, self.remat)
     h = nn.Conv(self.hidden, (3, 3))(x)
     skips = []
     for _ in range(self.blocks):
-      h = ConvBlock(self.hidden)(h, condition)
+      h = apply(ConvBlock(self.hidden), h)
       skips.append(h)
     h = nn.Conv(2 * self.hidden, (2, 2), strides=(2, 2))(h)
     for _ in range(2 * self.blocks):
-      h = ConvBlock(2 * self.hidden)(h, condition)
+      h = apply(ConvBlock(2 * self.hidden), h)
     h = nn.ConvTranspose(self.hidden, (2, 2), strides=(2, 2))(h)
     while skips:
       h = jnp.concatenate([h, skips.pop()], axis=-1)
-      h = ConvBlock(self.hidden)(h, condition)
+      h = apply(ConvBlock(self.hidden), h)
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros)(h)

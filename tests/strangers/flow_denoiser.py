@@ -67,7 +67,6 @@ class FlowConfig(likelihood.ModelConfig):
       weight=noise_lib.VelocityWeight(),
       codec=codec.Pixels(self.pixel_values),
       noise=noise,
-      remat=remat,
     )
 
 

@@ -59,7 +59,6 @@ class NnxConfig(likelihood.ModelConfig):
       weight=noise_lib.EdmWeight(SIGMA_DATA),
       codec=codec.Pixels(17),
       noise=noise,
-      remat=remat,
     )
 
 
