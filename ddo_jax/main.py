@@ -22,7 +22,8 @@ beside it and no others:
   convert     --source --output [--config --sha256]
               Released weights to a folder of params, and back to a file.
   fid_stats   --config --output
-              Statistics of the data, for --config.evaluation.fid_stats.
+              Statistics of the data; their folder then serves as
+              --config.evaluation.protocol.
 
 A notebook calls the function of the mode's name with a config of its own.
 """
@@ -310,8 +311,10 @@ def convert(
 
 
 def fid_stats(config: config_lib.Config, output: pathlib.Path) -> pathlib.Path:
-  """Writes the statistics of a data set; returns their folder."""
-  return score.write_fid_stats(config.evaluation, config.data, output)
+  """Makes a protocol of a data set; returns its folder."""
+  return score.write_fid_stats(
+    config.evaluation, config.data, output, config.labels
+  )
 
 
 def _path(flag: flags.FlagHolder) -> pathlib.Path | None:

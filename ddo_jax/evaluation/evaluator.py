@@ -37,8 +37,9 @@ class Evaluation:
   """How checkpoints are compared, and what a reported number is made from.
 
   Attributes:
-    protocol: a named protocol (see `protocols`), under which Inception's or
-      DINOv2's features are compared with published statistics; '' fits a small
+    protocol: a named protocol (see `protocols`), or the path of one's own, as
+      --mode=fid_stats writes it, under which Inception's or DINOv2's features
+      are compared with statistics; '' fits a small
       classifier to the training split and measures in its features.
     metric: the score that selects checkpoints; lower is better.
     selection_samples: the number of images a checkpoint is selected by, drawn
@@ -104,10 +105,10 @@ def check(settings: Evaluation) -> None:
   """
   names = ('', *protocols.PROTOCOLS)
   errors.require(
-    settings.protocol in names,
+    not settings.protocol or protocols.is_there(settings.protocol),
     'evaluation.protocol',
     settings.protocol,
-    f'one of {names}',
+    f'one of {names}, or a folder that --mode=fid_stats wrote',
   )
   _check_features(settings)
   metrics = kinds(settings) if settings.protocol else CLASSIFIER_METRICS

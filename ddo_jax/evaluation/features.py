@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import errors
@@ -67,16 +68,29 @@ class Extractor:
     provenance: where the weights come from, by network.
   """
 
-  def __init__(self, settings: evaluator.Evaluation):
-    """Loads the weights that the settings' features need.
+  def __init__(
+    self,
+    settings: evaluator.Evaluation,
+    protocol: protocols.Protocol | None = None,
+  ):
+    """Loads the weights that the features need.
+
+    Args:
+      settings: they name the files of weights, and the protocol.
+      protocol: one that is being made, all of whose features are meant; None
+        takes what the settings name.
 
     Raises:
       errors.UserError: weights are missing (the line says which file to bring
         and where to put it) or damaged, or the settings make no sense.
     """
-    evaluator.check(settings)
-    self.protocol = protocols.get(settings.protocol)
-    self.kinds = evaluator.kinds(settings)
+    if protocol is None:
+      evaluator.check(settings)
+      self.protocol = protocols.get(settings.protocol)
+      self.kinds = evaluator.kinds(settings)
+    else:
+      self.protocol = protocol
+      self.kinds = protocol.features
     self.provenance = {}
     self._params = {}
     self._widths = {}
@@ -99,8 +113,14 @@ class Extractor:
     self._apply = jax.jit(self._networks)
 
   def _networks(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """Returns all features [B, D] of images uint8 [B,H,W,3], by kind."""
+    """Returns all features [B, D] of images uint8 [B,H,W,C], by kind."""
     found = {}
+    top = self.protocol.pixel_values - 1
+    if top != 255:
+      bright = images.astype(jnp.int32) * 255 // top
+      images = bright.astype(jnp.uint8)
+    if images.shape[-1] == 1:
+      images = jnp.repeat(images, 3, axis=-1)
     if 'inception' in params:
       taps = inception.apply(params['inception'], images, self.protocol.resize)
       found['fid'] = taps.features
@@ -121,8 +141,8 @@ class Extractor:
     if dtype != np.uint8 or tuple(shape) != wanted:
       raise errors.UserError(
         f'images are {dtype} {list(shape)}; protocol {self.protocol.name}'
-        f' measures uint8 {list(wanted)}: write them so, or name another'
-        ' --config.evaluation.protocol'
+        f' measures uint8 {list(wanted)}: write them so, or make a protocol of'
+        ' images like these with --mode=fid_stats'
       )
 
   def _checked(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

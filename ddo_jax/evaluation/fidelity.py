@@ -128,7 +128,7 @@ class FidelityEvaluator:
     self.extractor = features.Extractor(settings)
     self._seed = seed
     protocol = self.extractor.protocol
-    self.label_rule = protocols.LABEL_RULES[protocol.labels]
+    self.label_rule = protocol.label_rule
     self.num_images = protocol.num_images
     self.num_blocks = protocol.num_blocks
     self.minima: tuple[str, ...] = ()
@@ -255,6 +255,11 @@ class FidelityEvaluator:
         f'{count} images, where protocol {protocol.name} has'
         f' {protocol.num_images}: not to be compared with published numbers'
       )
+    if protocol.image_shape[2] == 1:
+      lines.append('grey images are measured as RGB of three equal channels')
+    if protocol.pixel_values != 256:
+      top = protocol.pixel_values - 1
+      lines.append(f'pixels 0 .. {top} are measured as 0 .. 255')
     for kind, moments in self._moments.items():
       sizes = {f'{kind} of these images': count}
       if moments.n:  # some files do not say

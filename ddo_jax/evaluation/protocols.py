@@ -11,6 +11,10 @@ weights do: EDM's and EDM2's pixels are those of clip(127.5 x + 128, 0, 255)
 cut off to integers, which is rounding; VAR's, and those of EDM2's latents, are
 those of 255 (x + 1)/2 cut off, which is half a pixel value darker on average.
 
+A protocol of one's own is made by --mode=fid_stats: statistics of any images,
+and beside them a JSON file that says how they are to be compared. The path of
+that folder stands wherever a published protocol's name may.
+
 The seeds of a published number are 0, 1, ..., N−1 for its first block of N
 images, N, ..., 2N−1 for its second, and so on. Here an image's id is its place
 in that sequence, and its noise depends on its id and the run's seed.
@@ -18,6 +22,7 @@ in that sequence, and its noise depends on its id and the run's seed.
 
 from collections.abc import Mapping
 import dataclasses
+import pathlib
 import typing
 from typing import Any
 from typing import Literal
@@ -30,20 +35,20 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.evaluation.networks import resize
+from ddo_jax.runtime import records
 
 # 'random': every image's class is drawn (EDM's and EDM2's generators).
 # 'balanced': image i has class i mod classes (DDO's EDM2 script, VAR).
-LabelRule = Literal['random', 'balanced']
-LABEL_RULES = {
-  'random': 'each class at random, all equally likely',
-  'balanced': labels_lib.EQUAL,
-}
+# 'shares': as often as `class_shares` says (protocols of one's own).
+LabelRule = Literal['random', 'balanced', 'shares']
 # 'openai': chunks in the order of the ids. 'torch_fidelity': shuffled splits.
 # '': the papers print no Inception Score.
 InceptionRule = Literal['', 'openai', 'torch_fidelity']
 # What papers print of the blocks' Fréchet distances: EDM the minimum of three,
-# others that of their only block.
-Printed = Literal['minimum', 'single']
+# others that of their only block; the mean is printed of one's own.
+Printed = Literal['minimum', 'single', 'mean']
+
+FILE = 'protocol.json'  # in a folder of statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +62,15 @@ class Protocol:
     num_blocks: the number of blocks of fresh seeds that are measured.
     labels: how classes are drawn.
     resize: how images are resized for the Inception network.
-    fid_stats: the name of the published file of statistics.
+    fid_stats: the name of the published file of statistics, or the folder of
+      one's own.
     features: the kinds of statistics that the file has.
     inception_score: the convention of the Inception Score.
     printed: which of the blocks' Fréchet distances papers print.
+    class_shares: how often each class is drawn; see `labels.Shares`.
+    pixel_values: the images' pixels are 0 .. pixel_values−1; they are measured
+      at full contrast.
+    data: what the statistics are of; '' where the name says it.
   """
 
   name: str
@@ -73,6 +83,16 @@ class Protocol:
   features: tuple[str, ...]
   inception_score: InceptionRule
   printed: Printed
+  class_shares: tuple[int, ...] = ()
+  pixel_values: int = 256
+  data: str = ''
+
+  @property
+  def label_rule(self) -> str:
+    """How often each class is drawn, in words."""
+    if self.labels == 'random':
+      return 'each class at random, all equally likely'
+    return str(labels_lib.Shares(self.class_shares))
 
   def __post_init__(self):
     choices = {
@@ -98,6 +118,20 @@ class Protocol:
         " 'minimum'"
       )
 
+  def shares(self, num_classes: int) -> labels_lib.Shares:
+    """Returns how often a model's images are of each class.
+
+    Raises:
+      errors.UserError: the model has fewer classes than the protocol's data.
+    """
+    if num_classes < len(self.class_shares):
+      raise errors.UserError(
+        f'protocol {self.name} is of data with {len(self.class_shares)} classes'
+        f' and the model has {num_classes}: make one of data like the model'
+        ' with --mode=fid_stats'
+      )
+    return labels_lib.Shares(self.class_shares)
+
   def classes(self, ids: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
     """Returns the classes of images.
 
@@ -115,6 +149,8 @@ class Protocol:
     """
     if num_classes == 0:
       return np.zeros(len(ids), np.int32)
+    if self.labels == 'shares':
+      return self.shares(num_classes).labels(ids)
     if self.labels == 'balanced':
       if self.num_images % num_classes:
         raise errors.UserError(
@@ -177,17 +213,44 @@ PROTOCOLS = {
 }
 
 
+def _file(name: str) -> pathlib.Path:
+  """Returns where the protocol lies that a path names."""
+  path = pathlib.Path(name).expanduser()
+  return path if path.suffix == '.json' else path / FILE
+
+
+def is_there(name: str) -> bool:
+  """Says whether a protocol is published by that name, or lies at that path."""
+  return name in PROTOCOLS or (bool(name) and _file(name).is_file())
+
+
 def get(name: str) -> Protocol:
-  """Returns the protocol of a name.
+  """Returns the protocol of a name, or the one that lies at a path.
 
   Raises:
-    errors.UserError: there is none.
+    errors.UserError: there is none, or the file is damaged.
   """
-  if name not in PROTOCOLS:
+  if name in PROTOCOLS:
+    return PROTOCOLS[name]
+  if not is_there(name):
     raise errors.UserError(
-      f'no protocol {name!r}; wanted one of {", ".join(PROTOCOLS)}'
+      f'no protocol {name!r}; wanted one of {", ".join(PROTOCOLS)}, or a folder'
+      ' that --mode=fid_stats wrote'
     )
-  return PROTOCOLS[name]
+  path = _file(name)
+  recorded = records.read_json(path)
+  try:
+    protocol = from_json(recorded)
+  except (TypeError, ValueError, KeyError, AttributeError) as error:
+    raise errors.UserError(
+      f'{path} is no protocol ({error}): write it anew with --mode=fid_stats'
+    ) from error
+  return dataclasses.replace(protocol, fid_stats=str(path.parent.resolve()))
+
+
+def write(folder: pathlib.Path, protocol: Protocol) -> None:
+  """Writes a protocol beside its statistics."""
+  records.write_json(folder / FILE, dataclasses.asdict(protocol))
 
 
 def from_json(recorded: Mapping[str, Any]) -> Protocol:
@@ -202,7 +265,8 @@ def from_json(recorded: Mapping[str, Any]) -> Protocol:
     fields['num_blocks'] = len(fields.pop('first_seeds'))
   if 'reference' in fields:
     fields['fid_stats'] = fields.pop('reference')
-  for name in ('image_shape', 'features'):
+  fields.setdefault('class_shares', ())
+  for name in ('image_shape', 'features', 'class_shares'):
     fields[name] = tuple(fields[name])
   return Protocol(**fields)
 
@@ -241,7 +305,11 @@ def difference(a: Score, b: Score) -> float:
     unknown = field == 'fid_stats_sha256' and not (ours and theirs)
     if ours != theirs and not unknown:
       reasons.append(f'{field} {ours} and {theirs}')
+  # One's own statistics are known by their hash, wherever they were moved to.
+  own = a.protocol.data and b.protocol.data and a.fid_stats_sha256
   for name in [field.name for field in dataclasses.fields(Protocol)]:
+    if own and name in ('fid_stats', 'data'):
+      continue
     ours = getattr(a.protocol, name)
     theirs = getattr(b.protocol, name)
     if ours != theirs:

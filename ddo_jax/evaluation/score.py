@@ -12,6 +12,7 @@ import zipfile
 from ddo_jax import errors
 from ddo_jax.data import files as image_files
 from ddo_jax.data import image_writer
+from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
@@ -22,7 +23,9 @@ from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import workspace
+from ddo_jax.weights import fid_stats
 
+_OWN_IMAGES = 50_000  # as published numbers have
 _LOSSY = ('.jpg', '.jpeg', '.webp')
 # Fields of the config that name weights beside the params which are scored.
 _OTHER_WEIGHTS = ('guide_from', 'tokenizer_from', 'vae_from')
@@ -180,33 +183,80 @@ def score_images(
   return result
 
 
-def write_fid_stats(
-  settings: evaluator_lib.Evaluation, data: sources.Data, output: pathlib.Path
-) -> pathlib.Path:
-  """Writes the statistics of a data set's training split.
+def _own_protocol(
+  settings: evaluator_lib.Evaluation,
+  data: sources.Data,
+  source: sources.Source,
+  labels: str,
+) -> protocols.Protocol:
+  """Returns a protocol by which images are compared with those of a source."""
+  resize: Any = 'tf1'
+  inception_score: Any = ''
+  kinds = tuple(settings.features) or ('fid',)
+  if settings.protocol:
+    base = protocols.get(settings.protocol)
+    resize = base.resize
+    inception_score = base.inception_score
+    kinds = evaluator_lib.kinds(settings)
+  known = tuple(fid_stats.WIDTHS)
+  errors.require(
+    set(kinds) <= set(known),
+    'evaluation.features',
+    settings.features,
+    f'some of {known}',
+  )
+  shares: tuple[int, ...] = ()
+  if source.num_classes:
+    shares = labels_lib.Shares.of(labels, source.labels()).counts
+  height, width, _ = source.stored_shape
+  name = pathlib.Path(data.source).stem.replace('{split}', data.train_split)
+  return protocols.Protocol(
+    name=f'{name}-{height}x{width}',
+    image_shape=source.stored_shape,
+    num_images=settings.samples or _OWN_IMAGES,
+    num_blocks=settings.seeds or 1,
+    labels='shares' if shares else 'random',
+    resize=resize,
+    fid_stats='',
+    features=kinds,
+    inception_score=inception_score,
+    printed='mean',
+    class_shares=shares,
+    pixel_values=source.pixel_values,
+    data=source.name,
+  )
 
-  The files serve as `evaluation.fid_stats`. They are of a protocol's features,
-  so no evaluator is needed, which would ask for such a file itself.
+
+def write_fid_stats(
+  settings: evaluator_lib.Evaluation,
+  data: sources.Data,
+  output: pathlib.Path,
+  labels: str = 'data',
+) -> pathlib.Path:
+  """Makes a protocol of a data set's training split: statistics of it.
+
+  The folder serves as `evaluation.protocol`, wherever a published name may
+  stand, or as `evaluation.fid_stats` beside such a name.
 
   Args:
-    settings: they name the protocol.
+    settings: `protocol` names one whose features, resize and Inception Score
+      are taken; '' takes EDM's, with the kinds of `features`, FID's if there
+      are none. `samples` and `seeds` are the protocol's, by default one block
+      of 50,000 images. They also name the files of weights.
     data: where the images come from.
-    output: the folder of `<kind>.npz`, one file for each kind of features.
+    output: the folder of protocol.json and `<kind>.npz`, one file for each kind
+      of features.
+    labels: how often each class is to be drawn, one of `labels.RULES`.
 
   Returns:
     output.
 
   Raises:
-    errors.UserError: no protocol is named, or weights are missing.
+    errors.UserError: weights are missing, or the data is not of images.
   """
-  errors.require(
-    bool(settings.protocol),
-    'evaluation.protocol',
-    settings.protocol,
-    f'one of {tuple(protocols.PROTOCOLS)}: statistics are of its features',
-  )
-  extractor = features.Extractor(settings)
   source = sources.open_source(data, data.train_split)
+  protocol = _own_protocol(settings, data, source, labels)
+  extractor = features.Extractor(settings, protocol)
   images, _ = features.of_source(source)
   rows = extractor.rows(images, len(source), source.name)
   origin = {'data': source.name, 'resize': extractor.protocol.resize}
@@ -216,6 +266,7 @@ def write_fid_stats(
     sums = frechet.Statistics.of(rows[kind])
     moments = statistics.Moments.of(sums, origin)
     statistics.save(output / f'{kind}.npz', moments)
+  protocols.write(output, protocol)
   return output
 
 

@@ -18,6 +18,7 @@ from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import measure
+from ddo_jax.evaluation import protocols
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
@@ -217,6 +218,9 @@ class Run:
       return labels_lib.Shares(())
     rule = self.config.labels
     if self.config.evaluation.protocol:
+      protocol = protocols.get(self.config.evaluation.protocol)
+      if protocol.labels == 'shares':
+        return protocol.shares(self.model.num_classes)
       # The published ones draw all classes equally often, if not in turn.
       rule = 'balanced'
     return labels_lib.Shares.of(rule, self.real.labels())

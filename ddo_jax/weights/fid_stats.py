@@ -120,16 +120,32 @@ def _read_pickle(path: pathlib.Path, origin: dict[str, str]) -> FidStats:
   return FidStats(path, moments)
 
 
+def _read_folder(folder: pathlib.Path) -> FidStats:
+  """Reads a folder of `<kind>.npz`."""
+  moments: dict[str, statistics.Moments] = {}
+  for kind in WIDTHS:
+    path = folder / f'{kind}.npz'
+    if path.is_file():
+      moments[kind] = read(path).of(kind)
+  with files.refusing(folder, _WANTED):
+    if not moments:
+      raise ValueError(f'none of {", ".join(WIDTHS)} as .npz in it')
+  return FidStats(folder, moments)
+
+
 def read(path: pathlib.Path) -> FidStats:
   """Reads a statistics file.
 
   Args:
-    path: an .npz of EDM, OpenAI, ADM or ddo_jax, or a .pkl of EDM2.
+    path: an .npz of EDM, OpenAI, ADM or ddo_jax, or a .pkl of EDM2; or a folder
+      that --mode=fid_stats wrote, with a file for each kind of features.
 
   Raises:
     errors.UserError: the file is missing, damaged, of other features, or
       holds no statistics.
   """
+  if path.is_dir():
+    return _read_folder(path)
   with files.refusing(path, _WANTED):
     origin = provenance.describe(path)
     if path.suffix == '.pkl':

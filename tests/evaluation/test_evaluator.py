@@ -289,9 +289,10 @@ def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
   assert 'accuracy' not in scores('b.npz')
 
 
-def test_statistics_are_of_a_protocol(tmp_path):
+def test_statistics_are_of_known_features(tmp_path):
   config = digits.get_config()
-  with pytest.raises(errors.UserError, match=r'evaluation\.protocol is'):
+  config.evaluation.features = ('fid', 'fd_clip')
+  with pytest.raises(errors.UserError, match=r"features is .*'fd_clip'"):
     score.write_fid_stats(config.evaluation, config.data, tmp_path)
 
 

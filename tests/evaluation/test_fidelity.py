@@ -19,6 +19,7 @@ from ddo_jax import main
 from ddo_jax import rng
 from ddo_jax.data import image_writer
 from ddo_jax.data import sources
+from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import fidelity
 from ddo_jax.evaluation import measure
@@ -416,6 +417,86 @@ def test_the_order_of_the_inception_score(settings):
   score, note = measured(ranked, True)
   assert score == inception_score.openai(ranked[permuted]).mean
   assert 'goes by class' in note
+
+
+@pytest.fixture
+def own(settings, tmp_path):
+  """A config under a protocol of its own: grey images, of uneven classes."""
+  grey = images_of()[..., :1]
+  path = tmp_path / 'grey.npz'
+  labels = np.repeat([0, 1, 2], [90, 0, 60])
+  np.savez(path, arr_0=grey, arr_1=labels)  # as OpenAI's files name them
+  settings.data.source = str(path)
+  settings.evaluation = config_lib.Evaluation(samples=120, seeds=2)
+  main.fid_stats(settings, tmp_path / 'own')
+  settings.evaluation.protocol = str(tmp_path / 'own')
+  settings.evaluation.metric = 'fid'
+  settings.model.image_shape = (4, 4, 1)
+  return settings
+
+
+def test_a_protocol_of_ones_own(own, tmp_path):
+  recorded = json.loads((tmp_path / 'own' / 'protocol.json').read_text())
+  assert recorded['name'] == 'grey-4x4'
+  assert recorded['image_shape'] == [4, 4, 1]
+  assert (recorded['num_images'], recorded['num_blocks']) == (120, 2)
+  assert (recorded['labels'], recorded['class_shares']) == ('shares', [3, 0, 2])
+  assert recorded['data'] == own.data.source
+  result = score_images(own, tmp_path / 'grey.npz', tmp_path)
+  assert abs(result['scores']['fid']['mean']) < 1e-9
+  assert (
+    'grey images are measured as RGB of three equal channels'
+    in (result['notes'])
+  )
+  run = workspace.Run(own, tmp_path / 'run')
+  assert run.label_rule.startswith('2 classes as often as in the training')
+  for labels in (
+    run.evaluator.labels(np.arange(120), 3),
+    run.shares.labels(np.arange(120)),
+  ):
+    assert np.bincount(labels).tolist() == [72, 0, 48]
+  assert run.evaluator.minima == ()  # the mean is printed
+  # A folder that was moved is the same protocol; another class rule is not.
+  moved = tmp_path / 'moved'
+  (tmp_path / 'own').rename(moved)
+  own.evaluation.protocol = str(moved / 'protocol.json')
+  again = score_images(own, tmp_path / 'grey.npz', tmp_path)
+  assert score.compare(result, again) == {'fid': 0}
+  again['protocol']['class_shares'] = [1, 1, 1]
+  with pytest.raises(errors.UserError, match='class_shares'):
+    score.compare(result, again)
+  with pytest.raises(errors.UserError, match='make a protocol of images like'):
+    score_images(own, tmp_path / 'data.npz', tmp_path)
+  (moved / 'protocol.json').write_text('{"name": "x"}')
+  with pytest.raises(errors.UserError, match='is no protocol'):
+    evaluator_lib.check(own.evaluation)
+
+
+def test_labels_of_a_protocol_of_ones_own(own, tmp_path):
+  own.labels = 'balanced'
+  own.evaluation.protocol = ''
+  main.fid_stats(own, tmp_path / 'equal')
+  protocol = protocols.get(str(tmp_path / 'equal'))
+  ids = np.arange(6)
+  assert protocol.classes(ids, 3, seed=0).tolist() == [0, 2, 0, 2, 0, 2]
+  assert not protocol.classes(ids, 0, seed=0).any()
+  with pytest.raises(errors.UserError, match='3 classes and the model has 2'):
+    protocol.classes(ids, 2, seed=0)
+  np.savez(own.data.source, image=images_of())  # without labels
+  main.fid_stats(own, tmp_path / 'plain')
+  assert protocols.get(str(tmp_path / 'plain')).labels == 'random'
+
+
+def test_few_pixel_values_are_measured_at_full_contrast(settings):
+  protocol = dataclasses.replace(TINY, pixel_values=17)
+  few = images_of() % 17
+  bright = (few.astype(int) * 255 // 16).astype(np.uint8)
+
+  def rows(protocol, images):
+    extractor = features.Extractor(settings.evaluation, protocol)
+    return extractor.rows(lambda ids: [images[ids]], COUNT)['fid']
+
+  np.testing.assert_array_equal(rows(protocol, few), rows(TINY, bright))
 
 
 def test_devices_agree(settings):
