@@ -1,7 +1,7 @@
 r"""Fashion-MNIST at 32×32: a small DDPM++ by MLE, and then two rounds of DDO.
 
 python -m ddo_jax.main --config=configs/fashion_edm.py \
-  --workdir=runs/fashion_edm --config.data.raw_dir=<folder of the *-ubyte.gz>
+  --workdir=runs/fashion_edm
 
 It is meant to take minutes on one GPU; it was not run on one here. The control
 is a run with --config.ddo.objective=mle --config.ddo.images=2133333 in another

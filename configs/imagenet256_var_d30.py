@@ -1,16 +1,13 @@
 r"""ImageNet-256: DDO takes VAR-d30 from FID 4.74 to 1.79 without guidance.
 
-python -m ddo_jax.main --mode=convert --config=configs/imagenet256_var_d30.py \
-  --output=weights/imagenet256_var_d30 \
-  --source=hf://FoundationVision/var/var_d30.pth
 python -m ddo_jax.main --config=configs/imagenet256_var_d30.py \
   --workdir=runs/imagenet256_var_d30 \
   --config.data.source=<folder or zip of ImageNet at 256×256>
 
-The tokenizer is the one that configs/imagenet256_var_d16.py converts, and the
-notes there hold here too. Expected: before, FID is 4.74 without guidance and
-1.92 with it; after two rounds it is 1.79 and 1.73. The model has two billion
-parameters: see the memory table in docs/scaling.md. It was not run here.
+The notes of configs/imagenet256_var_d16.py hold here too. Expected: before, FID
+is 4.74 without guidance and 1.92 with it; after two rounds it is 1.79 and 1.73.
+The model has two billion parameters: see the memory table in docs/scaling.md.
+It was not run here.
 
 CCA reaches 2.54. Its flags are those of d16's header, except for
   --config.ddo.objective='CCA(alpha=(1000.0,), beta=(0.02,), normalize=True)'
@@ -31,7 +28,7 @@ def get_config() -> config_lib.Config:
   """Returns the recipe."""
   config = imagenet256_var_d16.get_config()
   config.name = 'imagenet256_var_d30'
-  config.init_from = 'weights/imagenet256_var_d30'
+  config.init_from = 'var_d30'
   config.model = var_presets.get('var_d30')
   config.model.dtype = 'bfloat16'
   config.ddo.optimizer.warmup_images = 801 * _MICRO

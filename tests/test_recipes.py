@@ -3,7 +3,6 @@
 import importlib
 import json
 import pathlib
-import re
 
 import jax
 import pytest
@@ -13,6 +12,7 @@ from ddo_jax import errors
 from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.assets import table
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.training import workspace
 
@@ -40,8 +40,9 @@ def test_recipe(name):
   assert models.from_json(recorded) == config.model
   assert f'--config=configs/{name}.py' in module.__doc__
   assert f'--workdir=runs/{name}' in module.__doc__
-  if config.init_from:
-    assert re.search(rf'--output={config.init_from}\s', module.__doc__)
+  named = (config.init_from, config.tokenizer_from, config.vae_from)
+  for weights in filter(None, named):
+    assert table.ASSETS[weights].kind == table.WEIGHTS
 
 
 def test_from_json_of_another_version():

@@ -135,8 +135,8 @@ def convert(source, output, **options):
   return main.convert(str(source), pathlib.Path(output), **options)
 
 
-def test_params_may_be_a_released_file(tmp_path):
-  """--params=x.pkl is converted on the way to samples and scores."""
+def test_params_may_be_a_released_file(tmp_path, monkeypatch):
+  """--params=x.pkl is converted on the way, once for what the file holds."""
   path = tmp_path / 'edm-x.pkl'
   write_pkl(path, 'edm2')
   folder = main.params_folder(path, config_lib.Config(), tmp_path / 'out')
@@ -144,6 +144,12 @@ def test_params_may_be_a_released_file(tmp_path):
   assert released.load_folder(folder).config == CASES['edm2'][2]
   assert main.params_folder(folder, config_lib.Config(), tmp_path) == folder
   assert main.params_folder(None, config_lib.Config(), tmp_path) is None
+  with monkeypatch.context() as patch:
+    patch.setattr(released, 'read', None)
+    main.params_folder(path, config_lib.Config(), tmp_path / 'out')
+  write_pkl(path, 'adm')
+  main.params_folder(path, config_lib.Config(), tmp_path / 'out')
+  assert released.load_folder(folder).config == CASES['adm'][2]
 
 
 @pytest.mark.parametrize('case', CASES)
