@@ -238,78 +238,84 @@ RENAMED = {
 }
 
 
-def _validate_phase(name: str, phase: Phase) -> None:
-  """Checks one phase; raises UserError that names the field."""
-  phase.objective.check(f'{name}.objective')
-  phase.negatives.check(f'{name}.negatives')
-  phase.optimizer.check(f'{name}.optimizer')
-  phase.averages.check(f'{name}.averages')
-  phase.noise.check(f'{name}.noise')
-  for field in ('images', 'batch_size'):
-    value = getattr(phase, field)
-    errors.require(value > 0, f'{name}.{field}', value, 'a positive integer')
-  errors.require(
-    0 <= phase.label_drop < 1,
-    f'{name}.label_drop',
-    phase.label_drop,
-    'in [0, 1)',
-  )
+def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
+  """Gathers what makes no sense in one phase."""
+  for group in ('objective', 'negatives', 'optimizer', 'averages', 'noise'):
+    with problems.gather():
+      getattr(phase, group).check(f'{name}.{group}')
   rhythm = phase.rhythm
-  errors.require(
-    rhythm.log_images > 0,
-    f'{name}.rhythm.log_images',
-    rhythm.log_images,
-    'a positive integer',
-  )
-  errors.require(
-    rhythm.eval_images >= 0,
-    f'{name}.rhythm.eval_images',
-    rhythm.eval_images,
-    '0 or more',
-  )
-  errors.require(
-    rhythm.save_minutes >= 0,
-    f'{name}.rhythm.save_minutes',
-    rhythm.save_minutes,
-    '0 or more',
-  )
+  integers = {
+    'images': (phase.images, 1),
+    'batch_size': (phase.batch_size, 1),
+    'rhythm.log_images': (rhythm.log_images, 1),
+    'rhythm.eval_images': (rhythm.eval_images, 0),
+    'rhythm.save_images': (rhythm.save_images, 0),
+  }
+  for field, (value, lowest) in integers.items():
+    with problems.gather():
+      errors.require_integer(f'{name}.{field}', value, lowest)
+  with problems.gather():
+    minutes = rhythm.save_minutes
+    field = f'{name}.rhythm.save_minutes'
+    errors.require(minutes >= 0, field, minutes, '0 or more')
+  drop = phase.label_drop
   objective = phase.objective
-  if objective.compares_labels and not phase.negatives.needs_other_label:
-    raise errors.UserError(
-      f'config.{name}.objective is {objective}, which compares labels, with'
-      f' {phase.negatives}: set --config.{name}.negatives=other_labels'
+  with problems.gather():
+    errors.require(0 <= drop < 1, f'{name}.label_drop', drop, 'in [0, 1)')
+  with problems.gather():
+    if objective.compares_labels and not phase.negatives.needs_other_label:
+      raise errors.UserError(
+        f'config.{name}.objective is {objective}, which compares labels, with'
+        f' {phase.negatives}: set --config.{name}.negatives=other_labels'
+      )
+  with problems.gather():
+    errors.require(
+      name == 'ddo' or not objective.contrastive,
+      f'{name}.objective',
+      objective,
+      'MLE()',
     )
 
 
-def validate(config: Config) -> None:
-  """Raises UserError, naming the field, where a value makes no sense."""
+def require_model(config: Config) -> None:
+  """Raises UserError unless a config has a model and a sampler."""
   for field, example in (
     ('model', 'models.toy.ToyConfig'),
     ('sampler', 'samplers.heun.Heun'),
   ):
     value = getattr(config, field)
     errors.require(value is not None, field, value, f'set, e.g. to {example}()')
-  errors.require(
-    config.guide is None or bool(config.guide_from),
-    'guide_from',
-    '',
-    "the folder of the guide's params",
-  )
-  errors.require(config.rounds >= 0, 'rounds', config.rounds, '0 or more')
-  errors.require(
-    config.labels in labels_lib.RULES,
-    'labels',
-    config.labels,
-    f'one of {labels_lib.RULES}',
-  )
-  errors.require(0 <= config.seed < 2**32, 'seed', config.seed, 'in [0, 2**32)')
-  for name in PHASES:
-    _validate_phase(name, getattr(config, name))
-  for name in ('tokenizer', 'pretrain'):
-    objective = getattr(config, name).objective
+
+
+def validate(config: Config) -> None:
+  """Checks a config against itself.
+
+  Raises:
+    errors.UserError: values make no sense; a line names each field.
+  """
+  problems = errors.Problems()
+  with problems.gather():
+    require_model(config)
+  with problems.gather():
     errors.require(
-      not objective.contrastive, f'{name}.objective', objective, 'MLE()'
+      config.guide is None or bool(config.guide_from),
+      'guide_from',
+      '',
+      "the folder of the guide's params",
     )
-  config.data.check()
-  evaluator_lib.check(config.evaluation)
-  config.executor.check()
+  with problems.gather():
+    errors.require_integer('rounds', config.rounds, 0)
+  with problems.gather():
+    errors.require_choice('labels', config.labels, labels_lib.RULES)
+  with problems.gather():
+    seed = config.seed
+    errors.require(0 <= seed < 2**32, 'seed', seed, 'in [0, 2**32)')
+  for name in PHASES:
+    _validate_phase(problems, name, getattr(config, name))
+  with problems.gather():
+    config.data.check()
+  with problems.gather():
+    evaluator_lib.check(config.evaluation)
+  with problems.gather():
+    config.executor.check()
+  problems.raise_any()

@@ -1,5 +1,9 @@
 """What a user's mistake becomes: one line, no traceback."""
 
+from collections.abc import Iterable
+from collections.abc import Iterator
+import contextlib
+import difflib
 import math
 from typing import Any
 
@@ -8,8 +12,43 @@ class UserError(ValueError):
   """A mistake that the user can mend.
 
   Its message is one line: what was got, what was wanted, the usual remedy.
-  `main` prints it in place of a traceback.
+  Where several mistakes were gathered it has a line for each. `main` prints it
+  in place of a traceback.
   """
+
+
+class Problems:
+  """Gathers mistakes, so that a user hears of all of them at once.
+
+  Attributes:
+    lines: one for each mistake; each mistake is told once.
+  """
+
+  def __init__(self):
+    """Begins without any."""
+    self.lines: list[str] = []
+
+  @contextlib.contextmanager
+  def gather(self) -> Iterator[None]:
+    """Takes the UserError that ends its body; what follows it goes on."""
+    try:
+      yield
+    except UserError as error:
+      for line in str(error).splitlines():
+        if line not in self.lines:
+          self.lines.append(line)
+
+  def raise_any(self) -> None:
+    """Raises one UserError with all lines, if there are any."""
+    if self.lines:
+      raise UserError('\n'.join(self.lines))
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+  """Returns '; did you mean ...?' where a known name is close, else ''."""
+  by_folded = {each.casefold(): each for each in known}
+  close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
+  return f'; did you mean {by_folded[close[0]]}?' if close else ''
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:
@@ -23,6 +62,28 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
   """
   if not condition:
     raise UserError(f'config.{name} is {value!r}; it must be {wanted}')
+
+
+def require_choice(name: str, value: Any, known: Iterable[str]) -> None:
+  """Raises UserError unless a field holds one of the known names.
+
+  Args:
+    name: the dotted name of the field, without the leading "config.".
+    value: what the field holds.
+    known: the names that it may hold.
+  """
+  known = tuple(known)
+  near = near_miss(value, known) if isinstance(value, str) else ''
+  require(value in known, name, value, f'one of {known}{near}')
+
+
+def require_integer(name: str, value: Any, lowest: int) -> None:
+  """Raises UserError unless a field holds an integer, `lowest` or more."""
+  good = isinstance(value, int) and not isinstance(value, bool)
+  wanted = (
+    'a positive integer' if lowest == 1 else f'an integer, {lowest} or up'
+  )
+  require(good and value >= lowest, name, value, wanted)
 
 
 def _is_number(value: Any) -> bool:

@@ -8,6 +8,8 @@ beside it and no others:
 
   selfplay    --config --workdir
               Pretrains, plays the rounds, writes the report (the default).
+  check       --config --workdir
+              Lists all that selfplay would miss, or what it found; then stops.
   pretrain    --config --workdir
               The pretraining alone.
   sample      --config --workdir [--params --output]
@@ -59,6 +61,7 @@ from ddo_jax.report import page
 from ddo_jax.runtime import interruption
 from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
+from ddo_jax.training import check as check_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import samples
 from ddo_jax.training import workspace
@@ -193,6 +196,18 @@ def selfplay(
   return workdir / 'report.html'
 
 
+def check(config: config_lib.Config, workdir: pathlib.Path) -> str:
+  """Checks all that `selfplay` would need, and does nothing else.
+
+  Returns:
+    A line for each check: its name and what was found.
+
+  Raises:
+    errors.UserError: something is missing or wrong; there is a line for each.
+  """
+  return '\n'.join(check_lib.training(workspace.Run(config, workdir)))
+
+
 def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
   """Pretrains; returns the folder of params that a first round starts from."""
   return run_lib.pretrain(workspace.Run(config, workdir))
@@ -244,6 +259,7 @@ def sample(
   """
   run = workspace.Run(config, workdir)
   output = output or workdir
+  check_lib.sampling(run, params, scored=False)
   folder = params_folder(params, config, output)
   folder = folder or workspace.newest_params(workdir)
   return samples.draw(run, folder, output, seeds or range(num_samples), classes)
@@ -262,6 +278,7 @@ def evaluate(
   one command.
   """
   run = workspace.Run(config, workdir)
+  check_lib.sampling(run, params, scored=True)
   folder = params_folder(params, config, output or workdir)
   return score.score_params(run, folder, output, save_images)
 
@@ -324,6 +341,10 @@ def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
 def _selfplay() -> Any:
   command = f'python -m ddo_jax.main {shlex.join(sys.argv[1:])}'
   return selfplay(_CONFIG.value, _path(_WORKDIR), command)
+
+
+def _check() -> Any:
+  return check(_CONFIG.value, _path(_WORKDIR))
 
 
 def _pretrain() -> Any:
@@ -403,6 +424,7 @@ class _Mode(NamedTuple):
 _RUN = '--config=configs/digits.py --workdir=runs/digits'
 _MODES = {
   'selfplay': _Mode(_selfplay, (_CONFIG, _WORKDIR), (), _RUN),
+  'check': _Mode(_check, (_CONFIG, _WORKDIR), (), _RUN),
   'pretrain': _Mode(_pretrain, (_CONFIG, _WORKDIR), (), _RUN),
   'sample': _Mode(
     _sample,
@@ -528,7 +550,8 @@ def _main(argv: Sequence[str]) -> None:
     try:
       _print(_mode().run())
     except errors.UserError as error:
-      sys.exit(f'FATAL {error}')
+      lines = str(error).splitlines()
+      sys.exit('\n'.join(f'FATAL {line}' for line in lines))
 
 
 if __name__ == '__main__':

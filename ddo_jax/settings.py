@@ -108,8 +108,9 @@ def parse_object(base: type, text: str) -> Any:
     }
     return by_name[name](**arguments)
   except (SyntaxError, ValueError, AttributeError, KeyError, TypeError) as e:
+    near = errors.near_miss(text.partition('(')[0].strip(), known)
     raise errors.UserError(
       f'{text!r} is no {base.__name__} ({e}); wanted one of'
       f' {", ".join(sorted(known))}, as a name or as a call with keywords, e.g.'
-      f' {min(known)}()'
+      f' {min(known)}(){near}'
     ) from e

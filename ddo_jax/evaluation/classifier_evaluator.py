@@ -1,16 +1,20 @@
 """The evaluator of data that no protocol is about, such as the digits."""
 
 from collections.abc import Iterator
+import functools
 import hashlib
 import logging
+import math
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
+from ddo_jax.data import splits
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation.metrics import frechet
@@ -22,6 +26,7 @@ from ddo_jax.evaluation.networks import classifier
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK = 1_024  # images that are embedded at once
+_READ_AT_ONCE = 2**28  # bytes of images that are read when they are opened
 _KINDS = {
   'features': rows_lib.Kind(classifier.FEATURES),
   'predicted': rows_lib.Kind(1),
@@ -58,6 +63,26 @@ def _hash(images: np.ndarray) -> str:
   return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
+class _Fitted(NamedTuple):
+  """What a fitted classifier says of the real images.
+
+  Attributes:
+    classifier: the classifier.
+    accuracy: its share of right answers on the held-out images.
+    doubt: see `doubt`.
+    features: of the training images.
+    statistics: of both splits' features, by score.
+    held_out: how near the held-out images are to the training images.
+  """
+
+  classifier: classifier.Classifier
+  accuracy: float
+  doubt: str
+  features: np.ndarray
+  statistics: dict[str, frechet.Statistics]
+  held_out: memorisation.HeldOut
+
+
 class ClassifierEvaluator:
   """Measures images in a classifier's features; an `evaluator.Evaluator`.
 
@@ -80,7 +105,7 @@ class ClassifierEvaluator:
   def __init__(
     self, train: sources.Source, test: sources.Source, rule: str = 'data'
   ):
-    """Reads both splits whole and fits the classifier.
+    """Takes both splits; the classifier is fitted when it is first needed.
 
     Args:
       train: the training images.
@@ -88,8 +113,8 @@ class ClassifierEvaluator:
       rule: how often each class is drawn, one of `labels.RULES`.
 
     Raises:
-      errors.UserError: the data has no labels, or the held-out images are
-        copies of the training images.
+      errors.UserError: the data has no labels, or the held-out images are of
+        another shape than the training images, or copies of them.
     """
     if train.num_classes < 2:
       raise errors.UserError(
@@ -97,46 +122,85 @@ class ClassifierEvaluator:
         ' classifier and wants 2 or more: give the images labels'
       )
     sources.compare(train, test)
-    self._train, labels = train.read(np.arange(len(train)))
-    test_images, test_labels = test.read(np.arange(len(test)))
-    self._identity: dict[str, Any] = {
-      'classifier': {
-        'train': train.name,
-        'train_sha256': _hash(self._train),
-        'test': test.name,
-        'test_sha256': _hash(test_images),
-      }
-    }
-    self._shares = labels_lib.Shares.of(rule, labels)
+    self._sources = (train, test)
+    self._shares = labels_lib.Shares.of(rule, train.labels())
     self.label_rule = str(self._shares)
-    self._classifier = classifier.fit(
-      self._train, labels, train.num_classes, train.pixel_values
+    size = math.prod(train.stored_shape) * (len(train) + len(test))
+    if size <= _READ_AT_ONCE:
+      copies = splits.copies(self._train, self._test)
+      memorisation.describe_held_out(1.0 - copies)
+
+  @functools.cached_property
+  def _train(self) -> np.ndarray:
+    """The training images."""
+    train, _ = self._sources
+    images, _ = train.read(np.arange(len(train)))
+    return images
+
+  @functools.cached_property
+  def _test(self) -> np.ndarray:
+    """The held-out images."""
+    _, test = self._sources
+    images, _ = test.read(np.arange(len(test)))
+    return images
+
+  @functools.cached_property
+  def _fitted(self) -> _Fitted:
+    """What is measured with."""
+    train, test = self._sources
+    network = classifier.fit(
+      self._train, train.labels(), train.num_classes, train.pixel_values
     )
-    self._features, _ = self._classifier.apply(self._train)
-    test_features, predicted = self._classifier.apply(test_images)
-    accuracy = float(np.mean(predicted == test_labels))
-    self._identity['classifier']['held_out_accuracy'] = accuracy
-    self._identity['classifier']['held_out_images'] = len(test)
+    features, _ = network.apply(self._train)
+    test_features, predicted = network.apply(self._test)
+    labels = test.labels()
+    accuracy = float(np.mean(predicted == labels))
     _LOGGER.info(
       'scores are measured with a classifier of accuracy %.3f on %d held-out'
       ' images',
       accuracy,
       len(test),
     )
-    self._doubt = doubt(accuracy, np.bincount(test_labels).max() / len(test))
-    if self._doubt:
-      _LOGGER.warning('%s', self._doubt)
-    self._statistics = {
-      'fd_train': frechet.Statistics.of(self._features),
-      'fd_test': frechet.Statistics.of(test_features),
-    }
-    self._held_out = memorisation.describe_held_out(
-      memorisation.nearest_distance(test_images, self._train)
+    doubted = doubt(accuracy, np.bincount(labels).max() / len(test))
+    if doubted:
+      _LOGGER.warning('%s', doubted)
+    return _Fitted(
+      classifier=network,
+      accuracy=accuracy,
+      doubt=doubted,
+      features=features,
+      statistics={
+        'fd_train': frechet.Statistics.of(features),
+        'fd_test': frechet.Statistics.of(test_features),
+      },
+      held_out=memorisation.describe_held_out(
+        memorisation.nearest_distance(self._test, self._train)
+      ),
     )
+
+  def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless images are of the training images' shape."""
+    wanted = self._sources[0].stored_shape
+    if dtype != np.uint8 or tuple(shape) != wanted:
+      raise errors.UserError(
+        f'images are {dtype} {list(shape)}; the training images that they are'
+        f' measured against are uint8 {list(wanted)}: set'
+        ' config.evaluation.protocol, or config.data.source to such images'
+      )
 
   def identity(self) -> dict[str, Any]:
     """Returns the splits' names and hashes, and the classifier's accuracy."""
-    return self._identity
+    train, test = self._sources
+    return {
+      'classifier': {
+        'train': train.name,
+        'train_sha256': _hash(self._train),
+        'test': test.name,
+        'test_sha256': _hash(self._test),
+        'held_out_accuracy': self._fitted.accuracy,
+        'held_out_images': len(test),
+      }
+    }
 
   def ids(self, block: int, count: int) -> np.ndarray:
     """Returns 0 .. count−1 for every block: blocks differ by their keys."""
@@ -155,7 +219,7 @@ class ClassifierEvaluator:
     for start in range(0, len(ids), _CHUNK):
       mine = ids[start : start + _CHUNK]
       images = take(mine)
-      features, predicted = self._classifier.apply(images)
+      features, predicted = self._fitted.classifier.apply(images)
       nearest = memorisation.nearest_distance(images, self._train)
       rows = {
         'features': features,
@@ -186,19 +250,19 @@ class ClassifierEvaluator:
     sums = frechet.Statistics.of(features)
     scores = {
       name: frechet.distance(sums, real)
-      for name, real in self._statistics.items()
+      for name, real in self._fitted.statistics.items()
     }
     if labels is not None:
       scores['accuracy'] = float(np.mean(rows['predicted'][:, 0] == labels))
-    scores |= prdc.precision_recall(self._features, features)._asdict()
-    near = memorisation.compare(rows['nearest'][:, 0], self._held_out)
+    scores |= prdc.precision_recall(self._fitted.features, features)._asdict()
+    near = memorisation.compare(rows['nearest'][:, 0], self._fitted.held_out)
     return scores | near._asdict()
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
     """Returns the sampling errors of both Fréchet distances."""
     return {
       name: uncertainty.of_distance(rows['features'], real)
-      for name, real in self._statistics.items()
+      for name, real in self._fitted.statistics.items()
     }
 
   def notes(
@@ -207,4 +271,4 @@ class ClassifierEvaluator:
     """Returns where the classifier is poor, or the images are too few."""
     del num_blocks, file_rows
     note = statistics.rank_note('these images', count, classifier.FEATURES)
-    return [line for line in (self._doubt, note) if line]
+    return [line for line in (self._fitted.doubt, note) if line]

@@ -108,7 +108,8 @@ def check(settings: Evaluation) -> None:
     not settings.protocol or protocols.is_there(settings.protocol),
     'evaluation.protocol',
     settings.protocol,
-    f'one of {names}, or a folder that --mode=fid_stats wrote',
+    f'one of {names}, or a folder that --mode=fid_stats wrote'
+    f'{errors.near_miss(settings.protocol, names)}',
   )
   _check_features(settings)
   metrics = kinds(settings) if settings.protocol else CLASSIFIER_METRICS
@@ -116,15 +117,14 @@ def check(settings: Evaluation) -> None:
     settings.metric in metrics,
     'evaluation.metric',
     settings.metric,
-    f'one of {metrics}, which these settings measure',
+    f'one of {metrics}, which these settings measure'
+    f'{errors.near_miss(settings.metric, metrics)}',
   )
   value = settings.selection_samples
-  errors.require(
-    value > 0, 'evaluation.selection_samples', value, 'a positive integer'
-  )
+  errors.require_integer('evaluation.selection_samples', value, 1)
   for field in ('samples', 'seeds', 'real_images'):
     value = getattr(settings, field)
-    errors.require(value >= 0, f'evaluation.{field}', value, '0 or more')
+    errors.require_integer(f'evaluation.{field}', value, 0)
 
 
 class Evaluator(Protocol):
@@ -143,6 +143,14 @@ class Evaluator(Protocol):
   num_blocks: int
   minima: tuple[str, ...]
   label_rule: str
+
+  def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless images of this type and shape are measured.
+
+    Args:
+      dtype: the images' type.
+      shape: the shape [H,W,C] of one of them.
+    """
 
   def identity(self) -> dict[str, Any]:
     """Returns what a number hangs on besides the images, as JSON values.

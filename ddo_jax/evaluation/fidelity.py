@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -138,24 +139,26 @@ class FidelityEvaluator:
     self._moments = {
       kind: self._fid_stats.of(kind) for kind in self.extractor.kinds
     }
+    self._train = train
+    self._count = settings.real_images
     if train is not None:
-      self._check_source(train)
-    self._real = self._real_rows(train, settings.real_images)
+      stored, _ = train.read(np.arange(1))
+      if stored.dtype == np.uint8:  # what latents decode to is not known here
+        self.check_images(stored.dtype, stored.shape[1:])
 
-  def _check_source(self, train: sources.Source) -> None:
-    """Raises UserError where a model of such images could not be measured."""
-    stored, _ = train.read(np.arange(1))
-    if stored.dtype == np.uint8:  # what latents decode to is not known here
-      self.extractor.check_images(stored.dtype, stored.shape[1:])
+  def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the protocol measures such images."""
+    self.extractor.check_images(dtype, shape)
 
-  def _real_rows(
-    self, train: sources.Source | None, count: int
-  ) -> rows_lib.Rows | None:
-    """Embeds the real images that kid, precision and recall compare with.
+  @functools.cached_property
+  def _real(self) -> rows_lib.Rows | None:
+    """The features that kid, precision and recall compare with.
 
-    OpenAI's files of statistics bring images of their own; else they are
-    `count` training images. None if there are neither.
+    OpenAI's files of statistics bring images of their own; else they are those
+    of `real_images` training images. None if there are neither.
     """
+    train = self._train
+    count = self._count
     if self._fid_stats.has_images:
       images = self._fid_stats.images()
       labels = np.zeros(len(images), np.int32)

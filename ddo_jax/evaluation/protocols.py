@@ -236,6 +236,7 @@ def get(name: str) -> Protocol:
     raise errors.UserError(
       f'no protocol {name!r}; wanted one of {", ".join(PROTOCOLS)}, or a folder'
       ' that --mode=fid_stats wrote'
+      f'{errors.near_miss(name, PROTOCOLS)}'
     )
   path = _file(name)
   recorded = records.read_json(path)

@@ -118,9 +118,7 @@ class Pool(Negatives):
 
   def check(self, name: str) -> None:
     """Raises UserError unless the size is positive."""
-    errors.require(
-      self.size > 0, f'{name}.size', self.size, 'a positive integer'
-    )
+    errors.require_integer(f'{name}.size', self.size, 1)
 
 
 @dataclasses.dataclass(unsafe_hash=True)

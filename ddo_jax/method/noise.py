@@ -31,8 +31,16 @@ class NoiseLaw:
     raise NotImplementedError
 
   def log_density(self, sigma: jax.Array) -> jax.Array:
-    """Returns the log-density [B] of ln σ; only `ElboWeight` asks for it."""
-    raise NotImplementedError
+    """Returns the log-density [B] of ln σ; only `ElboWeight` asks for it.
+
+    Raises:
+      errors.UserError: the law has none.
+    """
+    raise errors.UserError(
+      f'{type(self).__name__} has no density of ln σ, and ElboWeight asks for'
+      ' one: set config.pretrain.noise and config.ddo.noise to LogNormal() or'
+      ' UniformTime(), or give the model another weight'
+    )
 
   def check(self, name: str) -> None:
     """Raises UserError, naming the field, where a value makes no sense."""

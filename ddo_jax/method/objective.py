@@ -81,11 +81,17 @@ class Objective:
     return self.beta * log_ratio
 
   def check(self, name: str) -> None:
-    """Raises UserError where a number is not positive.
+    """Raises UserError where a number is not positive, or β is missing.
 
     Args:
       name: dotted name of the objective in the config, for the message.
     """
+    scaled = hasattr(self, 'beta') or type(self).logit is not Objective.logit
+    if self.contrastive and not scaled:
+      raise errors.UserError(
+        f'config.{name} is {self}, without a field `beta`: give'
+        f' {type(self).__name__} one, or override its `logit`'
+      )
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(self)  # type: ignore[arg-type]
     for field in fields:
       if not field.metadata.get('static'):

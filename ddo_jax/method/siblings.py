@@ -78,9 +78,7 @@ class FDivergence(objective.Objective):
   def check(self, name: str) -> None:
     """Raises UserError where a number is not positive or a kind unknown."""
     super().check(name)
-    errors.require(
-      self.kind in _KINDS, f'{name}.kind', self.kind, f'one of {_KINDS}'
-    )
+    errors.require_choice(f'{name}.kind', self.kind, _KINDS)
     errors.require(self.cap > 0, f'{name}.cap', self.cap, 'positive')
 
   def real_term(self, z: jax.Array) -> jax.Array:

@@ -369,12 +369,7 @@ def denoiser(config: EdmConfig, remat: bool = False) -> precond.Precond:
   """
   layers.check_levels(config.image_shape, config.channel_mult)
   known = ('ddpmpp', 'ncsnpp', 'adm')
-  errors.require(
-    config.network in known,
-    'model.network',
-    config.network,
-    f'one of {", ".join(known)}',
-  )
+  errors.require_choice('model.network', config.network, known)
   out_channels = config.image_shape[-1]
   if config.precond == 'iddpm':
     out_channels *= 2  # iDDPM's network also predicts a variance.

@@ -345,9 +345,7 @@ def wrap(name: str, network: nn.Module, sigma_data: float) -> Precond:
   Raises:
     errors.UserError: there is no preconditioning of that name.
   """
-  errors.require(
-    name in _KINDS, 'model.precond', name, f'one of {", ".join(_KINDS)}'
-  )
+  errors.require_choice('model.precond', name, _KINDS)
   if name == 'edm':
     return EdmPrecond(network, sigma_data)
   return _KINDS[name](network)

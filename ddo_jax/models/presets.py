@@ -80,5 +80,6 @@ def get(name: str) -> edm.EdmConfig | edm2.Edm2Config:
   if name not in known:
     raise errors.UserError(
       f'no released model is called {name!r}; known: {", ".join(known)}'
+      f'{errors.near_miss(name, known)}'
     )
   return dataclasses.replace(known[name])

@@ -57,12 +57,7 @@ class ToyConfig(likelihood.ModelConfig):
       'mlp': ResidualMLP,
       'unet': functools.partial(SmallUNet, remat=remat),
     }
-    errors.require(
-      self.network in networks,
-      'model.network',
-      self.network,
-      f'one of {sorted(networks)}',
-    )
+    errors.require_choice('model.network', self.network, networks)
     height, width, _ = self.image_shape
     errors.require(
       self.network == 'mlp' or (height % 2 == 0 and width % 2 == 0),

@@ -37,5 +37,6 @@ def get(name: str) -> var.VarConfig:
   if name not in VAR:
     raise errors.UserError(
       f'no released model is called {name!r}; known: {", ".join(VAR)}'
+      f'{errors.near_miss(name, VAR)}'
     )
   return copy.deepcopy(VAR[name])

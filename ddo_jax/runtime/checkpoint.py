@@ -256,6 +256,23 @@ def load_meta(folder: pathlib.Path) -> dict[str, Any]:
     return reader.restore(folder.absolute(), args=args).meta
 
 
+def check_params(folder: pathlib.Path, target: Any) -> None:
+  """Checks a folder of params without reading them.
+
+  Args:
+    folder: the folder.
+    target: a pytree of `abstract` leaves.
+
+  Raises:
+    errors.UserError: the folder holds no params, or those of another
+      architecture.
+  """
+  load_meta(folder)
+  with _reading(folder), _checkpointer() as reader:
+    stored = reader.metadata(folder.absolute()).item_metadata
+    check_shapes(stored['params'].tree, target, folder)
+
+
 def load_params(
   folder: pathlib.Path, target: Any, verify: bool = True
 ) -> tuple[Any, dict[str, Any]]:

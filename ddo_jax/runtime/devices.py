@@ -49,9 +49,7 @@ class ExecutorConfig:
     Args:
       name: where this stands in the config, without the leading "config.".
     """
-    errors.require(
-      self.kind in KINDS, f'{name}.kind', self.kind, f'one of {KINDS}'
-    )
+    errors.require_choice(f'{name}.kind', self.kind, KINDS)
     for field in ('accumulate', 'sample_batch'):
       value = getattr(self, field)
       errors.require(value > 0, f'{name}.{field}', value, 'a positive integer')

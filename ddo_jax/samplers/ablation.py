@@ -74,11 +74,7 @@ class Ablation(contract.DenoiseSampler):
       'scaling': ('vp', 'none'),
     }
     for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        raise errors.UserError(
-          f'config.sampler.{name} is {getattr(self, name)!r}; it must be one'
-          f' of {allowed}'
-        )
+      errors.require_choice(f'sampler.{name}', getattr(self, name), allowed)
     if not 0 < self.alpha <= 1:
       raise errors.UserError(
         f'config.sampler.alpha is {self.alpha}; it must be in (0, 1]: 1 for'

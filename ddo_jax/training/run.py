@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import config as config_lib
-from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.method import likelihood
@@ -21,8 +20,8 @@ from ddo_jax.report import cost
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import records
+from ddo_jax.training import check
 from ddo_jax.training import loop as loop_lib
-from ddo_jax.training import published
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
 
@@ -65,7 +64,7 @@ def _learn(
   return params_folder
 
 
-def pretrain(run: workspace.Run) -> pathlib.Path:
+def _pretrain(run: workspace.Run) -> pathlib.Path:
   """Trains by MLE from scratch, unless `init_from` names weights.
 
   The tokenizer of a model of tokens is trained before, unless `tokenizer_from`
@@ -73,22 +72,10 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
 
   Returns:
     The folder of the params that the first round starts from.
-
-  Raises:
-    errors.UserError: weights are named, and not the tokenizer they go with; or
-      published files are missing.
   """
   config = run.config
-  run.check_batches()
-  published.fetch(config, run.workdir)
-  workspace.claim_workdir(config, run.workdir)
   learner = config.model.build_tokenizer()
   if learner and not config.tokenizer_from:
-    if config.init_from:
-      raise errors.UserError(
-        f'config.init_from={config.init_from} holds a model of tokens: name'
-        ' the folder of its tokenizer too, with --config.tokenizer_from'
-      )
     phase = config_lib.at_round(config.tokenizer, 0)
     _learn(run, 'tokenizer', phase, learner, frozen={})
   if config.init_from:
@@ -96,6 +83,17 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
   phase = config_lib.at_round(config.pretrain, 0)
   model = workspace.build_model(config, phase.noise)
   return _learn(run, 'pretrain', phase, model, run.frozen)
+
+
+def pretrain(run: workspace.Run) -> pathlib.Path:
+  """Checks and does the pretraining alone; see `_pretrain`.
+
+  Raises:
+    errors.UserError: something that it needs is missing or wrong.
+  """
+  check.training(run, rounds=False)
+  workspace.claim_workdir(run.config, run.workdir)
+  return _pretrain(run)
 
 
 def _seconds(
@@ -125,7 +123,9 @@ def _cost(run: workspace.Run) -> dict[str, int]:
 def play(
   config: config_lib.Config, workdir: pathlib.Path, command: str = ''
 ) -> dict[str, Any]:
-  """Pretrains and plays all rounds; writes summary.json and report.html.
+  """Checks all, pretrains and plays all rounds.
+
+  Writes summary.json and report.html.
 
   Args:
     config: the run's.
@@ -135,10 +135,15 @@ def play(
   Returns:
     The summary: {'name', 'rounds': [see `round.play_round`], 'seconds',
     'model': see `cost.describe`, 'command'}.
+
+  Raises:
+    errors.UserError: something that the run needs is missing or wrong.
   """
   run = workspace.Run(config, workdir)
+  check.training(run)
+  workspace.claim_workdir(config, workdir)
   metric = config.evaluation.metric
-  origin = pretrain(run)
+  origin = _pretrain(run)
   previous = None
   rounds = []
   for index in range(config.rounds):

@@ -145,9 +145,7 @@ class Optimizer:
     """Raises UserError, naming the field, where a value makes no sense."""
     errors.require_positive(f'{name}.learning_rate', self.learning_rate)
     decays = ('none', 'linear', 'inverse_sqrt', 'lin0')
-    errors.require(
-      self.decay in decays, f'{name}.decay', self.decay, f'one of {decays}'
-    )
+    errors.require_choice(f'{name}.decay', self.decay, decays)
     for field in ('warmup_images', 'decay_images', 'clip_norm', 'weight_decay'):
       value = getattr(self, field)
       errors.require(value >= 0, f'{name}.{field}', value, '0 or more')

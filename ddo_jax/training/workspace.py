@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -29,37 +30,81 @@ from ddo_jax.weights import released
 from ddo_jax.weights import vae_names
 
 _LOGGER = logging.getLogger(__name__)
+# What stages leave in a run's folder that would cost time to make again:
+# folders of params, and what is numbered.
+_FOLDERS = ('*/params', 'round_*/promoted')
+_NUMBERED = ('*/checkpoints/*', 'round_*/fakes/*.npz')
+_STAGES = ('tokenizer', 'pretrain', 'round_*')
+
+
+def costly(workdir: pathlib.Path) -> list[str]:
+  """Returns what in a run's folder cost time to make, by its place in it."""
+  found = [path for pattern in _FOLDERS for path in workdir.glob(pattern)]
+  for pattern in _NUMBERED:
+    for path in workdir.glob(pattern):
+      # What is cut off, or still being written, has a longer name.
+      if path.name.removesuffix('.npz').isdigit():
+        found.append(path if path.is_dir() else path.parent)
+  return sorted({path.relative_to(workdir).as_posix() for path in found})
+
+
+def _changes(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
+  """Returns how a config differs from the one that a folder was begun with."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    return []
+  return settings.science_changes(config, records.read_json(path))
+
+
+def check_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Refuses a folder that holds results of another config; writes nothing.
+
+  Raises:
+    errors.UserError: a science field differs from the recorded one, and there
+      is something that cost time to make.
+  """
+  changes = _changes(config, workdir)
+  kept = costly(workdir)
+  if not changes or not kept:
+    return
+  recorded = records.read_json(workdir / 'config.json')
+  now = settings.to_json(config)
+  old = [
+    name for name in config_lib.RENAMED if name in recorded and name not in now
+  ]
+  if old:
+    raise errors.UserError(
+      f'{workdir} holds a run of an earlier version, where'
+      f' {config_lib.RENAMED[old[0]]} was {old[0]}: finish it with that'
+      ' version, or start another --workdir from its params with'
+      ' --config.init_from'
+    )
+  rest = f' and {len(kept) - 3} more' if len(kept) > 3 else ''
+  raise errors.UserError(
+    f'{workdir} holds a run of another config ({"; ".join(changes)}), which'
+    f' made {", ".join(kept[:3])}{rest}: undo these changes, or choose another'
+    ' --workdir'
+  )
 
 
 def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Writes config.json, or checks that it agrees with this config.
+  """Writes config.json: from here on the folder is this config's.
+
+  It is written when all checks have passed and nothing is computed yet. A
+  folder is taken for good by the first thing in it that cost time to make
+  (`costly`): until then another config may take it over, and what little an
+  earlier start left of its stages is removed.
 
   Raises:
-    errors.UserError: a science field differs from the recorded one.
+    errors.UserError: see `check_workdir`.
   """
-  path = workdir / 'config.json'
-  if path.exists():
-    recorded = records.read_json(path)
-    now = settings.to_json(config)
-    old = [
-      name
-      for name in config_lib.RENAMED
-      if name in recorded and name not in now
-    ]
-    if old:
-      raise errors.UserError(
-        f'{workdir} holds a run of an earlier version, where'
-        f' {config_lib.RENAMED[old[0]]} was {old[0]}: finish it with that'
-        ' version, or start another --workdir from its params with'
-        ' --config.init_from'
-      )
-    changes = settings.science_changes(config, recorded)
-    if changes:
-      raise errors.UserError(
-        f'{workdir} holds a run of another config ({"; ".join(changes)}): undo'
-        ' these changes, or choose another --workdir'
-      )
-  records.write_json(path, settings.to_json(config))
+  check_workdir(config, workdir)
+  if _changes(config, workdir):
+    for pattern in _STAGES:
+      for folder in workdir.glob(pattern):
+        shutil.rmtree(folder)
+    (workdir / 'metrics.jsonl').unlink(missing_ok=True)
+  records.write_json(workdir / 'config.json', settings.to_json(config))
 
 
 def build_model(
@@ -71,6 +116,7 @@ def build_model(
     config: the run's.
     noise: the noise law at a round; None for a model that only samples.
   """
+  config_lib.require_model(config)
   remat = config.executor.remat
   model = config.model.build(noise=noise, remat=remat)
   if config.guide is None:
@@ -121,46 +167,27 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
   return finished[-1]
 
 
-def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
-  """Raises UserError where a model without classes is to go by labels."""
-  by_labels = phase.used_negatives.needs_other_label
-  if not num_classes and (by_labels or phase.label_drop):
-    raise errors.UserError(
-      f'config.{name} has negatives {phase.negatives} and label_drop'
-      f' {phase.label_drop}, which go by labels, and the model has no classes:'
-      ' take other negatives, and label_drop 0'
-    )
-
-
 class Run:
   """What the stages of one run share; costly parts are made when needed."""
 
   def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
-    """Checks the config against itself; nothing is read or written.
-
-    Raises:
-      errors.UserError: a field makes no sense.
-    """
-    config_lib.validate(config)
+    """Takes the config as it is; `check` says what is wrong with it."""
     self.config = config
     self.workdir = workdir
-    self.executor = devices_lib.Executor(config.executor)
-    self.model = build_model(config)
-    likelihood.check_sampler(self.model, config.sampler)
-    for name in ('pretrain', 'ddo'):
-      _check_labels(name, getattr(config, name), self.model.num_classes)
 
-  def check_batches(self) -> None:
-    """Raises UserError where a phase's rows do not divide over the devices.
+  @functools.cached_property
+  def executor(self) -> devices_lib.Executor:
+    """The devices."""
+    return devices_lib.Executor(self.config.executor)
 
-    Only a mode that trains asks: six devices may sample what they cannot train.
+  @functools.cached_property
+  def model(self) -> likelihood.LikelihoodModel:
+    """The model, as it samples.
+
+    Raises:
+      errors.UserError: its settings fit no model.
     """
-    accumulate = self.config.executor.accumulate
-    phases = [self.config.ddo]
-    if not self.config.init_from:
-      phases.append(self.config.pretrain)
-    for phase in phases:
-      self.executor.check_batch(phase.batch_size, accumulate)
+    return build_model(self.config)
 
   @functools.cached_property
   def log(self) -> records.MetricsLog:
@@ -253,24 +280,40 @@ class Run:
       return self._folder_named('tokenizer_from', self.config.model)
     return self.workdir / 'tokenizer' / 'params'
 
+  def frozen_models(self) -> dict[str, Any]:
+    """Returns the models of the frozen weights, less the autoencoder."""
+    config = self.config
+    models = {}
+    if config.guide_from:
+      models['guide'] = (config.guide or config.model).build()
+    learner = config.model.build_tokenizer()
+    if learner:
+      models['tokenizer'] = learner
+    return models
+
+  @functools.cached_property
+  def vae(self) -> likelihood.Params:
+    """The autoencoder of a latent model, on the host."""
+    path = store.resolve(self.config.vae_from, '--config.vae_from')
+    return vae_names.read(path)
+
+  def frozen_folder(self, name: str) -> pathlib.Path:
+    """Returns where the params of one of `frozen_models` are."""
+    if name == 'tokenizer':
+      return self.tokenizer_folder
+    return self._folder_named(
+      'guide_from', self.config.guide or self.config.model
+    )
+
   @functools.cached_property
   def frozen(self) -> likelihood.Frozen:
     """Weights that are neither trained nor the reference."""
-    config = self.config
     frozen = {}
-    if config.guide_from:
-      guide = config.guide or config.model
-      folder = self._folder_named('guide_from', guide)
-      frozen['guide'], _ = load_params(folder, guide.build(), self.executor)
-    learner = config.model.build_tokenizer()
-    if learner:
-      frozen['tokenizer'], _ = load_params(
-        self.tokenizer_folder, learner, self.executor
-      )
-    if config.vae_from:
-      path = store.resolve(config.vae_from, '--config.vae_from')
-      weights = vae_names.read(path)
-      frozen['vae'] = self.executor.replicate(weights)
+    for name, model in self.frozen_models().items():
+      folder = self.frozen_folder(name)
+      frozen[name], _ = load_params(folder, model, self.executor)
+    if self.config.vae_from:
+      frozen['vae'] = self.executor.replicate(self.vae)
     return frozen
 
   def generator(self, guided: bool = True) -> generate.Generator:

@@ -7,6 +7,7 @@ from configs import digits_var
 from ddo_jax import errors
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import negatives
+from ddo_jax.training import check
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
 
@@ -40,11 +41,11 @@ def test_a_model_without_classes_cannot_go_by_labels(tmp_path, name, change):
   config = digits.get_config()
   config.model.num_classes = 0
   config.pretrain.label_drop = config.ddo.label_drop = 0.0
-  workspace.Run(config, tmp_path)
+  check.sampling(workspace.Run(config, tmp_path), tmp_path / 'x', scored=False)
   for field, value in change.items():
     setattr(getattr(config, name), field, value)
   with pytest.raises(errors.UserError, match=f'config.{name} has negatives'):
-    workspace.Run(config, tmp_path)
+    check.training(workspace.Run(config, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
   config, other = (recipe.get_config() for recipe in recipes)
   config.sampler = other.sampler
   with pytest.raises(errors.UserError, match=r'sampler is .* wants'):
-    workspace.Run(config, tmp_path)
+    check.training(workspace.Run(config, tmp_path))
 
 
 def test_a_round_begins_with_scores_of_its_own_classes():

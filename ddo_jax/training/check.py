@@ -1,0 +1,502 @@
+"""All that a run needs, checked before anything is computed or written.
+
+Each check is a function of a `Plan` that says in a few words what it found, or
+raises UserError. All of them are made, whatever the others find, so that a
+user hears of everything that is missing or wrong at once. They are cheap: what
+is opened is kept in the run, and networks are traced, not run.
+"""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import config as config_lib
+from ddo_jax import errors
+from ddo_jax import rng
+from ddo_jax.assets import store
+from ddo_jax.evaluation import evaluator as evaluator_lib
+from ddo_jax.evaluation import measure
+from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
+from ddo_jax.method import objective
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices
+from ddo_jax.training import published
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import workspace
+
+_LOGGER = logging.getLogger(__name__)
+_KEPT = 2  # checkpoints of a stage that stay: its newest, and its best
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is to be done.
+
+  Attributes:
+    run: the run.
+    stages: the stages that are still to be done, by name, with their phases.
+    params: where nothing is trained, a folder of params, or a released file,
+      that is sampled; None takes the run's newest.
+  """
+
+  run: workspace.Run
+  stages: dict[str, config_lib.Phase]
+  params: pathlib.Path | str | None = None
+
+  @property
+  def phases(self) -> dict[str, config_lib.Phase]:
+    """The phases of the stages, by their names in the config."""
+    found = {}
+    for name, phase in self.stages.items():
+      found['ddo' if name.startswith('round_') else name] = phase
+    return found
+
+  @functools.cached_property
+  def target(self) -> Any:
+    """The shapes of the model's params."""
+    return workspace.params_target(self.run.model, self.run.executor)
+
+  @functools.cached_property
+  def frozen(self) -> dict[str, Any]:
+    """The shapes of the weights beside them, less those of the autoencoder."""
+    return {
+      name: workspace.params_target(model, self.run.executor)
+      for name, model in self.run.frozen_models().items()
+    }
+
+  def trace(self, function: Callable[..., Any]) -> Any:
+    """Returns the shapes of function(params, frozen)."""
+    frozen = dict(self.frozen)
+    if self.run.config.vae_from:
+      frozen['vae'] = self.run.vae
+    return jax.eval_shape(function, self.target, frozen)
+
+  @functools.cached_property
+  def image(self) -> jax.ShapeDtypeStruct:
+    """The shape and type of an image [1,H,W,C] that the model draws."""
+    run = self.run
+    label = jnp.zeros(1, jnp.int32)
+    keys = _row_keys()
+
+    def draw(params, frozen):
+      sampler = run.config.sampler
+      stored = run.model.draw(params, frozen, label, keys, sampler)
+      return run.model.codec.render(frozen, stored)
+
+    return self.trace(draw)
+
+
+def _row_keys() -> jax.Array:
+  """Returns the keys [1] of one row."""
+  return rng.per_example(rng.stream(0), jnp.zeros(1, jnp.uint32))
+
+
+def _stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
+  """Returns the stages of a run that are still to be done, and their phases.
+
+  Args:
+    run: the run.
+    rounds: whether the rounds count, or the pretraining alone.
+  """
+  config = run.config
+  planned = {}
+  # What is wrong with the model is said by its own check.
+  with contextlib.suppress(errors.UserError):
+    if 'tokenizer' in run.frozen_models() and not config.tokenizer_from:
+      planned['tokenizer'] = config.tokenizer
+  if not config.init_from:
+    planned['pretrain'] = config.pretrain
+  for index in range(config.rounds if rounds else 0):
+    planned[f'round_{index:03d}'] = config.ddo
+  return {
+    name: phase
+    for name, phase in planned.items()
+    if not (run.workdir / name / 'done.json').exists()
+  }
+
+
+def size_text(count: float) -> str:
+  """Returns a number of bytes as text, such as '1.5 GB'."""
+  for unit in ('B', 'kB', 'MB', 'GB'):
+    if count < 1000:
+      return f'{count:.3g} {unit}'
+    count /= 1000
+  return f'{count:.3g} TB'
+
+
+def _size(tree: Any) -> int:
+  """Returns the bytes of a tree of arrays, or of their shapes."""
+  return sum(
+    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _settings(plan: Plan) -> str:
+  """The config against itself."""
+  config = plan.run.config
+  config_lib.validate(config)
+  left = ', '.join(plan.stages)
+  return f'{config.name}, seed {config.seed}' + (left and f'; to do: {left}')
+
+
+def _check_labels(name: str, phase: config_lib.Phase, num_classes: int) -> None:
+  """Raises UserError where a model without classes is to go by labels."""
+  by_labels = phase.used_negatives.needs_other_label
+  if not num_classes and (by_labels or phase.label_drop):
+    raise errors.UserError(
+      f'config.{name} has negatives {phase.negatives} and label_drop'
+      f' {phase.label_drop}, which go by labels, and the model has no classes:'
+      ' take other negatives, and label_drop 0'
+    )
+
+
+def _model(plan: Plan) -> str:
+  """The model, and the sampler and the labels that go with it."""
+  config = plan.run.config
+  model = plan.run.model
+  problems = errors.Problems()
+  with problems.gather():
+    likelihood.check_sampler(model, config.sampler)
+  for name in ('pretrain', 'ddo'):
+    with problems.gather():
+      _check_labels(name, getattr(config, name), model.num_classes)
+  problems.raise_any()
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.target))
+  return (
+    f'{type(config.model).__name__}, {count:,} params; sampler'
+    f' {type(config.sampler).__name__}'
+  )
+
+
+def _data(plan: Plan) -> str:
+  """The training images."""
+  source = plan.run.real
+  shape = '×'.join(str(side) for side in source.stored_shape)
+  return (
+    f'{source.name}, {len(source):,} images {shape},'
+    f' {source.num_classes} classes'
+  )
+
+
+def _steps(plan: Plan) -> str:
+  """The rows of every step, which are split over the devices."""
+  executor = plan.run.executor
+  accumulate = plan.run.config.executor.accumulate
+  problems = errors.Problems()
+  found = [devices.environment()['devices']]
+  for name, phase in plan.phases.items():
+    with problems.gather():
+      rows = phase.batch_size
+      executor.check_batch(rows, accumulate, f'config.{name}.batch_size')
+      found.append(f'{name} {phase.steps():,} steps × {rows:,} images')
+  problems.raise_any()
+  return '; '.join(found)
+
+
+def _files(plan: Plan) -> str:
+  """The published files that are asked for, fetched where they are missing."""
+  run = plan.run
+  evaluator_lib.check(run.config.evaluation)
+  published.fetch(run.config, run.workdir)
+  wanted = published.wanted(run.config, run.workdir)
+  return ', '.join(want.asset.name for want in wanted) or 'none are asked for'
+
+
+def _named(plan: Plan) -> dict[str, tuple[str, Any]]:
+  """Returns the weights that are named, with the shapes that they must have."""
+  config = plan.run.config
+  named = {}
+  if plan.stages and config.init_from:
+    named['init_from'] = (config.init_from, plan.target)
+  if config.guide_from:
+    named['guide_from'] = (config.guide_from, plan.frozen['guide'])
+  if config.tokenizer_from:
+    named['tokenizer_from'] = (
+      config.tokenizer_from,
+      plan.frozen.get('tokenizer'),
+    )
+  return named
+
+
+def _weights(plan: Plan) -> str:
+  """The weights that are named, against the models that they are for."""
+  config = plan.run.config
+  problems = errors.Problems()
+  found = []
+  for field, (name, target) in _named(plan).items():
+    with problems.gather():
+      folder = pathlib.Path(name).expanduser()
+      if folder.is_dir():
+        checkpoint.check_params(folder, target)
+      else:  # it is converted once all else is right
+        store.resolve(name, f'--config.{field}')
+      found.append(f'{field} {name}')
+  if config.vae_from:
+    with problems.gather():
+      _ = plan.run.vae
+      found.append(f'vae_from {config.vae_from}')
+  if 'tokenizer' in plan.frozen and config.init_from:
+    with problems.gather():
+      errors.require(
+        bool(config.tokenizer_from),
+        'tokenizer_from',
+        '',
+        'the folder of the tokenizer that goes with the model of tokens in'
+        f' config.init_from={config.init_from}',
+      )
+  problems.raise_any()
+  return ', '.join(found) or 'none are named'
+
+
+def _params(plan: Plan) -> str:
+  """The params that are sampled."""
+  folder = plan.params or workspace.newest_params(plan.run.workdir)
+  folder = pathlib.Path(folder)
+  if folder.is_dir():  # a released file is checked as it is converted
+    checkpoint.check_params(folder, plan.target)
+  return str(folder)
+
+
+def _converted(plan: Plan) -> str:
+  """The weights that are named and no folders yet, converted."""
+  run = plan.run
+  found = []
+  for field, (_, target) in _named(plan).items():
+    if field == 'init_from':
+      folder = run.start_folder
+    else:
+      folder = run.frozen_folder(field.removesuffix('_from'))
+    checkpoint.check_params(folder, target)
+    found.append(str(folder))
+  return ', '.join(found) or 'none'
+
+
+def _evaluation(plan: Plan) -> str:
+  """The evaluator, its files and the held-out images."""
+  run = plan.run
+  settings = run.config.evaluation
+  evaluator = run.evaluator
+  evaluator.labels(np.arange(1), run.model.num_classes)
+  count = measure.num_images(evaluator, settings)
+  blocks = measure.num_blocks(evaluator, settings)
+  by = f'protocol {settings.protocol}'
+  if not settings.protocol:
+    by = 'a classifier of the training images'
+  return f'{settings.metric} by {by}, {count:,} images × {blocks}'
+
+
+def _free(workdir: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """Returns the lowest folder that is there of a path, and its free bytes.
+
+  Raises:
+    errors.UserError: the path is no folder, or may not be written.
+  """
+  folder = workdir.absolute()
+  while not folder.exists():
+    folder = folder.parent
+  if not folder.is_dir() or not os.access(folder, os.W_OK):
+    fault = 'may not be written' if folder.is_dir() else 'is a file'
+    raise errors.UserError(
+      f'--workdir={workdir}: {folder} {fault}; choose another --workdir'
+    )
+  return folder, shutil.disk_usage(folder).free
+
+
+def _stage_bytes(
+  plan: Plan, name: str, phase: config_lib.Phase
+) -> tuple[int, int, int]:
+  """Returns the bytes of a stage's fake pool, its params and a checkpoint."""
+  run = plan.run
+  model = run.model
+  params = plan.target
+  if name == 'tokenizer':
+    model = run.frozen_models()[name]
+    params = plan.frozen[name]
+
+  def create(params):
+    optimizer = config_lib.at_round(phase.optimizer, 0)
+    transform = optimizer.transform(model.rules, phase.batch_size, phase.images)
+    return state_lib.create(params, transform, phase.averages)
+
+  pool = 0
+  second = phase.negatives
+  if phase.objective.contrastive and isinstance(second, negatives.Pool):
+    row, _ = run.real.read(np.arange(1))
+    pool = row.nbytes * second.size
+  return pool, _size(params), _size(jax.eval_shape(create, params))
+
+
+def _disk(plan: Plan) -> str:
+  """The room for what the stages keep."""
+  workdir = plan.run.workdir
+  folder, free = _free(workdir)
+  pools = 0
+  needed = 0
+  largest = 0  # a checkpoint is written before an older one is deleted
+  for name, phase in plan.stages.items():
+    pool, params, state = _stage_bytes(plan, name, phase)
+    copies = 2 if name.startswith('round_') else 1  # reference and promoted
+    files = [path for path in (workdir / name).rglob('*') if path.is_file()]
+    pools += pool
+    needed += pool + copies * params + _KEPT * state
+    needed -= sum(path.stat().st_size for path in files)
+    largest = max(largest, state)
+  needed = max(needed, 0) + largest
+  found = (
+    f'{size_text(needed)} to be written, {size_text(pools)} of it fake pools;'
+    f' {size_text(free)} free in {folder}'
+  )
+  if needed > free:
+    raise errors.UserError(
+      f'{found}: free some, take a --workdir on a larger disk, or play fewer'
+      ' rounds at first (config.rounds may be raised later)'
+    )
+  return found
+
+
+def _workdir(plan: Plan) -> str:
+  """The run's folder."""
+  run = plan.run
+  workspace.check_workdir(run.config, run.workdir)
+  kept = workspace.costly(run.workdir)
+  if not kept:
+    return f'{run.workdir}, nothing is in it yet'
+  return f'{run.workdir} goes on from {kept[-1]}'
+
+
+def _losses(plan: Plan) -> str:
+  """The loss of every phase, traced for one row."""
+  config = plan.run.config
+  stored, label = plan.run.real.read(np.arange(1))
+  keys = _row_keys()
+
+  def loss(phase, params, frozen):
+    model = workspace.build_model(config, phase.noise)
+    x = model.codec.encode(frozen, jnp.asarray(stored), keys)
+    batch = likelihood.Batch(x, jnp.asarray(label), jnp.zeros(1, jnp.uint32))
+    if not phase.objective.contrastive:
+      return model.mle_loss(params, frozen, batch, keys)
+    ratio, _ = model.log_ratio(params, params, frozen, batch, keys)
+    terms = phase.objective.loss(ratio, ratio, objective.Rows.plain(1))
+    return terms, phase.objective.logit(ratio)
+
+  traced = []
+  for name, phase in plan.phases.items():
+    if name != 'tokenizer':
+      now = config_lib.at_round(phase, 0)
+      plan.trace(functools.partial(loss, now))
+      traced.append(f'{name} {type(phase.objective).__name__}')
+  return ', '.join(traced)
+
+
+def _samples(plan: Plan) -> str:
+  """A sample and its image, traced for one row."""
+  shape = plan.image.shape[1:]
+  return 'images ' + '×'.join(str(side) for side in shape)
+
+
+def _measured(plan: Plan) -> str:
+  """The images of samples, as the evaluator takes them."""
+  image = plan.image
+  plan.run.evaluator.check_images(image.dtype, image.shape[1:])
+  return 'are images of this size'
+
+
+_Checks = dict[str, Callable[[Plan], str]]
+
+
+def _make(plan: Plan, *groups: _Checks) -> list[str]:
+  """Makes the checks of each group, unless one before it found a fault.
+
+  Returns:
+    A line for each check: its name and what was found.
+
+  Raises:
+    errors.UserError: a line for each fault.
+  """
+  lines = []
+  for group in groups:
+    problems = errors.Problems()
+    for name, check in group.items():
+      with problems.gather():
+        lines.append(f'✓ {name:10} {check(plan)}')
+    problems.raise_any()
+  for line in lines:
+    _LOGGER.info('%s', line)
+  return lines
+
+
+def training(run: workspace.Run, rounds: bool = True) -> list[str]:
+  """Checks all that is needed by the stages that are still to be done.
+
+  Args:
+    run: the run; what is opened is kept in it.
+    rounds: whether the rounds are played, or the pretraining alone.
+
+  Returns:
+    A line for each check: its name and what was found.
+
+  Raises:
+    errors.UserError: something is missing or wrong; there is a line for each.
+  """
+  plan = Plan(run, _stages(run, rounds))
+  checks: _Checks = {'settings': _settings}
+  traced: _Checks = {}
+  if plan.stages:
+    checks |= {
+      'model': _model,
+      'data': _data,
+      'steps': _steps,
+      'files': _files,
+      'weights': _weights,
+      'disk': _disk,
+    }
+    traced |= {'converted': _converted, 'losses': _losses}
+  if 'ddo' in plan.phases:
+    checks |= {'evaluation': _evaluation}
+    traced |= {'samples': _samples, 'measured': _measured}
+  checks |= {'workdir': _workdir}
+  return _make(plan, checks, traced)
+
+
+def sampling(
+  run: workspace.Run, params: pathlib.Path | str | None, scored: bool
+) -> list[str]:
+  """Checks all that is needed to draw images.
+
+  Args:
+    run: the run; what is opened is kept in it.
+    params: a folder of params, or a released file; None takes the run's newest.
+    scored: whether the images are measured.
+
+  Returns:
+    A line for each check: its name and what was found.
+
+  Raises:
+    errors.UserError: something is missing or wrong; there is a line for each.
+  """
+  plan = Plan(run, {}, params)
+  checks: _Checks = {
+    'settings': _settings,
+    'model': _model,
+    'params': _params,
+    'weights': _weights,
+  }
+  traced: _Checks = {'samples': _samples}
+  if scored:
+    checks |= {'evaluation': _evaluation}
+    traced |= {'measured': _measured}
+  return _make(plan, checks, traced)
