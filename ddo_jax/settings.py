@@ -9,6 +9,8 @@ import ast
 from collections.abc import Iterator
 import dataclasses
 import json
+import reprlib
+import types
 import typing
 from typing import Any
 
@@ -70,6 +72,66 @@ def science_changes(config: Any, recorded: dict[str, Any]) -> list[str]:
   gone = [name for name in recorded if name not in now]
   lines += [f'{name}: {recorded[name]!r} -> gone' for name in gone]
   return lines
+
+
+# What the numbers, texts and tuples of a recorded config may reach, unless a
+# field says otherwise.
+_LARGEST = 2**20
+_LONGEST = 100  # characters, or entries
+
+
+def at_most(most: int, default: Any) -> Any:
+  """Declares a field whose numbers `check_recorded` bounds by `most`."""
+  return dataclasses.field(default=default, metadata={'most': most})
+
+
+def check_recorded(config: Any, name: str) -> None:
+  """Checks a config that a file records, before anything is built from it.
+
+  Every value must be of its field's type, and of a size that is cheap to build,
+  so that a hostile file costs neither time nor memory.
+
+  Args:
+    config: a dataclass.
+    name: what the error calls it.
+
+  Raises:
+    errors.UserError: a value is of another type, negative or too large.
+  """
+  kinds = typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    kind = kinds[field.name]
+    most = field.metadata.get('most', _LARGEST)
+    if not _fits(value, kind, most):
+      wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+      raise errors.UserError(
+        f'{name}.{field.name} is {reprlib.repr(value)}; wanted {wanted}, no'
+        f' number above {most:,} or below 0'
+      )
+    if dataclasses.is_dataclass(value):
+      check_recorded(value, f'{name}.{field.name}')
+
+
+def _fits(value: Any, kind: Any, most: int) -> bool:
+  """Whether a value is of a type, and no part of it is large."""
+  parts = typing.get_args(kind)
+  if isinstance(kind, types.UnionType):
+    return any(_fits(value, part, most) for part in parts)
+  if typing.get_origin(kind) is tuple:
+    if not isinstance(value, tuple) or len(value) > _LONGEST:
+      return False
+    if parts[-1] is ...:
+      return all(_fits(entry, parts[0], most) for entry in value)
+    return len(value) == len(parts) and all(
+      _fits(entry, part, most) for entry, part in zip(value, parts, strict=True)
+    )
+  if kind in (int, float):
+    number = type(value) is int or (kind is float and type(value) is float)
+    return number and 0 <= value <= most
+  if kind is str:
+    return isinstance(value, str) and len(value) <= _LONGEST
+  return isinstance(value, kind)
 
 
 def _classes(base: type) -> dict[str, type]:

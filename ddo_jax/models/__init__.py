@@ -1,9 +1,11 @@
 """Models: one file or folder a network, each with its settings."""
 
 import dataclasses
+import reprlib
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import toy
@@ -36,19 +38,28 @@ def from_json(recorded: dict[str, Any], recipe: Any = None) -> Any:
     recipe: the model's settings of the recipe at hand, if there is one.
 
   Raises:
-    errors.UserError: it is of no known model, or of another version.
+    errors.UserError: it is of no known model, of another version, or holds a
+      value that no model has.
   """
-  name = recorded.get('model.type')
+  if not isinstance(recorded, dict):
+    raise errors.UserError(
+      f'the record of a model is {reprlib.repr(recorded)}; wanted its settings'
+      ' by name'
+    )
   known: dict[str, Any] = {kind.__name__: kind for kind in _PARTS}
   if recipe is not None:
     known |= {kind.__name__: kind for kind in _kinds_of(recipe)}
   try:
-    return _from_json(recorded, 'model.', known)
-  except (KeyError, TypeError) as error:
+    config = _from_json(recorded, 'model.', known)
+  except (KeyError, TypeError, RecursionError) as error:
+    name = reprlib.repr(recorded.get('model.type'))
     raise errors.UserError(
-      f'the weights were written with the model {name!r} ({error}), which is'
-      f' not known here; known: {", ".join(c.__name__ for c in CONFIGS)}'
+      f'the weights were written with the model {name} ({str(error)[:200]}),'
+      ' which is not known here; known:'
+      f' {", ".join(kind.__name__ for kind in CONFIGS)}'
     ) from error
+  settings.check_recorded(config, 'the recorded model')
+  return config
 
 
 def _from_json(

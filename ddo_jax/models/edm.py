@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.data import augmentation
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
@@ -51,7 +52,7 @@ class SongUNet(nn.Module):
   ncsnpp: bool = False
   model_channels: int = 128
   channel_mult: tuple[int, ...] = (2, 2, 2)
-  num_blocks: int = 4
+  num_blocks: int = settings.at_most(16, 4)
   attn_resolutions: tuple[int, ...] = (16,)
   dropout: float = 0.13
   remat: bool = False
@@ -294,16 +295,16 @@ class EdmConfig(likelihood.ModelConfig):
 
   network: str = 'ddpmpp'
   precond: str = 'edm'
-  image_shape: tuple[int, int, int] = (32, 32, 3)
+  image_shape: tuple[int, int, int] = settings.at_most(4096, (32, 32, 3))
   num_classes: int = 0
   model_channels: int = 128
   channel_mult: tuple[int, ...] = (2, 2, 2)
-  num_blocks: int = 4
+  num_blocks: int = settings.at_most(16, 4)
   attn_resolutions: tuple[int, ...] = (16,)
   channels_per_head: int = 64
-  dropout: float = 0.13
+  dropout: float = settings.at_most(1, 0.13)
   augment_dim: int = 9
-  augment: float = 0.12
+  augment: float = settings.at_most(1, 0.12)
   sigma_data: float = 0.5
   pixel_values: int = 256
 

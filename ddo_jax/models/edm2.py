@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
@@ -46,7 +47,7 @@ class UNet(nn.Module):
   num_classes: int
   model_channels: int = 192
   channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-  num_blocks: int = 3
+  num_blocks: int = settings.at_most(16, 3)
   attn_resolutions: tuple[int, ...] = (16, 8)
   channels_per_head: int = 64
   dropout: float = 0.0
@@ -177,14 +178,14 @@ class Edm2Config(likelihood.ModelConfig):
       twice the channels, the mean and the deviation of a latent.
   """
 
-  image_shape: tuple[int, int, int] = (64, 64, 3)
+  image_shape: tuple[int, int, int] = settings.at_most(4096, (64, 64, 3))
   num_classes: int = 1000
   model_channels: int = 192
   channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-  num_blocks: int = 3
+  num_blocks: int = settings.at_most(16, 3)
   attn_resolutions: tuple[int, ...] = (16, 8)
   channels_per_head: int = 64
-  dropout: float = 0.0
+  dropout: float = settings.at_most(1, 0.0)
   logvar_channels: int = 128
   sigma_data: float = 0.5
   latents: bool = False

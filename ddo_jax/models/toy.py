@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
@@ -37,8 +38,8 @@ class ToyConfig(likelihood.ModelConfig):
 
   network: str = 'mlp'
   hidden: int = 64
-  blocks: int = 2
-  image_shape: tuple[int, int, int] = (8, 8, 1)
+  blocks: int = settings.at_most(64, 2)
+  image_shape: tuple[int, int, int] = settings.at_most(4096, (8, 8, 1))
   num_classes: int = 10
   sigma_data: float = 0.752
   pixel_values: int = 17

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import autoregressive
 from ddo_jax.method import likelihood
@@ -435,7 +436,7 @@ class VarConfig(likelihood.ModelConfig):
     default_factory=vqvae.VqvaeConfig
   )
   num_classes: int = 1000
-  depth: int = 16
+  depth: int = settings.at_most(1024, 16)
   width: int = 1024
   heads: int = 16
   mlp_ratio: float = 4.0

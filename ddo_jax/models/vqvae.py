@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.models import vqvae_layers
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # for images of 256 pixels
@@ -333,8 +334,8 @@ class VqvaeConfig:
       `codec.Pixels`.
   """
 
-  image_shape: tuple[int, int, int] = (256, 256, 3)
-  patch_nums: tuple[int, ...] = PATCH_NUMS
+  image_shape: tuple[int, int, int] = settings.at_most(4096, (256, 256, 3))
+  patch_nums: tuple[int, ...] = settings.at_most(128, PATCH_NUMS)
   vocab: int = 4096
   channels: int = 32
   base: int = 160

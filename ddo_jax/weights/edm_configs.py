@@ -1,11 +1,13 @@
 """The config of a released network, from the arguments inside its file."""
 
 from collections.abc import Mapping
+import reprlib
 from typing import Any
 
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.data import codec
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
@@ -108,7 +110,7 @@ def _fields(
       found[name] = value
     elif name not in fixed or fixed[name] != value:
       raise errors.UserError(
-        f'the network inside the file has {name}={str(value)[:80]}; the'
+        f'the network inside the file has {name}={reprlib.repr(value)}; the'
         f' networks here have {fixed.get(name, "no such argument")}'
       )
   return found
@@ -130,8 +132,8 @@ def _edm_config(network: pickle_reader.Network) -> edm.EdmConfig:
     defaults |= {'attn_resolutions': (32, 16, 8), 'num_blocks': 3}
   else:
     raise errors.UserError(
-      f'the network inside the file is a {model_type}; known: SongUNet,'
-      ' DhariwalUNet'
+      f'the network inside the file is a {reprlib.repr(model_type)}; known:'
+      ' SongUNet, DhariwalUNet'
     )
   names = (*_FIELDS, 'augment_dim')
   found = defaults | _fields(options, _GIVEN, names, fixed)
@@ -144,10 +146,11 @@ def _edm_config(network: pickle_reader.Network) -> edm.EdmConfig:
 
 
 def _check_encoder(
-  network: pickle_reader.Network, config: edm2.Edm2Config
+  network: pickle_reader.Network, config: edm.EdmConfig | edm2.Edm2Config
 ) -> None:
   """Raises UserError where the file scales latents otherwise than we do."""
-  if not config.latents or network.encoder is None:
+  latents = isinstance(config, edm2.Edm2Config) and config.latents
+  if not latents or network.encoder is None:
     return
   state = network.encoder.state
   encoder = codec.Latents(vae.AutoencoderKL(), sigma_data=config.sigma_data)
@@ -156,8 +159,8 @@ def _check_encoder(
     numbers = isinstance(got, np.ndarray) and got.shape == (wanted.size,)
     if not numbers or not np.allclose(got, wanted.ravel(), rtol=1e-5):
       raise errors.UserError(
-        f'the latents of the file have the {name} {str(got)[:80]}; those here'
-        f' {wanted.ravel()}: the network is of another autoencoder'
+        f'the latents of the file have the {name} {reprlib.repr(got)}; those'
+        f' here {wanted.ravel()}: the network is of another autoencoder'
       )
 
 
@@ -167,8 +170,19 @@ def config_of(
   """Returns the model's config of a released network.
 
   Raises:
-    errors.UserError: no model here is that network.
+    errors.UserError: no model here is that network, or a size in it is one
+      that no network has.
   """
+  config = _config_of(network)
+  settings.check_recorded(config, 'the network inside the file')
+  _check_encoder(network, config)
+  return config
+
+
+def _config_of(
+  network: pickle_reader.Network,
+) -> edm.EdmConfig | edm2.Edm2Config:
+  """Returns the config as the file's arguments give it."""
   if network.class_name == 'Precond':
     found = _fields(
       network.init_kwargs,
@@ -177,9 +191,7 @@ def config_of(
       fixed=_FIXED_EDM2,
     )
     # No image has four channels, and a file may come without its encoder.
-    config = edm2.Edm2Config(latents=found['image_shape'][-1] == 4, **found)
-    _check_encoder(network, config)
-    return config
+    return edm2.Edm2Config(latents=found['image_shape'][-1] == 4, **found)
   if network.class_name in _PRECONDS:
     return _edm_config(network)
   raise errors.UserError(

@@ -6,9 +6,14 @@ import mmap
 import os
 import pathlib
 import struct
+from typing import Any
 import zipfile
 
+import numpy as np
+
 from ddo_jax import errors
+
+MAX_KEY = 500  # characters of a tensor's name; released ones have 50
 
 # What the readers, numpy and zipfile raise over a hostile or damaged file.
 _REFUSALS = (
@@ -49,6 +54,18 @@ def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
       f'{path} is refused: {reason}; wanted {wanted}; nothing in it was run:'
       ' get the file again from its publisher'
     ) from error
+
+
+def check_state(state: Any) -> None:
+  """Raises ValueError unless a tree is a state dict: real arrays by key."""
+  if not isinstance(state, dict):
+    raise ValueError(f'a {type(state).__name__}, and no table of tensors')
+  for key, value in state.items():
+    if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY:
+      raise ValueError(f'a tensor under the key {str(key)[:60]!r}')
+    is_real = isinstance(value, np.ndarray) and value.dtype.kind in 'biufV'
+    if not is_real:
+      raise ValueError(f'{key[:60]!r} is no array of plain numbers')
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:

@@ -16,6 +16,8 @@ import pickletools
 from typing import Any
 from typing import BinaryIO
 
+from ddo_jax.weights import files
+
 # The globals that a stream may name. A function is called with the arguments
 # that the stream gives it; None marks a name that is only passed on, such as
 # that of a type.
@@ -75,8 +77,11 @@ def check_key(value: Any) -> Any:
 
   Other values could be made to hash alike, or to take for ever to hash.
   """
-  is_number = isinstance(value, int) and abs(value) < 2**48
-  if isinstance(value, str) or is_number:
+  if isinstance(value, str):
+    if len(value) > files.MAX_KEY:
+      raise ValueError(f'a key of {len(value)} characters')
+    return value
+  if isinstance(value, int) and abs(value) < 2**48:
     return value
   raise ValueError(f'a key that is no text: {type(value).__name__}')
 

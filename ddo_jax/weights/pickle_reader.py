@@ -27,7 +27,6 @@ Record = arrays.Record
 _WANTED = 'the .pkl of an EDM, EDM2 or DDO network, or of plain arrays'
 _CONTAINERS = ('ModuleDict', 'ModuleList', 'Sequential')
 _MAX_MODULES = 2**16  # each visit counts, so that shared ones cannot multiply
-_MAX_KEY = 500  # characters; released keys have 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _entries(
     visits: yields an item for each module that may still be visited.
   """
   next(visits)
-  if len(prefix) > _MAX_KEY:
+  if len(prefix) > files.MAX_KEY:
     raise ValueError('its modules hold one another without end')
   parameters = _table(record, '_parameters')
   buffers = _table(record, '_buffers')

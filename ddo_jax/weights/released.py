@@ -130,7 +130,8 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
     state, metadata = safetensors_file.read(path)
     origin = provenance.describe(path, source, metadata.get('licence', ''))
     if 'model' in metadata:
-      config = models.from_json(json.loads(metadata['model']))
+      with files.refusing(path, "its model's settings as JSON"):
+        config = models.from_json(json.loads(metadata['model']))
   elif path.suffix == '.pth':
     state = torch_zip.read(path)
     origin = provenance.describe(path, source)
@@ -146,8 +147,7 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
     )
   with files.refusing(path, "the state dict of the config's network"):
     config, state = _unwrap(config, state)
-    if not all(isinstance(value, np.ndarray) for value in state.values()):
-      raise ValueError('it holds more than arrays')
+    files.check_state(state)
     params = _to_flax(config, state)
   checkpoint.check_shapes(params, _shapes(config), path)
   return Weights(config, params, origin)

@@ -29,6 +29,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return file.get_tensors(), file.metadata() or {}
     except safetensors.SafetensorError as error:
       raise ValueError(str(error)) from error
+    except AttributeError as error:  # the library looks a type up in numpy
+      raise ValueError(f'an array of a type that {error}') from error
 
 
 def write(

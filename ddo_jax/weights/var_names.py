@@ -12,6 +12,7 @@ Convolutions [out,in,h,w] become [h,w,in,out], linear layers [out,in] become
 from collections.abc import Mapping
 from collections.abc import Sequence
 import re
+import reprlib
 from typing import Any
 
 from flax import traverse_util
@@ -29,6 +30,7 @@ _BUFFERS = (
   'ema_vocab_hit_SV',
 )
 _EMBEDDINGS = ('class_emb', 'lvl_embed', 'embedding')
+_MAX_BLOCKS = 2**10  # the largest VAR has 30
 _WRAPPERS = ('_orig_mod.', 'module.')
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
 _TO_OFFICIAL = {4: (3, 2, 0, 1), 2: (1, 0)}
@@ -53,7 +55,10 @@ def _is_state(tree: Any) -> bool:
   """Whether a tree is a state dict: a table of arrays, and not empty."""
   if not isinstance(tree, Mapping) or not tree:
     return False
-  return all(isinstance(leaf, np.ndarray) for leaf in tree.values())
+  return all(
+    isinstance(key, str) and isinstance(leaf, np.ndarray)
+    for key, leaf in tree.items()
+  )
 
 
 def unwrap(tree: Any) -> State:
@@ -78,8 +83,8 @@ def unwrap(tree: Any) -> State:
   if not _is_state(tree):
     got = sorted(map(str, tree)) if isinstance(tree, Mapping) else tree
     raise errors.UserError(
-      f'the file holds {str(got)[:200]}; wanted a state dict of tensors, plain'
-      " or under 'trainer' and 'var_wo_ddp': is it a checkpoint of VAR?"
+      f'the file holds {reprlib.repr(got)}; wanted a state dict of tensors,'
+      " plain or under 'trainer' and 'var_wo_ddp': is it a checkpoint of VAR?"
     )
   state = {}
   for key, tensor in tree.items():
@@ -164,6 +169,8 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     tensor = _transposed(tensor, path[-1], _TO_FLAX)
     if match:
       number = int(match[1])
+      if number >= _MAX_BLOCKS:
+        raise ValueError(f'a block of the number {number}')
       blocks.setdefault(('blocks', *path), {})[number] = tensor
       depth = max(depth, number + 1)
     else:

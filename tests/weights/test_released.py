@@ -222,9 +222,9 @@ def test_networks_of_latents():
 @pytest.mark.parametrize(
   ('case', 'change', 'line'),
   [
-    ('ddpmpp', {'encoder_type': 'skip'}, 'has encoder_type=skip; .* standard'),
+    ('ddpmpp', {'encoder_type': 'skip'}, "encoder_type='skip'; .* standard"),
     ('ddpmpp', {'channel_mult_emb': 8}, 'has channel_mult_emb=8; .* have 4'),
-    ('ddpmpp', {'model_type': 'ViT'}, 'is a ViT; known: SongUNet'),
+    ('ddpmpp', {'model_type': 'ViT'}, "is a 'ViT'; known: SongUNet"),
     ('adm', {'secret': 1}, 'has secret=1; .* no such argument'),
     ('edm2', {'clip_act': 9}, 'has clip_act=9; .* have 256'),
   ],
