@@ -423,7 +423,8 @@ def _label_field(name: str, builder: Any, asked: str) -> str:
   """Returns the field of a set's records that holds the class, or ''."""
   import tensorflow_datasets as tfds
 
-  features = dict(builder.info.features.items())
+  # TFDS gives them in any order.
+  features = dict(sorted(builder.info.features.items()))
   classes = [
     field
     for field, feature in features.items()

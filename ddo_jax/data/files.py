@@ -27,9 +27,9 @@ from ddo_jax import errors
 from ddo_jax.data import encoded
 from ddo_jax.data import splits
 
+IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
+LATENTS = '.npy'
 _LOGGER = logging.getLogger(__name__)
-_IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
-_LATENTS = '.npy'
 _MANIFEST = 'dataset.json'
 _CHUNKED = re.compile(r'\d{5,}/(img|img-mean-std-)?\d+\.\w+')
 
@@ -39,10 +39,12 @@ def _is_hidden(name: str) -> bool:
   return name.startswith('.') or name == '__MACOSX'
 
 
-def _walk(
+def walk(
   folder: str, prefix: str = '', above: tuple[str, ...] = ()
 ) -> Iterator[str]:
   """Yields the names of all files below a folder, also through symlinks.
+
+  Hidden files and folders are left out.
 
   Args:
     folder: where to look.
@@ -58,7 +60,7 @@ def _walk(
       if not entry.is_dir():
         yield prefix + entry.name
       elif os.path.realpath(entry.path) not in above:
-        yield from _walk(entry.path, f'{prefix}{entry.name}/', above)
+        yield from walk(entry.path, f'{prefix}{entry.name}/', above)
 
 
 def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -74,7 +76,7 @@ def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
   """
   if path.is_dir():
     with encoded.user_error(f'{path} cannot be read'):
-      found = list(_walk(str(path)))
+      found = list(walk(str(path)))
 
     def read_file(name: str) -> bytes:
       return (path / name).read_bytes()
@@ -248,19 +250,19 @@ def open_files(
   """
   names, read_bytes = opener(path)
   top = ''
-  rows = [n for n in names if n.lower().endswith((*_IMAGES, _LATENTS))]
+  rows = [n for n in names if n.lower().endswith((*IMAGES, LATENTS))]
   if wanted and _MANIFEST in names:
     wanted.choose(str(path), [])
   elif wanted and rows:
     top = _folder_of_split(path, rows, wanted)
     names = [n.removeprefix(top) for n in names if n.startswith(top)]
     path = path / top
-  images = sorted(n for n in names if n.lower().endswith(_IMAGES))
-  latents = sorted(n for n in names if n.lower().endswith(_LATENTS))
+  images = sorted(n for n in names if n.lower().endswith(IMAGES))
+  latents = sorted(n for n in names if n.lower().endswith(LATENTS))
   if bool(images) == bool(latents):
     raise errors.UserError(
       f'{path} holds {len(images)} images and {len(latents)} latents; wanted'
-      f' either {_IMAGES} or {_LATENTS}'
+      f' either {IMAGES} or {LATENTS}'
     )
   rows = images or latents
 

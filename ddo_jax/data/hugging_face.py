@@ -2,9 +2,9 @@
 
 `datasets` writes Arrow files (`save_to_disk`), the hub holds parquet. Both are
 tables with a column of encoded images, and pyarrow reads them: Arrow files are
-mapped into memory and parquet, which has no random access, is read whole or
-copied to an Arrow file once. pyarrow comes along with TFDS; `datasets` itself,
-which would bring pandas and 30 more packages, is not needed.
+mapped into memory; parquet, which has no random access, is read whole, or
+copied to an Arrow file once. pyarrow comes along with TFDS. `datasets` itself,
+which brings pandas and twenty packages more, is not needed.
 """
 
 import functools
@@ -18,11 +18,16 @@ from typing import Any
 import numpy as np
 
 from ddo_jax import errors
-from ddo_jax.data import classes as classes_lib
+from ddo_jax.data import classes
 from ddo_jax.data import encoded
+from ddo_jax.data import files
 from ddo_jax.data import splits
 
 _IN_MEMORY = 2**30  # Parquet files of up to this many bytes are not copied.
+_PARQUET = '.parquet'
+# Beside the tables that `datasets` saved, and above those of several splits.
+_STATE = 'state.json'
+_SPLITS = 'dataset_dict.json'
 _PREFIX = re.compile(r'hf:(//datasets/|//)?')
 
 
@@ -39,136 +44,155 @@ def _pyarrow() -> Any:
   return pyarrow
 
 
-def is_address(source: str) -> bool:
+def is_address(place: str) -> bool:
   """Whether a setting names a set of the hub, as 'hf:owner/name' does."""
-  return source.startswith('hf:')
+  return place.startswith('hf:')
 
 
-def fetch(source: str) -> pathlib.Path:
+def fetch(place: str) -> pathlib.Path:
   """Returns the folder of a set of the hub, which is downloaded once.
 
   Args:
-    source: 'hf:owner/name' or 'hf://datasets/owner/name', perhaps with
-      '@revision' behind the name, and with a folder of the set behind that.
+    place: 'hf:owner/name' or 'hf://datasets/owner/name', perhaps with
+      '@revision' behind the name, and behind that with a folder of the set.
 
   Raises:
     errors.UserError: there is no such set, or it cannot be reached.
   """
-  address = _PREFIX.sub('', source, count=1)
-  owner, _, rest = address.partition('/')
-  name, _, folder = rest.strip('/').partition('/')
-  name, _, revision = name.partition('@')
   import huggingface_hub
 
-  # A set that is kept as loose images, or by a script, has been turned into
-  # parquet by the hub, on a branch of this name.
-  branches = [revision] if revision else ['', 'refs/convert/parquet']
-  for branch in branches:
+  owner, _, rest = _PREFIX.sub('', place, count=1).partition('/')
+  name, _, folder = rest.strip('/').partition('/')
+  name, _, revision = name.partition('@')
+  # The hub turns a set of loose images, or of a script, into parquet on a
+  # branch of this name.
+  for branch in [revision] if revision else [None, 'refs/convert/parquet']:
     with encoded.user_error(
-      f'{source} cannot be fetched: check the name (hf:owner/name), the network'
-      ' and, for a set with conditions, `hf auth login`'
+      f'{place} cannot be fetched: check the name (hf:owner/name), the network'
+      ' and, where the set has conditions, `hf auth login`'
     ):
       root = huggingface_hub.snapshot_download(
         f'{owner}/{name}',
         repo_type='dataset',
-        revision=branch or None,
-        allow_patterns=f'{folder}/*.parquet' if folder else '*.parquet',
+        revision=branch,
+        allow_patterns=f'{folder}/*{_PARQUET}' if folder else f'*{_PARQUET}',
       )
     path = pathlib.Path(root) / folder
-    if any(path.rglob('*.parquet')):
+    if is_set(path):
       return path
   raise errors.UserError(
-    f'{source} holds no parquet files; load it with `datasets` and take the'
-    ' folder that save_to_disk writes'
+    f'{place} holds no parquet files: load it with `datasets`, and name the'
+    ' folder that its save_to_disk writes'
   )
 
 
 def is_set(path: pathlib.Path) -> bool:
   """Whether a path is a parquet file, or a folder of tables."""
-  if path.suffix == '.parquet':
+  if path.suffix == _PARQUET:
     return path.is_file()
-  saved = ('dataset_dict.json', 'state.json')
-  if any((path / name).is_file() for name in saved):
+  if not path.is_dir():
+    return False
+  if any((path / name).is_file() for name in (_SPLITS, _STATE)):
     return True
-  return path.is_dir() and any(path.rglob('*.parquet'))
+  # The first file decides, because a folder of images may hold a million.
+  kinds = (_PARQUET, files.LATENTS, *files.IMAGES)
+  found = (n for n in files.walk(str(path)) if n.lower().endswith(kinds))
+  return next(found, '').endswith(_PARQUET)
 
 
-def _split_of(file: pathlib.PurePath, known: tuple[str, ...]) -> str:
+def _saved(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the tables of a folder that `datasets` saved.
+
+  It may have left others there, which are its caches.
+  """
+  state = path / _STATE
+  with encoded.user_error(f'{state} is damaged, save the set again'):
+    listed = json.loads(state.read_text())['_data_files']
+    return [path / pathlib.PurePath(file['filename']).name for file in listed]
+
+
+def _split_of(file: str, known: tuple[str, ...]) -> str:
   """Returns the split that a file's path names between its marks, or ''."""
-  words = re.split(r'[^A-Za-z0-9]+', str(file))
+  words = re.split(r'[^A-Za-z0-9]+', file)
   return next((word for word in words if word in known), '')
 
 
-def _files(path: pathlib.Path, wanted: splits.Wanted) -> list[pathlib.Path]:
-  """Returns the tables of a split, in order."""
-  if path.suffix == '.parquet':
-    wanted.choose(str(path), [])
+def _tables(path: pathlib.Path, wanted: splits.Wanted) -> list[pathlib.Path]:
+  """Returns the files of a split's tables, in order."""
+  where = str(path)
+  if path.suffix == _PARQUET:
+    wanted.choose(where, [])
     return [path]
-  if (path / 'dataset_dict.json').is_file():
-    folders = sorted(p.parent.name for p in path.glob('*/state.json'))
-    return sorted((path / wanted.choose(str(path), folders)).glob('*.arrow'))
-  if (path / 'state.json').is_file():
-    wanted.choose(str(path), [])
-    return sorted(path.glob('*.arrow'))
-  found = sorted(path.rglob('*.parquet'))
-  named = [_split_of(file.relative_to(path), wanted.known) for file in found]
-  split = wanted.choose(str(path), sorted(set(named) - {''}))
-  return [f for f, name in zip(found, named, strict=True) if name == split]
+  if (path / _SPLITS).is_file():
+    known = sorted(state.parent.name for state in path.glob(f'*/{_STATE}'))
+    return _saved(path / wanted.choose(where, known))
+  if (path / _STATE).is_file():
+    wanted.choose(where, [])
+    return _saved(path)
+  names = [n for n in files.walk(where) if n.endswith(_PARQUET)]
+  split_of = {name: _split_of(name, wanted.known) for name in names}
+  split = wanted.choose(where, sorted(set(split_of.values()) - {''}))
+  return [path / name for name in names if split_of[name] == split]
+
+
+def _schema(table: pathlib.Path) -> Any:
+  """Returns the schema of a table."""
+  pa = _pyarrow()
+  if table.suffix == _PARQUET:
+    return pa.parquet.read_schema(table)
+  with pa.memory_map(str(table)) as mapped:
+    return pa.ipc.open_stream(mapped).schema
 
 
 def _copied(
-  files: list[pathlib.Path], columns: list[str], folder: pathlib.Path
+  tables: list[pathlib.Path], columns: list[str], cache: pathlib.Path
 ) -> pathlib.Path:
   """Returns an Arrow file of some columns of parquet files, made once."""
   pa = _pyarrow()
-  about = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+  stats = [(str(table), table.stat()) for table in tables]
+  about = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
   digest = hashlib.sha256(json.dumps([about, columns]).encode()).hexdigest()
-  path = folder / f'{digest[:16]}.arrow'
+  path = cache / f'{digest[:16]}.arrow'
   if path.exists():
     return path
-  folder.mkdir(parents=True, exist_ok=True)
+  cache.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(f'.{os.getpid()}.partial')
-  schema = pa.parquet.read_schema(files[0])
-  schema = pa.schema([schema.field(name) for name in columns], schema.metadata)
-  with pa.OSFile(str(partial), 'wb') as sink:
-    with pa.ipc.new_stream(sink, schema) as writer:
-      for file in files:
-        for batch in pa.parquet.ParquetFile(file).iter_batches(
-          batch_size=1_000, columns=columns
-        ):
-          writer.write_batch(batch.cast(schema))
+  read = [pa.parquet.ParquetFile(table) for table in tables]
+  schema = pa.schema([read[0].schema_arrow.field(name) for name in columns])
+  with (
+    pa.OSFile(str(partial), 'wb') as sink,
+    pa.ipc.new_stream(sink, schema) as writer,
+  ):
+    for table in read:
+      for batch in table.iter_batches(batch_size=1_000, columns=columns):
+        writer.write_table(pa.Table.from_batches([batch]).select(columns))
   os.replace(partial, path)
   return path
 
 
-def _read_schema(file: pathlib.Path) -> Any:
-  """Returns the schema of a table."""
-  pa = _pyarrow()
-  if file.suffix == '.parquet':
-    return pa.parquet.read_schema(file)
-  with pa.memory_map(str(file)) as mapped:
-    return pa.ipc.open_stream(mapped).schema
-
-
-def _read_table(
-  files: list[pathlib.Path], columns: list[str], folder: pathlib.Path
+def _read(
+  tables: list[pathlib.Path], columns: list[str], cache: pathlib.Path
 ) -> Any:
   """Returns some columns of tables; those of large ones stay on disk."""
   pa = _pyarrow()
-  if files[0].suffix == '.parquet':
-    if sum(file.stat().st_size for file in files) <= _IN_MEMORY:
-      parts = [pa.parquet.read_table(file, columns=columns) for file in files]
-      return pa.concat_tables(parts)
-    files = [_copied(files, columns, folder)]
-  parts = [
-    pa.ipc.open_stream(pa.memory_map(str(file))).read_all().select(columns)
-    for file in files
-  ]
-  return pa.concat_tables(parts)
+  if tables[0].suffix == _PARQUET:
+    if sum(table.stat().st_size for table in tables) <= _IN_MEMORY:
+      return pa.concat_tables(
+        [pa.parquet.read_table(table, columns=columns) for table in tables]
+      )
+    tables = [_copied(tables, columns, cache)]
+  mapped = [pa.ipc.open_stream(pa.memory_map(str(table))) for table in tables]
+  return pa.concat_tables([m.read_all().select(columns) for m in mapped])
 
 
-def _image_column(where: str, schema: Any, features: dict[str, Any]) -> str:
-  """Returns the column of encoded images."""
+def _image_column(where: str, schema: Any, kinds: dict[str, str]) -> str:
+  """Returns the column of encoded images.
+
+  Args:
+    where: the set, for errors.
+    schema: the columns.
+    kinds: what `datasets` declares them to be, as far as it wrote them.
+  """
   pa = _pyarrow()
   found = []
   for field in schema:
@@ -177,48 +201,60 @@ def _image_column(where: str, schema: Any, features: dict[str, Any]) -> str:
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     if is_struct or is_bytes:
       found.append(field.name)
-  declared = [name for name in found if features.get(name) == 'Image']
   named = [name for name in ('image', 'img') if name in found]
+  declared = [name for name in found if kinds.get(name) == 'Image']
   for candidates in (named[:1], declared, found):
     if len(candidates) == 1:
       return candidates[0]
   raise errors.UserError(
-    f'{where} has the columns {schema.names}, of which {found} hold encoded'
+    f'{where} has the columns {schema.names}, of which {found} may hold encoded'
     ' images; wanted one, or one called image'
   )
+
+
+def _label_column(
+  where: str, schema: Any, kinds: dict[str, str], asked: str
+) -> str:
+  """Returns the column of the classes, '' if there is none."""
+  pa = _pyarrow()
+  others = [
+    field.name
+    for field in schema
+    if pa.types.is_integer(field.type)
+    or (pa.types.is_string(field.type) and field.name in ('label', 'class'))
+  ]
+  declared = [name for name in schema.names if kinds.get(name) == 'ClassLabel']
+  others = [name for name in others if name not in declared]
+  return classes.choose_field(where, declared, others, asked)
 
 
 def _labels(
   where: str, column: Any, names: tuple[str, ...]
 ) -> tuple[np.ndarray, int, tuple[str, ...]]:
   """Returns a column as labels [N], the number of classes and their names."""
-  pa = _pyarrow()
   if column.null_count:
     raise errors.UserError(
       f'{where}: {column.null_count} of {len(column)} labels are missing'
     )
-  if pa.types.is_integer(column.type):
+  if _pyarrow().types.is_integer(column.type):
     labels = column.to_numpy()
-  else:
-    words, labels = np.unique(column.to_pylist(), return_inverse=True)
-    names = tuple(words.tolist())
-  return labels, len(names) or classes_lib.count_classes(where, labels), names
+    return labels, len(names) or classes.count_classes(where, labels), names
+  words, labels = np.unique(column.to_pylist(), return_inverse=True)
+  return labels, len(words), tuple(words.tolist())
 
 
 class _Images:
   """The encoded images of a column, by row; safe in threads."""
 
-  def __init__(self, where: str, column: Any, folder: pathlib.Path):
-    pa = _pyarrow()
+  def __init__(self, where: str, column: Any):
     self._where = where
-    self._folder = folder
     self._chunks = column.chunks
     self._paths = []
-    if pa.types.is_struct(column.type):
+    self._ends = np.cumsum([len(chunk) for chunk in column.chunks])
+    if _pyarrow().types.is_struct(column.type):
       self._chunks = [chunk.field('bytes') for chunk in column.chunks]
       if column.type.get_field_index('path') >= 0:
         self._paths = [chunk.field('path') for chunk in column.chunks]
-    self._ends = np.cumsum([len(chunk) for chunk in column.chunks])
 
   def read(self, row: int) -> bytes:
     """Returns the bytes of a row's image, which may stand in a file of its own.
@@ -226,16 +262,16 @@ class _Images:
     Raises:
       errors.UserError: the row has no image.
     """
-    chunk = int(np.searchsorted(self._ends, row, 'right'))
-    place = row - int(self._ends[chunk]) + len(self._chunks[chunk])
-    content = self._chunks[chunk][place].as_py()
-    if content is not None:
-      return content
-    file = self._paths[chunk][place].as_py() if self._paths else None
-    if not file:
-      raise errors.UserError(f'{self._where}, row {row} has no image')
-    with encoded.user_error(f'{self._where}, row {row} cannot be read'):
-      return (self._folder / file).read_bytes()
+    i = int(np.searchsorted(self._ends, row, 'right'))
+    chunk = self._chunks[i]
+    place = row - int(self._ends[i]) + len(chunk)
+    content = chunk[place].as_py()
+    path = self._paths[i][place].as_py() if self._paths else None
+    if content is None:
+      where = f'{self._where}, row {row}'
+      with encoded.user_error(f'the image of {where} cannot be read'):
+        content = pathlib.Path(path or '').read_bytes()
+    return content
 
 
 def open_set(
@@ -251,55 +287,46 @@ def open_set(
       of which may name its split in its path.
     wanted: the split, of a set that has several.
     label_field: the column of the classes; see `classes.choose_field`. Words
-      are numbered by their order.
+      are numbered in their order.
     cache: the folder for copies of large parquet files.
 
   Raises:
     errors.UserError: pyarrow is missing, or nothing there is a set of images.
       A damaged row is refused when it is read.
   """
-  pa = _pyarrow()
-  files = _files(path, wanted)
-  if not files:
-    raise errors.UserError(f'{path} holds no tables, write it again')
-  with encoded.user_error(f'{files[0]} is damaged or cut off, write it again'):
-    schema = _read_schema(files[0])
+  where = str(path)
+  tables = _tables(path, wanted)
+  _pyarrow()
+  with encoded.user_error(f'{where} holds no whole table, write it again'):
+    schema = _schema(tables[0])
     written = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
     features = written.get('info', {}).get('features', {})
     # A list of fields is declared as a list.
     features = {k: v for k, v in features.items() if isinstance(v, dict)}
-    kinds = {name: about.get('_type') for name, about in features.items()}
-  image = _image_column(str(path), schema, kinds)
-  label = classes_lib.choose_field(
-    where=str(path),
-    class_fields=[n for n in schema.names if kinds.get(n) == 'ClassLabel'],
-    other_fields=[
-      field.name
-      for field in schema
-      if pa.types.is_integer(field.type)
-      or (pa.types.is_string(field.type) and field.name in ('label', 'class'))
-    ],
-    asked=label_field,
-  )
+  kinds = {name: about.get('_type') for name, about in features.items()}
+  image = _image_column(where, schema, kinds)
+  label = _label_column(where, schema, kinds, label_field)
   columns = [image, label] if label else [image]
-  with encoded.user_error(f'{path} has a damaged table, write it again'):
-    table = _read_table(files, columns, cache)
+  with encoded.user_error(f'{where} holds a damaged table, write it again'):
+    table = _read(tables, columns, cache)
+  if not len(table):
+    raise errors.UserError(f'{where} has no rows')
   labels = np.zeros(len(table), np.int32)
   num_classes = 0
   names: tuple[str, ...] = ()
   if label:
-    names = tuple(features.get(label, {}).get('names', ()))
-    labels, num_classes, names = _labels(str(path), table[label], names)
-  images = _Images(str(path), table[image], path)
+    names = tuple(features.get(label, {}).get('names') or ())
+    labels, num_classes, names = _labels(where, table[label], names)
+  images = _Images(where, table[image])
 
   def fetch(index: list[int]) -> list[encoded.EncodedRow]:
     return [
-      encoded.EncodedRow(f'{path}, row {i}', images.read(i), int(labels[i]))
+      encoded.EncodedRow(f'{where}, row {i}', images.read(i), int(labels[i]))
       for i in index
     ]
 
   return encoded.EncodedSource(
-    name=str(path),
+    name=where,
     length=len(table),
     num_classes=num_classes,
     pixel_values=256,

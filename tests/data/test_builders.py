@@ -11,6 +11,7 @@ import tarfile
 import threading
 
 import numpy as np
+from PIL import Image
 import pytest
 import sets
 
@@ -80,6 +81,55 @@ def test_labels_are_read_without_decoding_images(data_dir, monkeypatch):
   wrong = dataclasses.replace(source, num_classes=9)
   with pytest.raises(errors.UserError, match=r'has label 9; wanted 0 \.\. 8'):
     wrong.labels()
+
+
+def prepare_fields(data_dir, values, **features):
+  """Prepares a set `fields` of black images and any other fields."""
+  import tensorflow_datasets as tfds
+
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    name = 'fields'
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+      image = tfds.features.Image(shape=(2, 2, 1))
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict({'image': image, **features}),
+      )
+
+    def _split_generators(self, dl_manager):
+      return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+      image = Image.new('L', (2, 2))
+      for i, value in enumerate(values):
+        yield i, {'image': image, **dict.fromkeys(features, value)}
+
+  builder = Builder(data_dir=str(data_dir))
+  builder.download_and_prepare(file_format='array_record')
+
+
+def test_a_label_field_of_any_name(tmp_path):
+  import tensorflow_datasets as tfds
+
+  kinds = tfds.features.ClassLabel(names=['ant', 'bee', 'cow'])
+  prepare_fields(tmp_path, [2, 0, 2], **{'class': kinds, 'width': np.int64})
+  source = sets.open_set('fields', data_dir=str(tmp_path))
+  assert sorted(source.labels()) == [0, 2, 2]
+  assert (source.num_classes, source.class_names[1]) == (3, 'bee')
+  width = sets.open_set('fields', data_dir=str(tmp_path), label_field='width')
+  assert (width.num_classes, width.class_names) == (3, ())
+
+
+def test_a_plain_integer_and_a_choice(tmp_path):
+  prepare_fields(tmp_path / 'a', [1, 0, 4], target=np.int64)
+  source = sets.open_set('fields', data_dir=str(tmp_path / 'a'))
+  assert (source.num_classes, sorted(source.labels())) == (5, [0, 1, 4])
+  prepare_fields(tmp_path / 'b', [1, 0], age=np.int64, size=np.int32)
+  line = sets.refusal('fields', data_dir=str(tmp_path / 'b'))
+  assert 'fields has several fields that may be its classes' in line
+  assert 'age, size: choose with --config.data.label_field=age' in line
 
 
 @pytest.mark.parametrize(
