@@ -55,6 +55,26 @@ def to_json(config: Any) -> dict[str, Any]:
   return json.loads(json.dumps(leaves))
 
 
+def changed(config: Any, standard: Any) -> list[str]:
+  """Returns the dotted names of leaves whose value somebody chose.
+
+  Args:
+    config: a config.
+    standard: one with the defaults. A leaf that it lacks, because the config
+      holds an object in its place, counts as chosen unless it has the default
+      of its own field.
+  """
+  plain = to_json(standard)
+  now = to_json(config)
+  names = []
+  for name, _, _, default in flatten(config):
+    if default is not dataclasses.MISSING:
+      default = json.loads(json.dumps(default, default=repr))
+    if now[name] != plain.get(name, default):
+      names.append(name)
+  return names
+
+
 def science_changes(config: Any, recorded: dict[str, Any]) -> list[str]:
   """Returns lines 'name: recorded -> now' for science fields that differ.
 

@@ -223,3 +223,16 @@ def test_what_names_no_object_is_one_line(text):
   with pytest.raises(errors.UserError, match='is no Objective') as caught:
     settings.parse_object(objective.Objective, text)
   assert 'DDO' in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_fields_that_somebody_chose():
+  """Those of an object count by its own defaults, those of a phase by ours."""
+  standard = config_lib.Config()
+  chosen = {'model.type', 'sampler.type'}
+  assert set(settings.changed(make(), standard)) == chosen
+  config = changed('ddo.optimizer.clip_norm', 2.0)
+  config.model.hidden = 7
+  config.pretrain.objective = ddo.DDO()
+  chosen |= {'ddo.optimizer.clip_norm', 'model.hidden'}
+  chosen.add('pretrain.objective.type')
+  assert set(settings.changed(config, standard)) == chosen

@@ -41,6 +41,11 @@ def test_selfplay_leaves_summary_and_report(workdir):
   assert {'mean', 'sd'} <= row['after']['fd_train'].keys()
   assert row['promoted']['step'] in (0, 2, 4)
   assert summary['seconds']['total'] > 0
+  assert summary['model']['parameters'] > summary['model']['flops'] / 4 > 0
+  assert {'rounds', 'model.hidden'} - set(summary['changed']) == {'rounds'}
+  assert len(row['sheets']['labels']) == 80
+  sheets = {path.stem for path in (workdir / 'round_000').glob('*.png')}
+  assert sheets == {'real', 'before', 'after', 'neighbours'}
   assert (workdir / 'report.html').stat().st_size > 10_000
 
 

@@ -44,6 +44,9 @@ def test_the_wheel_has_the_recipes_and_the_script(installed):
   }
   (scripts,) = installed.glob('*.dist-info/entry_points.txt')
   assert 'ddo-jax = ddo_jax.__main__:main' in scripts.read_text()
+  # What the report is made of besides Python.
+  parts = {path.name for path in (installed / 'ddo_jax/report').iterdir()}
+  assert {'page.css', 'page.js'} <= parts
 
 
 def test_a_recipe_by_name_after_an_install(installed, tmp_path):

@@ -73,6 +73,7 @@ class _Fitted(NamedTuple):
     features: of the training images.
     statistics: of both splits' features, by score.
     held_out: how near the held-out images are to the training images.
+    copies: how many of them are copies of training images.
   """
 
   classifier: classifier.Classifier
@@ -81,6 +82,7 @@ class _Fitted(NamedTuple):
   features: np.ndarray
   statistics: dict[str, frechet.Statistics]
   held_out: memorisation.HeldOut
+  copies: int
 
 
 class ClassifierEvaluator:
@@ -164,6 +166,7 @@ class ClassifierEvaluator:
     doubted = doubt(accuracy, np.bincount(labels).max() / len(test))
     if doubted:
       _LOGGER.warning('%s', doubted)
+    distance = memorisation.nearest_distance(self._test, self._train)
     return _Fitted(
       classifier=network,
       accuracy=accuracy,
@@ -173,9 +176,8 @@ class ClassifierEvaluator:
         'fd_train': frechet.Statistics.of(features),
         'fd_test': frechet.Statistics.of(test_features),
       },
-      held_out=memorisation.describe_held_out(
-        memorisation.nearest_distance(self._test, self._train)
-      ),
+      held_out=memorisation.describe_held_out(distance),
+      copies=int((distance == 0).sum()),
     )
 
   def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -189,7 +191,10 @@ class ClassifierEvaluator:
       )
 
   def identity(self) -> dict[str, Any]:
-    """Returns the splits' names and hashes, and the classifier's accuracy."""
+    """Returns the splits' names and hashes, and the classifier's accuracy.
+
+    Also how many held-out images are copies of training images.
+    """
     train, test = self._sources
     return {
       'classifier': {
@@ -199,6 +204,7 @@ class ClassifierEvaluator:
         'test_sha256': _hash(self._test),
         'held_out_accuracy': self._fitted.accuracy,
         'held_out_images': len(test),
+        'held_out_copies': self._fitted.copies,
       }
     }
 

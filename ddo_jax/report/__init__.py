@@ -1,1 +1,1 @@
-"""The page of a run and its figures."""
+"""The page of a run, its figures, and the images that a round leaves for it."""

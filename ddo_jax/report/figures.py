@@ -1,29 +1,27 @@
 """Figures of a run's records, as PNG bytes for the page.
 
 Figures are drawn from stages, {folder name: its records of metrics.jsonl, in
-order}, and are None where these hold nothing to draw. Colours mean the same in
-all of them: blue is real, vermilion is fake, and each round has its own.
+order}. Each consists of panels, {title: PNG}, which a page can set side by side
+or, on a phone, one below the other; there are none where the records hold
+nothing to draw. Colours mean the same in all of them: blue is real, vermilion
+is fake, and each round has its own.
 """
 
 from collections.abc import Callable
 import functools
 import io
-import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ddo_jax.method import ddo
-
-Stages = dict[str, list[dict[str, Any]]]
+from ddo_jax.report import run_folder
 
 # Okabe & Ito's colours, which the colour-blind can tell apart.
 REAL = '#0072b2'
 FAKE = '#d55e00'
-GRID = 468  # width of the place for a sample grid, in CSS pixels
-WIDTH = 9.6  # width of a figure in inches, shown as 960 CSS pixels
 DPI = 200  # gives two pixels for a CSS pixel
+_SIZE = (3.4, 2.3)  # of a panel, in inches
 _IMAGES = 'real images seen in the round'
 _STYLE = {
   'font.size': 9,
@@ -57,61 +55,37 @@ _DIAGNOSTICS = (
 )
 
 
-def _as_png(draw: Callable[..., Any]) -> Callable[..., bytes | None]:
-  """Wraps a function that returns a matplotlib Figure to return its PNG."""
+def _as_png(draw: Callable[..., Any]) -> Callable[..., dict[str, bytes]]:
+  """Wraps a function that returns axes to return the PNGs of their figures."""
 
   @functools.wraps(draw)
   def png(*args, **kwargs):
     import matplotlib
 
+    pictures = {}
     # Without pyplot there is no window, and no state shared with a notebook.
     with matplotlib.rc_context(_STYLE):
-      figure = draw(*args, **kwargs)
-      if figure is None:
-        return None
-      buffer = io.BytesIO()
-      figure.savefig(buffer, format='png', dpi=DPI)
-    return buffer.getvalue()
+      for axes in draw(*args, **kwargs):
+        buffer = io.BytesIO()
+        axes.figure.savefig(buffer, format='png', dpi=DPI, transparent=True)
+        pictures[axes.get_title(_STYLE['axes.titlelocation'])] = (
+          buffer.getvalue()
+        )
+    return pictures
 
   return png
 
 
-def _panels(
-  count: int, columns: int, height: float, down: float = 0.88, **share: Any
-) -> Any:
-  """Returns a figure and `count` axes in rows.
-
-  Args:
-    count: the number of axes.
-    columns: the number of axes in a row.
-    height: the height of each, in inches.
-    down: the room between the rows for titles and x labels, in inches.
-    **share: which axes matplotlib is to share: `sharex`, `sharey`.
-  """
+def _panel(title: str) -> Any:
+  """Returns the axes of a new panel."""
   import matplotlib.figure
 
-  rows = -(-count // columns)
-  # Margins [inches] are fixed: an automatic layout would take half of the time.
-  left = 0.65
-  right = 0.12
-  top = 0.32
-  bottom = 0.52
-  across = 0.62
-  wide = (WIDTH - left - right - across * (columns - 1)) / columns
-  high = rows * height + (rows - 1) * down + top + bottom
-  figure = matplotlib.figure.Figure((WIDTH, high))
-  figure.subplots_adjust(
-    left=left / WIDTH,
-    right=1 - right / WIDTH,
-    bottom=bottom / high,
-    top=1 - top / high,
-    wspace=across / wide,
-    hspace=down / height,
-  )
-  axes = figure.subplots(rows, columns, squeeze=False, **share).ravel()
-  for axis in axes[count:]:
-    axis.set_axis_off()
-  return figure, axes[:count]
+  figure = matplotlib.figure.Figure(_SIZE)
+  # Fixed margins: an automatic layout would take half of the time.
+  figure.subplots_adjust(left=0.17, right=0.97, bottom=0.21, top=0.88)
+  axes = figure.subplots()
+  axes.set_title(title)
+  return axes
 
 
 def _round_colors(count: int) -> np.ndarray:
@@ -144,7 +118,7 @@ def _series(
   return images, np.array([r[name] for r in rows], float)
 
 
-def _holds(stages: Stages, kind: str, name: str) -> bool:
+def _holds(stages: run_folder.Stages, kind: str, name: str) -> bool:
   """Returns whether any record of the kind has a number in the field."""
   values = [_series(stage, kind, name)[1] for stage in stages.values()]
   return any(np.isfinite(v).any() for v in values)
@@ -187,11 +161,11 @@ def _scale(axes: Any, xlabel: str) -> None:
 
 @_as_png
 def evaluations(
-  rounds: Stages,
+  rounds: run_folder.Stages,
   metrics: list[str],
   promoted: dict[str, int],
-  control: Stages,
-) -> Any:
+  control: run_folder.Stages,
+) -> list[Any]:
   """Draws the scores of the in-round evaluations, a panel for each metric.
 
   Args:
@@ -203,10 +177,10 @@ def evaluations(
   both = rounds | {f'control {k}': v for k, v in control.items()}
   metrics = [metric for metric in metrics if _holds(both, 'eval', metric)]
   if not metrics:
-    return None
-  figure, axes = _panels(len(metrics), len(metrics), 2.7)
+    return []
   colors = _round_colors(max(len(rounds), len(control)))
-  for axis, metric in zip(axes, metrics, strict=True):
+  panels = [_panel(metric) for metric in metrics]
+  for axis, metric in zip(panels, metrics, strict=True):
     for stage, color in zip(control, colors, strict=False):
       curve = _series(control[stage], 'eval', metric)
       label = f'control, {_label(stage)}'
@@ -217,12 +191,17 @@ def evaluations(
       chosen = [r for r in rounds[stage] if r['step'] == promoted.get(stage)]
       ring = {'mfc': 'none', 'mec': color, 'ms': 10, 'mew': 1.6, 'ls': ''}
       axis.plot(*_series(chosen, 'eval', metric), 'o', **ring)
-    axis.set_title(metric)
-  _scale(axes, _IMAGES)
-  if promoted:
-    axes[0].plot([], [], 'o', mfc='none', mec='#555555', ms=9, label='promoted')
-  axes[0].legend()
-  return figure
+    if promoted:
+      axis.plot([], [], 'o', mfc='none', mec='#555555', ms=9, label='promoted')
+  _scale(panels, _IMAGES)
+  if control:  # too many lines for a legend among them
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels.append(_panel('legend'))
+    panels[-1].set_axis_off()
+    panels[-1].legend(handles, labels, loc='center left')
+  else:
+    panels[0].legend()
+  return panels
 
 
 def _draw_histogram(axis: Any, record: dict[str, Any], edges: Any) -> None:
@@ -236,7 +215,7 @@ def _draw_histogram(axis: Any, record: dict[str, Any], edges: Any) -> None:
 
 
 @_as_png
-def histograms(rounds: Stages) -> Any:
+def histograms(rounds: run_folder.Stages) -> list[Any]:
   """Draws logits β·r of real and fake rows: start, middle and end of rounds."""
   rows = {}
   for stage, stage_records in rounds.items():
@@ -244,11 +223,10 @@ def histograms(rounds: Stages) -> Any:
     if held:
       rows[stage] = [held[0], held[len(held) // 2], held[-1]]
   if not rows:
-    return None
+    return []
   inner = ddo.HISTOGRAM_EDGES
   width = inner[1] - inner[0]
   edges = np.concatenate([[inner[0] - width], inner, [inner[-1] + width]])
-  figure, axes = _panels(3 * len(rows), 3, 1.3, down=0.48, sharex=True)
   counts = sum(
     np.array(record[f'logit_{kind}_histogram'], float)
     for chosen in rows.values()
@@ -258,20 +236,17 @@ def histograms(rounds: Stages) -> Any:
   used = np.flatnonzero(counts)
   low = min(-1, edges[used[0]])
   high = max(1, edges[used[-1] + 1])
-  for row, (stage, chosen) in enumerate(rows.items()):
-    for column, record in enumerate(chosen):
-      axis = axes[3 * row + column]
+  panels = []
+  for stage, chosen in rows.items():
+    for when, record in zip(('start', 'middle', 'end'), chosen, strict=True):
+      axis = _panel(f'{_label(stage)}, {when}: {record["images"]:,} images')
       _draw_histogram(axis, record, edges)
-      when = ('start', 'middle', 'end')[column]
-      title = f'{_label(stage)}, {when}: {record["images"]:,} images'
-      axis.set_title(title)
-    axes[3 * row].set_ylabel('rows [%]')
-  for axis in axes:
-    axis.set_xlim(low, high)
-  for axis in axes[-3:]:
-    axis.set_xlabel('logit βr')
-  axes[0].legend()
-  return figure
+      axis.set_xlim(low, high)
+      axis.set_xlabel('logit βr')
+      axis.set_ylabel('rows [%]')
+      panels.append(axis)
+  panels[0].legend()
+  return panels
 
 
 def _by_noise_level(record: dict[str, Any], kind: str) -> list[float] | None:
@@ -282,28 +257,31 @@ def _by_noise_level(record: dict[str, Any], kind: str) -> list[float] | None:
 
 
 @_as_png
-def by_noise_level(rounds: Stages) -> Any:
+def by_noise_level(rounds: run_folder.Stages) -> list[Any]:
   """Draws the mean log-ratio by noise level, from each round's last record."""
   last = {}
   for stage, stage_records in rounds.items():
     held = [r for r in stage_records if _by_noise_level(r, 'real')]
     if held:
       last[stage] = held[-1]
-  if not last:
-    return None
-  figure, axes = _panels(len(last), min(3, max(2, len(last))), 1.9, sharey=True)
-  for axis, (stage, record) in zip(axes, last.items(), strict=False):
+  panels = []
+  for stage, record in last.items():
+    axis = _panel(f'{_label(stage)}, {record["images"]:,} images')
     for kind, color in (('real', REAL), ('fake', FAKE)):
       values = np.array(_by_noise_level(record, kind), float)
       bins = np.arange(1, len(values) + 1)
       axis.plot(bins, values, '-o', color=color, ms=3.5, label=kind)
     axis.axhline(0, color='#555555', lw=0.7, ls=':')
-    axis.set_title(f'{_label(stage)}, {record["images"]:,} images')
     axis.set_xlabel('bin of ln σ: little noise → much')
     axis.set_xticks(bins)
-  axes[0].set_ylabel('mean log-ratio r [nats]')
-  axes[0].legend()
-  return figure
+    axis.set_ylabel('mean log-ratio r [nats]')
+    panels.append(axis)
+  limits = np.array([axis.get_ylim() for axis in panels]).reshape(-1, 2)
+  for axis in panels:
+    axis.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+  if panels:
+    panels[0].legend()
+  return panels
 
 
 def _draw_curve(axis: Any, curve: Any, color: Any, label: str = '') -> None:
@@ -317,7 +295,9 @@ def _draw_curve(axis: Any, curve: Any, color: Any, label: str = '') -> None:
 
 
 @_as_png
-def diagnostics(rounds: Stages, pretrain: list[dict[str, Any]]) -> Any:
+def diagnostics(
+  rounds: run_folder.Stages, pretrain: list[dict[str, Any]]
+) -> list[Any]:
   """Draws the diagnostics of training, a panel for each field.
 
   Args:
@@ -325,13 +305,10 @@ def diagnostics(rounds: Stages, pretrain: list[dict[str, Any]]) -> Any:
     pretrain: the records of the pretraining, whose loss is the last panel.
   """
   shown = [p for p in _DIAGNOSTICS if _holds(rounds, 'train', p[0])]
-  before = {'pretrain': pretrain}
-  has_pretrain = _holds(before, 'train', 'loss')
-  if not shown and not has_pretrain:
-    return None
-  figure, axes = _panels(len(shown) + has_pretrain, 3, 1.5)
   colors = _round_colors(len(rounds))
-  for axis, (name, title, guide) in zip(axes, shown, strict=False):
+  panels = []
+  for name, title, guide in shown:
+    axis = _panel(title)
     for stage, color in zip(rounds, colors, strict=True):
       curve = _series(rounds[stage], 'train', name)
       _draw_curve(axis, curve, color, _label(stage))
@@ -339,32 +316,13 @@ def diagnostics(rounds: Stages, pretrain: list[dict[str, Any]]) -> Any:
         axis.plot(*_series(rounds[stage], 'train', guide), 'k:', lw=1)
     if isinstance(guide, float):
       axis.axhline(guide, color='k', ls=':', lw=1)
-    axis.set_title(title)
     _scale([axis], _IMAGES)
-  if has_pretrain:
-    axis = axes[len(shown)]
+    panels.append(axis)
+  if panels:
+    panels[0].legend()
+  if _holds({'pretrain': pretrain}, 'train', 'loss'):
+    axis = _panel('pretraining: loss')
     _draw_curve(axis, _series(pretrain, 'train', 'loss'), '#555555')
-    axis.set_title('pretraining: loss')
     _scale([axis], 'real images seen')
-  if shown:
-    axes[0].legend()
-  return figure
-
-
-def sample_grid(path: pathlib.Path) -> tuple[bytes | None, bool]:
-  """Returns a grid's picture, reduced to twice `GRID` if it is wider.
-
-  Returns:
-    (the bytes of a PNG or JPEG, whether it fits into `GRID` as it is). The
-    bytes are None if the file is missing or still being written.
-  """
-  try:
-    with Image.open(path) as image:
-      if image.width <= 2 * GRID:
-        return path.read_bytes(), image.width <= GRID
-      image.thumbnail((2 * GRID, image.height))
-      buffer = io.BytesIO()
-      image.convert('RGB').save(buffer, 'JPEG', quality=88)
-      return buffer.getvalue(), False
-  except OSError:
-    return None, False
+    panels.append(axis)
+  return panels

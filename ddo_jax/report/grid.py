@@ -1,9 +1,11 @@
-"""Sheets of sample images."""
+"""Sheets of images: laid out, written, and cut into rows again."""
 
 import pathlib
 
 import numpy as np
 from PIL import Image
+
+COLUMNS = 10  # images in a row, where nobody says otherwise
 
 
 def grid(
@@ -31,11 +33,58 @@ def grid(
   return sheet
 
 
+def _zoom(height: int) -> int:
+  """Returns by how much a sheet of images of this height is enlarged."""
+  return max(1, 32 // height)
+
+
 def save(
-  path: pathlib.Path, images: np.ndarray, pixel_values: int, columns: int = 10
+  path: pathlib.Path,
+  images: np.ndarray,
+  pixel_values: int,
+  columns: int = COLUMNS,
 ) -> None:
   """Writes a PNG of images uint8 [N,H,W,C]; small ones are enlarged."""
   sheet = grid(images, columns, pixel_values)
-  zoom = max(1, 32 // images.shape[1])
+  zoom = _zoom(images.shape[1])
   sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
   Image.fromarray(sheet.squeeze()).save(path)
+
+
+def load(path: pathlib.Path) -> Image.Image | None:
+  """Returns a sheet; None where it is missing or still being written."""
+  try:
+    with Image.open(path) as image:
+      image.load()
+      return image
+  except OSError:
+    return None
+
+
+def cut(sheet: Image.Image, height: int) -> Image.Image:
+  """Returns a sheet whose lines between the images are transparent.
+
+  Args:
+    sheet: one that was saved with ten images in a row.
+    height: H of its images.
+  """
+  zoom = _zoom(height)
+  x = np.arange(sheet.width) % ((sheet.width - zoom) // COLUMNS)
+  y = np.arange(sheet.height) % (zoom * (height + 1))
+  inside = (x >= zoom) & (y >= zoom)[:, None]
+  sheet = sheet.copy()
+  sheet.putalpha(Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)))
+  return sheet
+
+
+def row(sheet: Image.Image, index: int, height: int) -> Image.Image:
+  """Cuts a row of images, and nothing above and below, out of a sheet.
+
+  Args:
+    sheet: one that was saved.
+    index: the row, from 0.
+    height: H of its images.
+  """
+  zoom = _zoom(height)
+  top = zoom * (index * (height + 1) + 1)
+  return sheet.crop((0, top, sheet.width, top + zoom * height))

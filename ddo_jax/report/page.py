@@ -1,252 +1,21 @@
 """A run's folder as one HTML page that needs nothing beside it."""
 
-import base64
-import collections
-import dataclasses
 import datetime
-import html
 import json
-import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from ddo_jax import errors
-from ddo_jax.evaluation.metrics import meanings
+from ddo_jax.report import checks
 from ddo_jax.report import figures
+from ddo_jax.report import markup
+from ddo_jax.report import run_folder
+from ddo_jax.report import samples
+from ddo_jax.report import scores
 from ddo_jax.runtime import records
 
-_CSS = f"""
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 960px; margin: 2.5rem auto 4rem; padding: 0 1.25rem; }}
-h1 {{ font-size: 1.7rem; margin: 0; }} figure {{ margin: .6rem 0; }}
-h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .5rem; padding-top: .8rem;
-  border-top: 1px solid #ddd; }}
-h3 {{ font-size: 1rem; margin: 1.2rem 0 .4rem; }}
-p, figcaption {{ max-width: 50rem; margin: .4rem 0; }}
-.headline {{ font-size: 1.25rem; font-weight: 600; max-width: none; }}
-.note, figcaption {{ color: #555; font-size: .86rem; font-weight: 400; }}
-.alert {{ border-left: 4px solid {figures.FAKE}; padding: .3rem .8rem;
-  background: #fdf3ec; }}
-table {{ border-collapse: collapse; margin: .6rem 0; font-size: .92rem;
-  font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }}
-th, td {{ text-align: right; vertical-align: top; white-space: nowrap;
-  padding: .4rem 0 .4rem 1.6rem; border-bottom: 1px solid #eee; }}
-tr > :first-child {{ text-align: left; padding-left: 0; }}
-.plain tr > * {{ text-align: left; white-space: normal; }}
-td .note {{ display: block; white-space: normal; max-width: 27rem; }}
-.better {{ color: {figures.REAL}; }} .worse {{ color: {figures.FAKE}; }}
-.mark {{ display: inline-block; width: 1.2em; }}
-img {{ max-width: 100%; height: auto; }}
-.pair {{ display: flex; flex-wrap: wrap; gap: 1.5rem; }}
-.pair figure {{ margin: 0; max-width: {figures.GRID}px; }}
-.pixels {{ image-rendering: pixelated; }} .alert:empty {{ display: none; }}
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """What a run's folder holds.
-
-  Attributes:
-    folder: the workdir.
-    config: the recorded config, by dotted names.
-    summary: summary.json; {} while the run is unfinished.
-    rounds: the results of the rounds that are done.
-    columns: the scores of the first reference, then those after each round.
-    stages: the records of each round, done or not.
-    pretrain: the records of the pretraining.
-  """
-
-  folder: pathlib.Path
-  config: dict[str, Any]
-  summary: dict[str, Any]
-  rounds: list[dict[str, Any]]
-  columns: list[dict[str, Any]]
-  stages: figures.Stages
-  pretrain: list[dict[str, Any]]
-
-
-def _read(workdir: pathlib.Path) -> _Run:
-  """Reads a run's folder, finished or not.
-
-  Raises:
-    errors.UserError: the folder holds no run, or a file of it is damaged.
-  """
-  config = records.read_json(workdir / 'config.json')
-  if not isinstance(config, dict) or 'evaluation.metric' not in config:
-    raise errors.UserError(
-      f'{workdir}/config.json is not that of a run; name the --workdir of one'
-    )
-  path = workdir / 'summary.json'
-  summary = records.read_json(path) if path.exists() else {}
-  rounds = {r['round']: r for r in summary.get('rounds', [])}
-  # A run in progress, or one that plays further rounds, has news here.
-  for path in workdir.glob('round_*/done.json'):
-    result = records.read_json(path)
-    rounds[result['round']] = result
-  played = [rounds[index] for index in sorted(rounds)]
-  columns = [result['before'] for result in played[:1]]
-  columns += [result['after'] for result in played]
-  stages = collections.defaultdict(list)
-  for record in records.read_log(workdir):
-    stages[record['stage']].append(record)
-  pretrain = stages.pop('pretrain', [])
-  stages.pop('tokenizer', None)
-  return _Run(workdir, config, summary, played, columns, dict(stages), pretrain)
-
-
-def _table(head: list[str], rows: list[list[str]], css: str = '') -> str:
-  """Returns a table of cells that are HTML already."""
-
-  def row(cells: list[str], tag: str) -> str:
-    return ''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)
-
-  body = ''.join(f'<tr>{row(cells, "td")}</tr>\n' for cells in rows)
-  return (
-    f'<table class="{css}"><thead><tr>{row(head, "th")}</tr></thead>\n'
-    f'<tbody>{body}</tbody></table>\n'
-  )
-
-
-def _figure(content: bytes | None, note: str, size: str = 'width="960"') -> str:
-  """Returns a picture under a line on how to read it; '' without a picture."""
-  if content is None:
-    return ''
-  kind = 'png' if content.startswith(b'\x89PNG') else 'jpeg'
-  source = f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
-  return (
-    f'<figure><figcaption>{note}</figcaption>'
-    f'<img {size} alt="" src="{source}"></figure>\n'
-  )
-
-
-def _decimals(scores: list[dict[str, Any]], digits: int) -> int:
-  """Returns decimals that show so many digits of the standard deviation."""
-  sizes = [score['sd'] for score in scores if score['sd']]
-  if not sizes:  # a single seed: digits of the value itself
-    sizes = [abs(score['mean']) for score in scores if score['mean']]
-    digits += 2
-  typical = np.median(sizes or [1])
-  return max(0, digits - 1 - math.floor(math.log10(typical)))
-
-
-def _text(score: dict[str, Any], decimals: int) -> str:
-  """Returns a score as it is printed.
-
-  That is mean ± standard deviation, after the minimum where published numbers
-  are minima.
-  """
-  if score['mean'] is None:
-    return '–'
-  sd = '' if score['sd'] is None else f' ± {score["sd"]:.{decimals}f}'
-  mean = f'{score["mean"]:.{decimals}f}{sd}'
-  if score.get('headline') == 'minimum' and score['sd'] is not None:
-    return f'{score["minimum"]:.{decimals}f} (mean {mean})'
-  return mean
-
-
-def _mark(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
-  """Says better or worse where all seeds do; one seed says nothing."""
-  pairs = list(zip(before['values'], after['values'], strict=False))
-  known = all(None not in pair for pair in pairs)
-  if name in meanings.MEANINGS and len(pairs) > 1 and known:
-    cost = meanings.MEANINGS[name].cost
-    if all(cost(old) > cost(new) for old, new in pairs):
-      return '<span class="mark better" title="better">✓</span>'
-    if all(cost(old) < cost(new) for old, new in pairs):
-      return '<span class="mark worse" title="worse">✗</span>'
-  return '<span class="mark"></span>'
-
-
-def _headline(run: _Run) -> str:
-  """Returns the path of the selection metric, from the first reference on."""
-  metric = run.config['evaluation.metric']
-  scores = [column[metric] for column in run.columns if metric in column]
-  if not scores:
-    return f'0 of {run.config["rounds"]} rounds done'
-  decimals = _decimals(scores, 1)
-  path = ' → '.join(_text(score, decimals) for score in scores)
-  count = len(run.rounds)
-  rounds = 'round' if count == 1 else 'rounds'
-  return f'{html.escape(metric)} {path} in {count} {rounds}'
-
-
-def _header(run: _Run) -> str:
-  config = run.config
-  alert = ''
-  if not run.summary or len(run.rounds) < config['rounds']:
-    alert = f'Unfinished: {len(run.rounds)} of {config["rounds"]} rounds done.'
-    logs = [run.pretrain, *run.stages.values()]
-    for last in logs[-1][-1:]:
-      alert += f' Last record: {last["stage"]}, {last["images"]:,} images.'
-  now = datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
-  about = (
-    f'data {config["data.source"]} · model {config["model.type"]} · objective'
-    f' {_objective(config)} · page written {now}'
-  )
-  if run.rounds:
-    made = run.rounds[-1]['environment']
-    about += f' · run on {made["devices"]} with jax {made["jax"]}'
-    origin = run.rounds[-1]['provenance']
-    if origin:
-      about += f' · from {origin["file"]}, {origin["licence"]}'
-  return (
-    f'<h1>{html.escape(config["name"])}</h1>\n'
-    f'<p class="headline">{_headline(run)}</p>\n'
-    f'<p class="alert">{html.escape(alert)}</p>\n'
-    f'<p class="note">{html.escape(about)}</p>\n'
-  )
-
-
-def _score_row(name: str, scores: list[dict[str, Any]]) -> list[str]:
-  """Returns the cells of one score: what it is, then its value by column."""
-  meaning = meanings.MEANINGS.get(name)
-  note = 'A score; not judged.'
-  if meaning:
-    note = f'{meaning.measures}; {meaning.wish}.'
-  cells = [f'{html.escape(name)}<span class="note">{note}</span>']
-  decimals = _decimals(scores, 2)
-  before = None
-  for score in scores:
-    mark = _mark(name, before, score) if before else ''
-    cells.append(f'{_text(score, decimals)} {mark}')
-    before = score
-  return cells
-
-
-def _sizes(run: _Run) -> str:
-  """Returns 'seeds × samples', as they were really used."""
-  result = run.rounds[0]
-  any_score = next(iter(result['before'].values()))
-  seeds = len(any_score['values'])
-  # Rounds of earlier versions do not say; the config may have left it open.
-  samples = result.get('samples', run.config['evaluation.samples'])
-  return f'{seeds} × {samples:,} samples' if samples else f'{seeds} seeds'
-
-
-def _scores(run: _Run) -> str:
-  if not run.columns:
-    return ''
-  rows = [
-    _score_row(name, [column[name] for column in run.columns])
-    for name in run.columns[0]
-  ]
-  head = ['', 'reference']
-  head += [f'after round {result["round"]}' for result in run.rounds]
-  return _table(head, rows) + (
-    f'<p class="note">{_sizes(run)}: mean ± standard deviation over the seeds,'
-    ' none of which chose a checkpoint. <span class="better">✓</span> better,'
-    ' <span class="worse">✗</span> worse than the column before with every'
-    ' seed, the same seeds in all columns.</p>\n'
-  )
-
-
-def _objective(config: dict[str, Any]) -> str:
-  """Returns the name of the rounds' objective."""
-  # Earlier versions recorded a word, such as 'ddo', in the place of an object.
-  return config.get('ddo.objective.type') or config['ddo.objective']
+_HERE = pathlib.Path(__file__).parent
 
 
 def _numbers(config: dict[str, Any], index: int) -> dict[str, float]:
@@ -270,7 +39,7 @@ def _numbers(config: dict[str, Any], index: int) -> dict[str, float]:
   return numbers
 
 
-def _round_note(run: _Run, result: dict[str, Any]) -> str:
+def _round_note(run: run_folder.Run, result: dict[str, Any]) -> str:
   """Says what a round promoted, and with which numbers it was played."""
   chosen = result['promoted']
   note = 'the reference stays: no evaluation was better'
@@ -281,60 +50,135 @@ def _round_note(run: _Run, result: dict[str, Any]) -> str:
     )
   for name, value in _numbers(run.config, result['round']).items():
     note += f', {name} {value:g}'
-  return note
+  return f'Round {result["round"]}: {note}.'
 
 
-def _grids(run: _Run) -> str:
-  parts = []
-  for result in run.rounds:
-    index = result['round']
-    note = html.escape(_round_note(run, result))
-    parts.append(
-      f'<h3>Round {index} <span class="note">{note}</span></h3>\n'
-      '<div class="pair">'
+def _speed(stage: list[dict[str, Any]]) -> float | None:
+  """Returns the median images/s of a stage's training; None if not logged."""
+  # The first record has the compilation in it.
+  train = [log for log in stage if log['kind'] == 'train' and log['step']]
+  speeds = [log.get('images_per_second') for log in train]
+  known = [speed for speed in speeds if speed is not None]
+  return float(np.median(known)) if known else None
+
+
+def _short(number: float) -> str:
+  """Returns a number to three digits, as 94.2 k or 1.2 T."""
+  for unit in ('', 'k', 'M', 'G'):
+    if number < 999.5:
+      return f'{number:.3g} {unit}'
+    number /= 1_000
+  return f'{number:.3g} T'
+
+
+def _model(run: run_folder.Run) -> str:
+  """Returns the name of the model, and what it costs."""
+  about = run.config['model.type']
+  cost = run.summary.get('model')
+  if cost:
+    about += (
+      f', {cost["parameters"]:,} parameters,'
+      f' {_short(cost["flops"])}FLOPs a forward pass of one image'
     )
-    for name in ('before', 'after'):
-      path = run.folder / f'round_{index:03d}' / f'{name}.png'
-      picture, small = figures.sample_grid(path)
-      size = 'class="pixels"' if small else ''
-      parts.append(_figure(picture, f'{name.title()}.', size))
-    parts.append('</div>\n')
-  return ''.join(parts)
+  return about
 
 
-def _curves(run: _Run, control: _Run | None) -> str:
-  metric = run.config['evaluation.metric']
-  note = html.escape(
-    f'One seed for all evaluations; {metric} chooses what is promoted.'
+def _facts(run: run_folder.Run) -> dict[str, str]:
+  """Returns what the run was made of and on, by name; text."""
+  config = run.config
+  facts = {'data': config['data.source'], 'model': _model(run)}
+  numbers = _numbers(config, 0)
+  facts['objective'] = run.objective + ''.join(
+    f', {name} {value:g}' for name, value in numbers.items()
+  )
+  if 'sampler.type' in config:
+    facts['sampler'] = config['sampler.type']
+    if 'sampler.num_steps' in config:
+      facts['sampler'] += f', {config["sampler.num_steps"]} steps'
+  if run.rounds:
+    made = run.rounds[-1]['environment']
+    facts['run on'] = f'{made["devices"]} with jax {made["jax"]}'
+    origin = run.rounds[-1]['provenance']
+    if origin:
+      facts['weights from'] = f'{origin["file"]}, {origin["licence"]}'
+  logs = {'pretraining': run.pretrain}
+  logs['rounds'] = [log for stage in run.stages.values() for log in stage]
+  speeds = [
+    f'{name} {_speed(log):,.0f} images/s'
+    for name, log in logs.items()
+    if _speed(log)
+  ]
+  if speeds:
+    facts['training'] = ', '.join(speeds)
+  now = datetime.datetime.now().astimezone()
+  facts['page written'] = now.strftime('%Y-%m-%d %H:%M %Z')
+  return facts
+
+
+def _alerts(run: run_folder.Run) -> list[str]:
+  """Returns what a reader should know first."""
+  alerts = []
+  if not run.summary or len(run.rounds) < run.config['rounds']:
+    alert = f'Unfinished: {len(run.rounds)} of {run.config["rounds"]} rounds'
+    alert += ' done.'
+    logs = [run.pretrain, *run.stages.values()]
+    for last in logs[-1][-1:]:
+      alert += f' Last record: {last["stage"]}, {last["images"]:,} images.'
+    alerts.append(alert)
+  for result in run.rounds:
+    alerts += [f'Round {result["round"]}: {w}.' for w in result['warnings']]
+  return alerts
+
+
+def _header(run: run_folder.Run) -> str:
+  alerts = ''.join(
+    f'<p class="alert">{markup.text(alert)}</p>\n' for alert in _alerts(run)
+  )
+  facts = ''.join(
+    f'<dt>{name}</dt><dd>{markup.text(fact)}</dd>\n'
+    for name, fact in _facts(run).items()
+  )
+  return (
+    f'<h1>{markup.text(run.config["name"])}</h1>\n'
+    f'<p class="headline">{markup.text(scores.headline(run))}</p>\n'
+    f'{alerts}<dl>{facts}</dl>\n'
+  )
+
+
+def _curves(run: run_folder.Run, control: run_folder.Run | None) -> str:
+  about = (
+    f'One seed for all evaluations; {run.metric} chooses what is promoted.'
   )
   if control:
-    name = html.escape(control.config['name'])
-    objective = html.escape(_objective(control.config))
-    note += (
-      f' Dashed: the control {name}, objective {objective};'
-      f' {_headline(control)}.'
+    about += (
+      f' Dashed: the control {control.config["name"]}, objective'
+      f' {control.objective}; {scores.headline(control)}.'
     )
-  metrics = [metric]
-  metrics += [name for name in ('fd_train', 'fd_test') if name != metric]
+  metrics = [run.metric]
+  metrics += [name for name in ('fd_train', 'fd_test') if name != run.metric]
   promoted = {}
   for result in run.rounds:
     promoted[f'round_{result["round"]:03d}'] = result['promoted']['step']
-  png = figures.evaluations(
+  panels = figures.evaluations(
     run.stages, metrics, promoted, control.stages if control else {}
   )
-  return _figure(png, note)
+  notes = [_round_note(run, result) for result in run.rounds]
+  return markup.panels(panels, about) + (
+    markup.bullets(notes, 'plain') if notes else ''
+  )
 
 
-def _warnings(run: _Run) -> str:
-  parts = []
-  for result in run.rounds:
-    for line in result['warnings']:
-      text = f'Round {result["round"]}: {html.escape(line)}.'
-      parts.append(f'<p class="alert">{text}</p>\n')
-  return ''.join(parts)
+def _checks(run: run_folder.Run) -> str:
+  content = ''
+  if checks.checked(run):
+    content += markup.bullets(checks.checked(run), 'yes')
+  if checks.unchecked(run):
+    content += '<h3>Not checked</h3>\n'
+    content += markup.bullets(checks.unchecked(run), 'no')
+  return content
 
 
-def _pretraining_seconds(run: _Run) -> float | None:
+def _pretraining_seconds(run: run_folder.Run) -> float | None:
   """Returns how long the pretraining took; None if it has not ended."""
   done = run.folder / 'pretrain' / 'done.json'
   seconds = run.summary.get('seconds', {})
@@ -343,7 +187,7 @@ def _pretraining_seconds(run: _Run) -> float | None:
   return records.read_json(done)['seconds'] if done.exists() else None
 
 
-def _seconds(run: _Run) -> str:
+def _seconds(run: run_folder.Run) -> str:
   """Returns a table of where the time went, a row a stage."""
   stages = ('fakes', 'train', 'evaluate')
   spent = {}
@@ -361,41 +205,63 @@ def _seconds(run: _Run) -> str:
     values = [*seconds, sum(seconds)]
     cells = [f'{value:,.1f}' if value else '' for value in values]
     rows.append([name, *cells])
-  return _table(['seconds', *stages, 'all'], rows)
+  return markup.table(['seconds', *stages, 'all'], rows)
 
 
-def _config(run: _Run) -> str:
+def _fields(config: dict[str, Any]) -> str:
   rows = [
-    [html.escape(name), html.escape(json.dumps(value))]
-    for name, value in run.config.items()
+    [markup.text(name), markup.text(json.dumps(value))]
+    for name, value in config.items()
   ]
-  table = _table(['field', 'value'], rows, 'plain')
-  return f'<details><summary>All fields</summary>{table}</details>\n'
+  return markup.table(['field', 'value'], rows, 'plain')
 
 
-def _sections(run: _Run, control: _Run | None) -> dict[str, str]:
+def _config(run: run_folder.Run) -> str:
+  """Returns how to play the run again."""
+  content = ''
+  command = run.summary.get('command')
+  if command:
+    content += f'<pre>{markup.text(command)}</pre>\n'
+  changed = {
+    name: run.config[name]
+    for name in run.summary.get('changed', [])
+    if name in run.config
+  }
+  if changed:
+    content += markup.note('Fields that differ from their defaults:')
+    content += _fields(changed)
+  return (
+    f'{content}<details><summary>All {len(run.config)} fields</summary>'
+    f'{_fields(run.config)}</details>\n'
+  )
+
+
+def _sections(
+  run: run_folder.Run, control: run_folder.Run | None
+) -> dict[str, str]:
   """Returns HTML by heading, in the order of the page; '' where nothing is."""
   return {
-    'Scores': _scores(run),
-    'Samples': _grids(run),
+    'Scores': scores.table(run, control),
+    'Samples': samples.comparison(run),
+    'Nearest training images': samples.neighbours(run),
     'Choice of the checkpoint': _curves(run, control),
-    'Logits': _figure(
+    'Logits': markup.panels(
       figures.histograms(run.stages),
       'βr of one batch, r the log-ratio of model and reference; bins beyond ±6'
       ' are open. All start at 0; real should move right of fake.',
     ),
-    'Training': _figure(
+    'Training': markup.panels(
       figures.diagnostics(run.stages, run.pretrain),
       'Thin: one batch a record. Thick: their running mean.',
     ),
-    'Log-ratio by noise level': _figure(
+    'Log-ratio by noise level': markup.panels(
       figures.by_noise_level(run.stages),
       'One batch, the last record of each round. Equal bins of ln σ over its'
       ' mean ± 2 standard deviations; the outer ones are open.',
     ),
-    'Warnings': _warnings(run) or '<p class="note">None.</p>\n',
+    'Checked': _checks(run),
     'Time': _seconds(run),
-    'Config': _config(run),
+    'Play it again': _config(run),
   }
 
 
@@ -408,8 +274,8 @@ def write(
 
   Args:
     workdir: the folder of a run.
-    control: the folder of a run whose objective is MLE, whose curve is drawn
-      beside.
+    control: the folder of a run whose objective is MLE, whose curve and last
+      scores are set beside.
 
   Returns:
     The path of the page.
@@ -417,18 +283,31 @@ def write(
   Raises:
     errors.UserError: a folder holds no run, or a file of it is damaged.
   """
-  run = _read(workdir)
-  other = _read(control) if control else None
-  body = ''
+  run = run_folder.read(workdir)
+  other = run_folder.read(control) if control else None
+  body = _header(run)
   for name, part in _sections(run, other).items():
     if part:
       body += f'<h2>{name}</h2>\n{part}'
-  title = html.escape(run.config['name'])
+  style = (_HERE / 'page.css').read_text(encoding='utf-8')
+  script = (_HERE / 'page.js').read_text(encoding='utf-8')
   path = workdir / 'report.html'
   path.write_text(
-    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-    f'<title>{title}</title>\n<style>{_CSS}</style>'
-    f'</head><body>\n{_header(run)}{body}</body></html>\n',
+    f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{markup.text(run.config['name'])}</title>
+<style>
+{style}</style></head>
+<body>
+<main>
+{body}</main>
+<dialog><nav><button>‹</button><span></span><button>›</button>
+<button>close</button></nav><img alt=""></dialog>
+<script>
+{script}</script>
+</body></html>
+""",
     encoding='utf-8',
   )
   return path

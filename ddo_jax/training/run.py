@@ -134,7 +134,8 @@ def play(
 
   Returns:
     The summary: {'name', 'rounds': [see `round.play_round`], 'seconds',
-    'model': see `cost.describe`, 'command'}.
+    'model': see `cost.describe`, 'command', 'changed': the fields that differ
+    from their defaults}.
 
   Raises:
     errors.UserError: something that the run needs is missing or wrong.
@@ -165,6 +166,7 @@ def play(
     'seconds': _seconds(workdir, rounds),
     'model': _cost(run),
     'command': command,
+    'changed': settings.changed(config, config_lib.Config()),
   }
   records.write_json(workdir / 'summary.json', summary)
   page.write(workdir)

@@ -202,6 +202,7 @@ def test_what_its_number_hangs_on(evaluator):
   assert len(identity['classifier']['test_sha256']) == 64
   assert identity['classifier']['held_out_accuracy'] > 0.9
   assert identity['classifier']['held_out_images'] == 200
+  assert identity['classifier']['held_out_copies'] == 0
   assert json.loads(json.dumps(identity)) == identity
   np.testing.assert_array_equal(evaluator.ids(2, 5), np.arange(5))
   np.testing.assert_array_equal(evaluator.labels(np.arange(4), 3), [0, 1, 2, 0])

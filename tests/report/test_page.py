@@ -1,9 +1,13 @@
 """The page of a run: whole, true to the records, and never in the way."""
 
 import base64
+import html
 import io
 import json
+import pathlib
 import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +23,9 @@ from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import toy
 from ddo_jax.report import figures
 from ddo_jax.report import grid
+from ddo_jax.report import markup
 from ddo_jax.report import page as report_page
+from ddo_jax.report import samples as report_samples
 from ddo_jax.samplers import heun
 
 # Per seed: the reference's scores, and those after the round.
@@ -42,9 +48,18 @@ AFTER = {
   'memorised': [0.01, 0.02, 0.002],  # no worse: still like held-out images
 }
 SECTIONS = (
-  *('Scores', 'Samples', 'Choice of the checkpoint', 'Logits', 'Training'),
-  *('Log-ratio by noise level', 'Warnings', 'Time', 'Config'),
+  'Scores',
+  'Samples',
+  'Nearest training images',
+  'Choice of the checkpoint',
+  'Logits',
+  'Training',
+  'Log-ratio by noise level',
+  'Checked',
+  'Time',
+  'Play it again',
 )
+CLASSES = [i % 10 for i in range(20)]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -91,7 +106,12 @@ def summarize(scores):
 def train_record(stage, step, extra):
   common = {'loss': 1.3 - step / 100, 'mle_loss': 20.0 + step, 'grad_norm': 1.0}
   where = {'stage': stage, 'kind': 'train', 'step': step, 'images': 10 * step}
-  return where | common | {'reference_distance': step / 7} | extra
+  return (
+    where
+    | common
+    | {'reference_distance': step / 7, 'images_per_second': 5.0}
+    | extra
+  )
 
 
 def make_run(folder, diagnostics, objective='ddo', **changes):
@@ -116,21 +136,56 @@ def make_run(folder, diagnostics, objective='ddo', **changes):
     'samples': 1_234,
     'promoted': {'step': 4, 'images': 40, 'profile': 'p', 'selection': 0.2},
     'warnings': ['a <warning>'],
+    'evaluator': {
+      'classifier': {
+        'train': 'set/train',
+        'test': 'set/test',
+        'held_out_accuracy': 0.987,
+        'held_out_images': 3_210,
+        'held_out_copies': 7,
+      }
+    },
+    'notes': ['a note'],
+    'labels': 'every class equally often',
+    'sheets': {
+      'labels': CLASSES,
+      'height': 8,
+      'neighbours': {
+        'space': 'pixels',
+        'searched': 40,
+        'training': 1_000,
+        'samples': [float(i) for i in range(20)],
+        'real': [5.0] * 20,
+        'shown': list(range(10)),
+      },
+    },
     'environment': {'jax': '0.0', 'devices': '1 × <cpu>'},
     'provenance': {},
     'seconds': {'fakes': 1.5, 'train': 50.25, 'evaluate': 10.0},
   }
   seconds = {'round_000': 61.75, 'pretrain': 100.0, 'total': 161.75}
-  summary = {'name': 'run', 'rounds': [result], 'seconds': seconds}
+  summary = {
+    'name': 'run',
+    'rounds': [result],
+    'seconds': seconds,
+    'model': {'parameters': 12_345, 'flops': 1_234_567},
+    'command': 'python -m ddo_jax.main --config=<x>',
+    'changed': ['rounds', 'model.hidden'],
+  }
   (folder / 'round_000').mkdir(parents=True)
-  for name in ('before', 'after'):
-    images = np.full((12, 8, 8, 1), 9, np.uint8)
+  for value, name in enumerate(('real', 'before', 'after', 'neighbours')):
+    images = np.full((40, 8, 8, 1), value, np.uint8)
     grid.save(folder / f'round_000/{name}.png', images, 17)
   write_json(folder / 'config.json', config)
   write_json(folder / 'round_000' / 'done.json', result)
   write_json(folder / 'summary.json', summary)
   write_log(folder, log)
   return folder
+
+
+def make_copy(folder, target):
+  """A copy of a run's folder, to be changed."""
+  return pathlib.Path(shutil.copytree(folder, target))
 
 
 def write_json(path, value):
@@ -165,12 +220,14 @@ def pictures(page):
 def test_page_is_whole_and_needs_nothing_else(finished):
   _, page = finished
   assert headings(page) == SECTIONS
-  assert not re.search(r'https?:|<script|<link|@import|url\(', page)
+  assert not re.search(r'https?:|<link|@import|url\(', page)
   targets = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,11})', page)
-  assert targets == ['data:image/'] * 6  # two grids and four figures
+  # Two rows and the whole of three sheets, four rows of neighbours, and the
+  # panels: two of scores, three of logits, eight of training, one of noise.
+  assert targets == ['data:image/'] * (3 * 2 + 3 + 4 + 2 + 3 + 8 + 1)
   for picture in pictures(page):
     picture.load()
-  assert page.count('class="pixels"') == 2
+  assert page.count('class="pixels"') == 3 * 2 + 3 + 4
   assert 'Unfinished' not in page
 
 
@@ -182,17 +239,108 @@ def test_page_holds_the_numbers(finished):
   assert 'step 4 promoted (40 images, p), alpha 4, beta 0.05' in page
   assert 'Round 0: a &lt;warning&gt;.' in page
   for cell in ('1.5', '50.2', '10.0', '61.8', '100.0', '150.2', '161.8'):
-    assert f'<td>{cell}</td>' in page
-  assert '<td>ddo.negatives.size</td><td>50000</td>' in page
+    assert f'>{cell}</td>' in page
+  field = '>ddo.negatives.size</td><td data-head="value">50000</td>'
+  assert page.count(field) == 1
+  field = '>model.hidden</td><td data-head="value">64</td>'
+  assert page.count(field) == 2  # among the changed ones, and among all
   # The config leaves both open: 0.
   assert '3 × 1,234 samples: mean' in page
+  assert 'ToyConfig, 12,345 parameters, 1.23 MFLOPs a forward pass' in page
+  assert '<pre>python -m ddo_jax.main --config=&lt;x&gt;</pre>' in page
+  assert 'pretraining 5 images/s, rounds 5 images/s' in page
+
+
+def test_what_was_checked_and_what_was_not(finished, tmp_path):
+  folder, page = finished
+  good, bad = page.split('Not checked')
+  assert 'largest |βr| 1.5, where a run stops above 0.001' in good
+  assert '3 × 1,234 samples; the checkpoints were chosen by 5,000' in good
+  assert 'fitted to set/train; set/test was held out: it names 98.7%' in good
+  assert '3,210 images rightly, and 7 of them are copies' in good
+  assert 'every class equally often' in good
+  assert 'neither saturated' not in good  # there was a warning
+  assert 'Another training seed' in bad
+  assert 'A note.' in bad
+  # Under a protocol, and without warnings.
+  folder = make_copy(folder, tmp_path / 'copy')
+  path = folder / 'round_000' / 'done.json'
+  result = json.loads(path.read_text())
+  protocol = {'name': 'edm-x'}
+  files = {'fid_stats': {'sha256': 'a' * 64}}
+  result['evaluator'] = {'protocol': protocol, 'files': files}
+  result['warnings'] = []
+  write_json(path, result)
+  good, bad = page_of(folder).split('Not checked')
+  assert (
+    'the protocol edm-x, against its file of statistics (sha256 aaa' in good
+  )
+  assert 'neither saturated' in good
+  assert 'no FID' not in bad
+
+
+def test_a_column_is_a_seed(finished):
+  _, page = finished
+  assert 'alt="round 0, start: 0 images"' in page
+  part = page.split('<h2>')[2]
+  names = re.findall('<span>(real images|reference|after round 0)</span>', part)
+  assert names == ['real images', 'reference', 'after round 0'] * 2
+  row = ''.join(f'<span>{label}</span>' for label in CLASSES[:10])
+  assert part.count(f'<div class="columns">{row}</div>') == 2
+  strips = pictures(part)
+  assert [strip.size for strip in strips[:6]] == [(364, 32)] * 6
+  for strip, value in zip(strips, [0, 1, 2] * 2, strict=False):
+    pixels = np.asarray(strip)
+    assert pixels.shape == (32, 364, 2)  # grey, and clear between the images
+    assert set(pixels[pixels[..., 1] > 0, 0]) == {value * 255 // 16}
+    assert (pixels[0, :, 1] > 0).sum() == 10 * 32
+
+
+def test_no_grid_is_shown_twice(finished, tmp_path):
+  """A round starts where the one before ended."""
+  folder = make_copy(finished[0], tmp_path / 'copy')
+  result = json.loads((folder / 'round_000' / 'done.json').read_text())
+  for index, step in ((1, 4), (2, 0)):
+    (folder / f'round_{index:03d}').mkdir()
+    again = result | {'round': index}
+    again['promoted'] = result['promoted'] | {'step': step}
+    write_json(folder / f'round_{index:03d}' / 'done.json', again)
+    for name in ('before', 'after'):  # as earlier versions left them
+      path = folder / f'round_{index:03d}' / f'{name}.png'
+      path.write_bytes((folder / 'round_000' / 'after.png').read_bytes())
+  page = page_of(folder)
+  names = re.findall('<figcaption>(.*?)</figcaption>', page)
+  assert names == [
+    'real images',
+    'reference',
+    'after round 0',
+    'after round 1',
+  ]
+  assert 'Round 2: the reference stays' in page
+
+
+@pytest.mark.parametrize(
+  ('samples', 'suspicious'),
+  [
+    (np.arange(4.0, 84.0), False),  # 4 of 80 lie at 7 or below
+    (np.linspace(0, 40, 80), False),  # 16 of them do
+    (np.linspace(0, 25, 80), True),  # 26 of them do
+    (np.zeros(80), True),
+  ],
+)
+def test_copies_are_told(samples, suspicious):
+  near = {'samples': samples.tolist(), 'real': list(np.arange(4.0, 84.0))}
+  told, sentence = report_samples.copying(near)
+  assert told == suspicious
+  assert ('suggests copying' in sentence) and '(4 would be' in sentence
+  assert ('nothing suggests' in sentence) != suspicious
 
 
 def test_marks_say_what_every_seed_says(finished):
   _, page = finished
   marks = {
     name: re.findall('title="(better|worse)"', row)
-    for name, row in re.findall(r'<tr><td>(\w+)<span(.*?)</tr>', page)
+    for name, row in re.findall(r'<tr><td[^>]*>(\w+)<span(.*?)</tr>', page)
   }
   assert marks == {
     'fd_train': ['better'],
@@ -238,8 +386,8 @@ def test_a_config_of_earlier_versions(tmp_path, diagnostics):
   }
   write_json(folder / 'config.json', config | {'ddo.learning_rate': [0.001]})
   page = page_of(folder)
-  assert 'p), alpha 4, beta 0.05, learning_rate 0.001<' in page
-  assert 'objective ddo' in page
+  assert 'p), alpha 4, beta 0.05, learning_rate 0.001.<' in page
+  assert '<dd>ddo, alpha 4, beta 0.05, learning_rate 0.001<' in page
   new = '_by_noise_level'
   log = json.loads(json.dumps(read_log(folder)).replace(new, '_by_level'))
   write_log(folder, log)
@@ -253,7 +401,7 @@ def test_names_from_files_are_escaped(tmp_path, diagnostics):
   control = make_run(tmp_path / 'control', diagnostics, 'mle', name=nasty)
   write_log(folder, [r for r in read_log(folder) if r['kind'] == 'eval'])
   page = page_of(folder, control)
-  assert '<script' not in page
+  assert page.count('<script') == 1  # the page's own
   good = '&lt;script&gt;alert(&quot;1 &amp; 2&quot;)&lt;/script&gt;$x'
   assert f'<h1>{good}</h1>' in page
   assert page.count(good) == 4  # title, heading, source, control
@@ -279,8 +427,8 @@ def test_only_the_files_of_the_top_folder(tmp_path, diagnostics):
     path.unlink()
   write_log(folder, [r for r in read_log(folder) if r['kind'] == 'eval'])
   page = page_of(folder)
-  assert headings(page) == (*SECTIONS[:3], *SECTIONS[-3:])
-  assert len(pictures(page)) == 1  # no grids
+  assert headings(page) == (SECTIONS[0], SECTIONS[3], *SECTIONS[-3:])
+  assert len(pictures(page)) == 2  # no sheets
   assert 'in 1 round<' in page and 'Unfinished' not in page
 
 
@@ -292,12 +440,12 @@ def test_run_without_rounds_or_records(tmp_path, diagnostics):
   write_json(folder / 'summary.json', summary)
   write_log(folder, [r for r in read_log(folder) if r['stage'] == 'pretrain'])
   page = page_of(folder)
-  assert headings(page) == ('Training', 'Warnings', 'Time', 'Config')
+  assert headings(page) == ('Training', 'Checked', 'Time', 'Play it again')
   assert '0 of 0 rounds done' in page and 'Unfinished' not in page
   (folder / 'metrics.jsonl').unlink()
   (folder / 'summary.json').unlink()
   page = page_of(folder)
-  assert headings(page) == ('Warnings', 'Config')
+  assert headings(page) == ('Play it again',)
   assert 'Unfinished: 0 of 0' in page
 
 
@@ -329,7 +477,7 @@ def test_single_evaluation_single_seed_and_nulls(tmp_path, diagnostics):
   page = page_of(folder)
   assert headings(page) == SECTIONS
   assert 'fd_train 1.013 → 0.250 in 1 round<' in page
-  assert '<td>– </td>' in page
+  assert '<span>– <' in page
   assert 'the reference stays' in page
   assert 'title="better"' not in page and '>nan' not in page
 
@@ -350,27 +498,29 @@ def test_evaluations_draw_the_records(finished):
   rounds = {'round_000': [r for r in log if r['stage'] == 'round_000']}
   control = {'round_000': [dict(r, fd_train=5.0) for r in rounds['round_000']]}
   draw = figures.evaluations.__wrapped__
-  figure = draw(rounds, ['none', 'fd_train'], {'round_000': 4}, control)
-  assert [axis.get_title() for axis in figure.axes] == ['fd_train']
-  lines = {k.get_label(): k.get_data() for k in figure.axes[0].lines}
+  axes, legend = draw(rounds, ['none', 'fd_train'], {'round_000': 4}, control)
+  assert axes.get_title() == 'fd_train'
+  named = [text.get_text() for text in legend.get_legend().get_texts()]
+  assert named == ['control, round 0', 'round 0', 'promoted']
+  lines = {k.get_label(): k.get_data() for k in axes.lines}
   images, values = lines['round 0']
   np.testing.assert_array_equal(images, [0, 40, 80])
   np.testing.assert_allclose(values, [1, 1 / 5, 1 / 9])
   np.testing.assert_array_equal(lines['control, round 0'][1], [5, 5, 5])
-  ring = [line for line in figure.axes[0].lines if line.get_ms() == 10]
+  ring = [line for line in axes.lines if line.get_ms() == 10]
   np.testing.assert_allclose(ring[0].get_data(), [[40], [1 / 5]])
 
 
 def test_histograms_are_shares_of_the_rows(finished):
   log = read_log(finished[0])
   rounds = {'round_000': [r for r in log if r['stage'] == 'round_000']}
-  figure = figures.histograms.__wrapped__(rounds)
-  assert [axis.get_title() for axis in figure.axes] == [
+  axes = figures.histograms.__wrapped__(rounds)
+  assert [axis.get_title() for axis in axes] == [
     'round 0, start: 0 images',
     'round 0, middle: 40 images',
     'round 0, end: 80 images',
   ]
-  _, real, _, fake = (p.get_data() for p in figure.axes[0].patches)
+  _, real, _, fake = (p.get_data() for p in axes[0].patches)
   for stairs in (real, fake):
     np.testing.assert_allclose(stairs.values.sum(), 100)
     np.testing.assert_allclose(
@@ -389,14 +539,108 @@ def test_running_mean():
   assert len(figures._smooth(np.array([2.0]))) == 1
 
 
-def test_grids_are_kept_or_reduced(tmp_path):
-  for width, small in ((468, True), (900, False)):
-    path = tmp_path / f'{width}.png'
-    Image.new('RGB', (width, 30)).save(path)
-    assert figures.sample_grid(path) == (path.read_bytes(), small)
-  Image.new('RGB', (5131, 410)).save(path)
-  content, small = figures.sample_grid(path)
-  picture = Image.open(io.BytesIO(content))
-  assert (picture.format, picture.size, small) == ('JPEG', (936, 75), False)
-  path.write_bytes(b'')  # still being written
-  assert figures.sample_grid(path) == (None, False)
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('height', [4, 8, 33])
+def test_rows_of_a_sheet(tmp_path, height, channels):
+  """At any enlargement, and with lines that are clear."""
+  images = np.arange(1, 21, dtype=np.uint8)[:, None, None, None]
+  images = images * np.ones((1, height, 5, channels), np.uint8)
+  grid.save(tmp_path / 'sheet.png', images, 256)
+  sheet = grid.load(tmp_path / 'sheet.png')
+  for index in (0, 1):
+    row = np.asarray(grid.row(grid.cut(sheet, height), index, height))
+    zoom = max(1, 32 // height)
+    assert row.shape == (zoom * height, sheet.width, channels + 1)
+    shown = row[row[..., -1] > 0][:, 0].reshape(zoom * height, 10, zoom * 5)
+    wanted = np.arange(1, 11)[None, :, None] + 10 * index
+    np.testing.assert_array_equal(shown, np.broadcast_to(wanted, shown.shape))
+  (tmp_path / 'sheet.png').write_bytes(b'')  # still being written
+  assert grid.load(tmp_path / 'sheet.png') is None
+  assert grid.load(tmp_path / 'none.png') is None
+
+
+def test_large_pictures_are_reduced():
+  small = markup.picture(Image.new('L', (468, 30), 7), 'a "small" one')
+  assert 'class="pixels" alt="a &quot;small&quot; one"' in small
+  (picture,) = pictures(small)
+  assert (picture.format, picture.size) == ('PNG', (468, 30))
+  large = markup.picture(Image.new('RGBA', (5131, 410)), 'large')
+  (picture,) = pictures(large)
+  assert (picture.format, picture.size) == ('JPEG', (1300, 104))
+
+
+# What a reader sees and does, tried inside the page; the frame around it writes
+# down what it hears.
+_PROBE = """
+<script>
+addEventListener('load', () => {
+  const images = [...document.querySelectorAll('main img')];
+  const strip = document.querySelector('.strip img');
+  const cell = document.querySelector('.scores td:nth-child(2)');
+  const loaded = images.filter((image) => image.naturalWidth > 0).length;
+  const resources = performance.getEntriesByType('resource');
+  const fetched = resources.filter((entry) => !entry.name.startsWith('data:'));
+  const before = strip.getBoundingClientRect().width;
+  strip.click();
+  const dialog = document.querySelector('dialog');
+  const caption = dialog.querySelector('span');
+  const opened = dialog.open && caption.textContent;
+  const large = dialog.querySelector('img').getBoundingClientRect().width;
+  const key = new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true});
+  dialog.dispatchEvent(key);
+  const turned = caption.textContent;
+  dialog.querySelectorAll('button')[2].click();
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, images: images.length, loaded,
+    fetched: fetched.length, overflow: document.body.scrollWidth - innerWidth,
+    columns: getComputedStyle(cell, '::before').content,
+    paper: getComputedStyle(document.body).backgroundColor,
+    before, opened, large, turned, closed: !dialog.open,
+  }), '*');
+});
+</script>
+"""
+
+
+def _browser():
+  """The path of a Chromium; skips the test where there is none."""
+  for name in ('chromium', 'chromium-browser', 'google-chrome', 'chrome'):
+    if shutil.which(name):
+      return shutil.which(name)
+  pytest.skip('no Chromium here: apt-get install chromium')
+
+
+@pytest.mark.parametrize(
+  ('width', 'dark'), [(1_100, False), (390, True)], ids=['desktop', 'phone']
+)
+def test_page_in_a_browser(finished, tmp_path, width, dark):
+  (tmp_path / 'page.html').write_text(finished[1] + _PROBE)
+  (tmp_path / 'frame.html').write_text(
+    f'<iframe src="page.html" width="{width}" height="800" style="border:0">'
+    '</iframe><script>onmessage = (event) => {'
+    ' document.body.dataset.heard = event.data; }</script>'
+  )
+  command = [_browser(), '--headless', '--no-sandbox', '--disable-gpu']
+  command += ['--disable-quic', '--no-first-run', '--disable-sync']
+  command += ['--disable-background-networking', '--disable-component-update']
+  command += [f'--user-data-dir={tmp_path / "profile"}', '--dump-dom']
+  command += ['--window-size=1200,900', '--virtual-time-budget=5000']
+  command += [f'--blink-settings=preferredColorScheme={0 if dark else 1}']
+  command += [(tmp_path / 'frame.html').as_uri()]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  heard = re.search('data-heard="(.*?)"', done.stdout)
+  assert heard, f'the page said nothing: {done.stderr[-2_000:]}'
+  seen = json.loads(html.unescape(heard[1]))
+  assert seen['width'] == width
+  assert seen['images'] == seen['loaded'] > 20
+  assert seen['fetched'] == 0
+  assert seen['overflow'] <= 0  # nothing is wider than the screen
+  level = int(re.search(r'\d+', seen['paper'])[0])
+  assert level < 50 if dark else level > 200
+  # A phone has no room for the columns of a table: each score names its own.
+  assert ('reference' in seen['columns']) == (width < 640)
+  assert seen['before'] > 0.8 * (width - 150 if width > 640 else width - 50)
+  assert seen['large'] >= 800  # even where the screen is narrower
+  assert seen['opened'] == 'real images (1 of 3)'
+  assert seen['turned'] == 'reference (2 of 3)'
+  assert seen['closed']

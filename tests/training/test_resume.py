@@ -223,6 +223,15 @@ def test_the_whole_run_is_worth_comparing(whole):
   }
   rounds = result['summary']['rounds']
   assert rounds[0]['after'] == rounds[1]['before']
+  sheets = {str(path.relative_to(whole)) for path in whole.glob('*/*.png')}
+  assert sheets == {
+    'round_000/after.png',
+    'round_000/before.png',  # no other round has it: its start is an end
+    'round_000/neighbours.png',
+    'round_000/real.png',
+    'round_001/after.png',
+    'round_001/neighbours.png',
+  }
 
 
 # Where one run is killed, time after time; calls count from its restart.

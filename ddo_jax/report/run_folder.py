@@ -1,0 +1,89 @@
+"""What a run's folder holds, as a report reads it."""
+
+import collections
+import dataclasses
+import pathlib
+from typing import Any
+
+from ddo_jax import errors
+from ddo_jax.runtime import records
+
+# Records of a stage, by the name of its folder.
+Stages = dict[str, list[dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run's folder holds, finished or not, of this version or before.
+
+  Attributes:
+    folder: the workdir.
+    config: the recorded config, by dotted names.
+    summary: summary.json; {} while the run is unfinished.
+    rounds: the results of the rounds that are done; see `round.play_round`.
+      Earlier versions recorded fewer fields.
+    stages: the records of each round, done or not.
+    pretrain: the records of the pretraining.
+  """
+
+  folder: pathlib.Path
+  config: dict[str, Any]
+  summary: dict[str, Any]
+  rounds: list[dict[str, Any]]
+  stages: Stages
+  pretrain: list[dict[str, Any]]
+
+  @property
+  def columns(self) -> list[dict[str, Any]]:
+    """The scores of the first reference, then those after each round."""
+    columns = [result['before'] for result in self.rounds[:1]]
+    return columns + [result['after'] for result in self.rounds]
+
+  @property
+  def metric(self) -> str:
+    """The score that chooses checkpoints."""
+    return self.config['evaluation.metric']
+
+  @property
+  def objective(self) -> str:
+    """The name of the rounds' objective."""
+    # Earlier versions recorded a word, such as 'ddo', in the place of an
+    # object.
+    return self.config.get('ddo.objective.type') or self.config['ddo.objective']
+
+  def path(self, index: int, name: str) -> pathlib.Path:
+    """Returns where a file of a round is."""
+    return self.folder / f'round_{index:03d}' / name
+
+
+def read(workdir: pathlib.Path) -> Run:
+  """Reads a run's folder.
+
+  Raises:
+    errors.UserError: the folder holds no run, or a file of it is damaged.
+  """
+  config = records.read_json(workdir / 'config.json')
+  if not isinstance(config, dict) or 'evaluation.metric' not in config:
+    raise errors.UserError(
+      f'{workdir}/config.json is not that of a run; name the --workdir of one'
+    )
+  path = workdir / 'summary.json'
+  summary = records.read_json(path) if path.exists() else {}
+  rounds = {r['round']: r for r in summary.get('rounds', [])}
+  # A run in progress, or one that plays further rounds, has news here.
+  for path in workdir.glob('round_*/done.json'):
+    result = records.read_json(path)
+    rounds[result['round']] = result
+  stages = collections.defaultdict(list)
+  for record in records.read_log(workdir):
+    stages[record['stage']].append(record)
+  pretrain = stages.pop('pretrain', [])
+  stages.pop('tokenizer', None)
+  return Run(
+    folder=workdir,
+    config=config,
+    summary=summary,
+    rounds=[rounds[index] for index in sorted(rounds)],
+    stages=dict(stages),
+    pretrain=pretrain,
+  )
