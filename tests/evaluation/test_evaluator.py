@@ -233,7 +233,8 @@ def test_a_classifier_too_poor_to_measure_with(accuracy, commonest, poor):
 
 def test_a_poor_classifier_is_named_beside_its_scores(evaluator, monkeypatch):
   """Held-out labels that say nothing."""
-  monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
+  fitted = evaluator._fitted.classifier
+  monkeypatch.setattr(classifier, 'fit', lambda *_: fitted)
   test = make_source(1, 200)
   wrong = (test.labels() + 1) % 3
   test = sources.ArraySource('test', test.stored, wrong, num_classes=3)
@@ -266,7 +267,8 @@ def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
   config = digits.get_config()
   config.data.source = str(tmp_path / '{split}.npz')
   # Fitting it takes long; these are the images that it was fitted to.
-  monkeypatch.setattr(classifier, 'fit', lambda *_: evaluator._classifier)
+  fitted = evaluator._fitted.classifier
+  monkeypatch.setattr(classifier, 'fit', lambda *_: fitted)
   np.savez(tmp_path / 'a.npz', arr_0=train.stored, arr_1=train.classes)
   np.savez(tmp_path / 'b.npz', image=train.stored)
   writer = image_writer.ImageWriter(tmp_path / 'set')
