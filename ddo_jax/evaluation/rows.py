@@ -13,7 +13,6 @@ import os
 import pathlib
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from ddo_jax.evaluation.metrics import frechet
@@ -56,15 +55,12 @@ def gather(
     count: N.
     name: what the progress is called.
     folder: rows are kept here as they come, and a later call makes only those
-      that are missing; None keeps them in memory, and so do several processes,
-      which must ask for the same images.
+      that are missing; None keeps them in memory.
 
   Raises:
     errors.UserError: a row holds NaN or Inf.
   """
   rows = {}
-  if jax.process_count() > 1:
-    folder = None
   # A row is NaN until it has come; none that has come holds one.
   missing = np.zeros(count, bool)
   for kind, (width, dtype) in kinds.items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -254,16 +253,6 @@ def environment() -> dict[str, str]:
   """Returns what a number was measured with: {'jax', 'devices'}."""
   kind = jax.devices()[0].device_kind
   return {'jax': jax.__version__, 'devices': f'{jax.device_count()} × {kind}'}
-
-
-def largest(values: Sequence[int]) -> list[int]:
-  """Returns the largest of each value over all processes."""
-  if jax.process_count() == 1:
-    return list(values)
-  from jax.experimental import multihost_utils
-
-  gathered = multihost_utils.process_allgather(np.asarray(values, np.int32))
-  return np.max(gathered, axis=0).tolist()
 
 
 def fetch(tree: Any) -> Any:

@@ -66,11 +66,13 @@ def handled() -> Iterator[None]:
   Raises:
     SystemExit: with status EX_INTERRUPT after Ctrl-C, else EX_TEMPFAIL.
   """
-  with _handling(_leave_at_once):
-    try:
+  try:
+    with _handling(_leave_at_once):
       yield
-    except KeyboardInterrupt:
-      raise SystemExit(EX_INTERRUPT) from None
+  except KeyboardInterrupt:
+    # While the interpreter winds up, another Ctrl-C ends it without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise SystemExit(EX_INTERRUPT) from None
 
 
 class Deferral:

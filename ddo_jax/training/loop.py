@@ -245,35 +245,6 @@ def _due(step: int, images: int, batch: int) -> bool:
   return images > 0 and step % max(1, round(images / batch)) == 0
 
 
-def _asked(
-  job: Job, step: int, deferral: interruption.Deferral, minutes: float
-) -> tuple[int, bool]:
-  """Returns what is asked for at a step from outside of the training.
-
-  Several processes save and leave at the same step, whichever was asked. They
-  tell each other where metrics are logged: telling waits for the devices.
-
-  Args:
-    job: the job.
-    step: the step.
-    deferral: hears the signals.
-    minutes: since the last save.
-
-  Returns:
-    The signal that ends the run at this step, 0 for none; and whether the clock
-    wants a save.
-  """
-  rhythm = job.phase.rhythm
-  signum = deferral.signum or 0
-  overdue = 0 < rhythm.save_minutes <= minutes
-  if jax.process_count() == 1:
-    return signum, overdue
-  if not _due(step, rhythm.log_images, job.phase.batch_size):
-    return 0, False
-  signum, wanted = devices_lib.largest([signum, int(overdue)])
-  return signum, bool(wanted)
-
-
 def _promote(
   job: Job, checkpoints: checkpoint.Checkpoints, target: Any, last: int
 ) -> Promotion:
@@ -364,8 +335,10 @@ def run(job: Job) -> Promotion:
         evaluate = job.evaluate and evaluate and step not in evaluated
 
         # Save.
-        minutes = (time.monotonic() - saved_at) / 60
-        signum, overdue = _asked(job, step, deferral, minutes)
+        # Several processes, which no command starts, would have to agree on
+        # these two, as they agree on all that goes by the step.
+        signum = deferral.signum
+        overdue = 0 < 60 * rhythm.save_minutes <= time.monotonic() - saved_at
         save = last or _due(step, rhythm.save_images, batch_size)
         if (save or overdue or evaluate or signum) and step > start:
           logger.flush()
