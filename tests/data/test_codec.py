@@ -249,12 +249,13 @@ def test_fakes_are_stored_as_latents_and_shown_as_images(tmp_path, autoencoder):
   generator = generate.Generator(model, frozen, sampler, executor, 4)
   pool = negatives.FakePool(tmp_path, 10, 4, {})
   key = rng.stream(0, 'fakes')
-  generator.fill(pool, {}, key, labels_lib.Shares((1, 1, 1)))
+  generator.fill(pool, {}, key, labels_lib.Shares((0, 2, 1)))
   source = pool.source(num_classes=3, pixel_values=256)
   likelihood.check_source(
     model, source.name, source.stored_shape, 3, source.pixel_values
   )
   stored, labels = source.read(np.arange(10))
+  assert np.bincount(labels).tolist() == [0, 7, 3]
   assert stored.shape == (10, 4, 4, 8) and stored.dtype == np.float32
   x = model.sample(
     {},

@@ -216,6 +216,39 @@ def test_what_its_number_hangs_on(evaluator):
   assert found['fd_test'].keys() == {'limit'}  # 30 images a tenth are too few
 
 
+def test_a_perfect_generator_of_uneven_data_scores_well(evaluator, monkeypatch):
+  """Training images drawn again, by the evaluator's labels."""
+  fitted = evaluator._fitted.classifier
+  monkeypatch.setattr(classifier, 'fit', lambda *_: fitted)
+  whole = make_source(4, 1_500)
+  labels = whole.labels()
+  kept = np.flatnonzero(
+    (labels == 1) | ((labels == 2) & (np.arange(1_500) < 150))
+  )
+  train = sources.ArraySource(
+    'uneven', whole.stored[kept], labels[kept], num_classes=3
+  )
+  places = [np.flatnonzero(train.labels() == label) for label in range(3)]
+  random = np.random.default_rng(0)
+
+  def distance(rule):
+    measured = classifier_evaluator.ClassifierEvaluator(
+      train, make_source(1, 200), rule
+    )
+    drawn = measured.labels(np.arange(550), 3)
+    index = [random.choice(places[label]) for label in drawn]
+    images, _ = train.read(np.array(index))
+    again = sources.ArraySource('drawn', images, drawn, num_classes=3)
+    rows, labels = measure.read(measured, again)
+    return measured.scores(rows, labels)['fd_train'], measured.label_rule
+
+  follows, rule = distance('data')
+  assert rule.startswith('2 classes as often as in the training images')
+  equal, rule = distance('balanced')
+  assert rule == 'the 2 classes that the data has, equally often'
+  assert follows < 0.1 < 1 < equal
+
+
 @pytest.mark.parametrize(
   ('accuracy', 'commonest', 'poor'),
   [

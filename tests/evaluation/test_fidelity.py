@@ -393,7 +393,7 @@ def test_weights_that_are_not_there(settings, tmp_path, monkeypatch):
     features.Extractor(settings.evaluation)
 
 
-def test_the_order_of_the_inception_score(settings):
+def test_the_order_of_the_inception_score(settings, tmp_path):
   """A shuffled file keeps its order, as OpenAI's evaluator takes it."""
   evaluator = fidelity.FidelityEvaluator(settings.evaluation, seed=0)
   ranked = np.repeat(np.eye(5, dtype=np.float32) * 9, 2_000, axis=0)
@@ -411,6 +411,17 @@ def test_the_order_of_the_inception_score(settings):
   score, note = measured(shuffled, True)
   assert score == inception_score.openai(shuffled).mean
   assert "in the file's order" in note
+  orders = []
+
+  def spy(evaluator, logits, from_file):
+    orders.append(from_file)
+    return 1.0
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(fidelity.FidelityEvaluator, '_inception_score', spy)
+    np.savez(tmp_path / 'same.npz', arr_0=images_of())
+    score_images(settings, tmp_path / 'same.npz', tmp_path)
+  assert orders == [True]
   score, note = measured(shuffled, False)
   assert score == inception_score.openai(shuffled[permuted]).mean
   assert 'fixed permutation of the images' in note
@@ -487,7 +498,7 @@ def test_labels_of_a_protocol_of_ones_own(own, tmp_path):
   assert protocols.get(str(tmp_path / 'plain')).labels == 'random'
 
 
-def test_few_pixel_values_are_measured_at_full_contrast(settings):
+def test_few_pixel_values_and_grey_images_are_measured_as_they_look(settings):
   protocol = dataclasses.replace(TINY, pixel_values=17)
   few = images_of() % 17
   bright = (few.astype(int) * 255 // 16).astype(np.uint8)
@@ -497,6 +508,11 @@ def test_few_pixel_values_are_measured_at_full_contrast(settings):
     return extractor.rows(lambda ids: [images[ids]], COUNT)['fid']
 
   np.testing.assert_array_equal(rows(protocol, few), rows(TINY, bright))
+  protocol = dataclasses.replace(TINY, image_shape=(4, 4, 1))
+  grey = images_of()[..., :1]
+  np.testing.assert_array_equal(
+    rows(protocol, grey), rows(TINY, grey.repeat(3, axis=-1))
+  )
 
 
 def test_devices_agree(settings):

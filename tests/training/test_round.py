@@ -1,5 +1,6 @@
 """What a round says of itself; test_resume.py and test_main.py play rounds."""
 
+import numpy as np
 import pytest
 
 from configs import digits
@@ -56,6 +57,28 @@ def test_the_sampler_of_another_family_is_refused_at_once(tmp_path, recipes):
   config.sampler = other.sampler
   with pytest.raises(errors.UserError, match=r'sampler is .* wants'):
     check.training(workspace.Run(config, tmp_path))
+
+
+def test_the_pool_of_uneven_data_is_as_uneven(tmp_path):
+  path = tmp_path / 'uneven.npz'
+  labels = np.repeat([0, 1, 2, 3], [0, 10, 10, 30])
+  np.savez(path, image=np.zeros((50, 8, 8, 1), np.uint8), label=labels)
+
+  def drawn(rule='data', protocol=''):
+    config = digits.get_config()
+    config.model.num_classes = 4
+    config.model.pixel_values = 256
+    config.data.source = str(path)
+    config.labels = rule
+    config.evaluation.protocol = protocol
+    config.evaluation.metric = 'fid' if protocol else 'fd_train'
+    shares = workspace.Run(config, tmp_path).shares
+    return np.bincount(shares.labels(np.arange(200)), minlength=4).tolist()
+
+  assert drawn() == [0, 40, 40, 120]
+  assert drawn('balanced') == [0, 67, 67, 66]
+  # The published protocols have all classes equally often.
+  assert drawn(protocol='edm-cifar10') == [0, 67, 67, 66]
 
 
 def test_a_round_begins_with_scores_of_its_own_classes():
