@@ -85,6 +85,17 @@ class _ObjectParser(flags.ArgumentParser):
     return self.base.__name__
 
 
+class _OrAutoParser(flags.ArgumentParser):
+  """Parses a number, or yes or no, or 'auto'."""
+
+  syntactic_help = "a whole number, true, false or 'auto'"
+
+  def parse(self, argument: Any) -> Any:
+    if not isinstance(argument, str):  # absl also parses the default
+      return argument
+    return settings.parse_or_auto(argument)
+
+
 class _RecipeParser(flags.ArgumentParser):
   """Loads a recipe by name or path, see `recipes.find`."""
 
@@ -121,6 +132,7 @@ for _base in (
   objective.Objective,
 ):
   config_flags.register_flag_parser_for_type(_base, _ObjectParser(_base))
+config_flags.register_flag_parser_for_type(settings.OrAuto, _OrAutoParser())
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',

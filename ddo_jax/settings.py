@@ -24,6 +24,17 @@ if typing.TYPE_CHECKING:
 else:
   PerRound = tuple[float, ...]
 
+# A whole number, or yes or no, or the word 'auto' for what the run finds out.
+if typing.TYPE_CHECKING:
+  OrAuto = Any
+else:
+
+  class OrAuto:
+    """The type of such a field, by which the command line finds its parser."""
+
+
+AUTO = 'auto'
+
 
 def _default_of(field: dataclasses.Field) -> Any:
   """Returns a field's default; MISSING where it has none."""
@@ -161,6 +172,22 @@ def _classes(base: type) -> dict[str, type]:
     found[kind.__name__] = kind
     found |= _classes(kind)
   return found
+
+
+def parse_or_auto(text: str) -> int | bool | str:
+  """Returns what a command line says of an `OrAuto` field.
+
+  Raises:
+    ValueError: it says neither 'auto', yes or no, nor a whole number.
+  """
+  words: dict[str, Any] = {'auto': AUTO, 'true': True, 'false': False}
+  word = text.strip().lower()
+  if word in words:
+    return words[word]
+  number = float(word)
+  if not number.is_integer():
+    raise ValueError(f'{text!r} is no whole number')
+  return int(number)
 
 
 def parse_object(base: type, text: str) -> Any:

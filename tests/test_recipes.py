@@ -33,7 +33,7 @@ def test_recipe(name):
   assert config.name == name
   executor = devices_lib.Executor(config.executor)
   for phase in (config.pretrain, config.ddo):
-    executor.check_batch(phase.batch_size, config.executor.accumulate)
+    executor.check_batch(phase.batch_size, 1)
     model = workspace.build_model(config, phase.noise)
     assert jax.tree.leaves(jax.eval_shape(model.init, rng.stream(0)))
   recorded = json.loads(json.dumps(settings.to_json(config)))

@@ -190,7 +190,8 @@ class FakePool:
     Args:
       folder: where the shards are.
       size: the number of images in the pool.
-      shard_size: the number of images in a shard; the last may hold fewer.
+      shard_size: the number of images in a shard; the last may hold fewer. A
+        pool that was begun keeps its own.
       identity: JSON values that say what the images depend on: the hash of the
         reference, the sampler, the key stream.
 
@@ -200,12 +201,14 @@ class FakePool:
     self.folder = folder
     self.size = size
     self.shard_size = shard_size
-    identity = {**identity, 'size': size, 'shard_size': shard_size}
+    identity = {**identity, 'size': size}
     path = folder / 'pool.json'
     if path.exists():
-      self._check(records.read_json(path), identity)
+      recorded = records.read_json(path)
+      self._check(recorded, identity)
+      self.shard_size = recorded['shard_size']
     else:
-      records.write_json(path, identity)
+      records.write_json(path, {**identity, 'shard_size': shard_size})
 
   def _check(self, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises UserError where the recorded identity is not the given one."""

@@ -41,6 +41,11 @@ class Learner:
   rules: likelihood.WeightRules = ConvolutionRules()
   num_classes: int = 0
 
+  @property
+  def example_shape(self) -> tuple[int, int, int]:
+    """The shape (H, W, C) of an image, in model units."""
+    return self.image_shape
+
   def init(self, key: jax.Array) -> likelihood.Params:
     """Returns fresh parameters."""
     return self.module.init(key, jnp.zeros((1, *self.image_shape)))['params']

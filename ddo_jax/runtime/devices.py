@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
+from ddo_jax.runtime import memory
 
 AXIS = 'batch'
 KINDS = ('pmap', 'fsdp')
@@ -33,13 +35,23 @@ class ExecutorConfig:
 
   # 'pmap': data parallelism; 'fsdp': the state is split over the devices too.
   kind: str = dataclasses.field(default='pmap', metadata={'science': False})
-  # Microbatches a step.
-  accumulate: int = dataclasses.field(default=1, metadata={'science': False})
-  # Whether activations are recomputed in the backward pass.
-  remat: bool = dataclasses.field(default=False, metadata={'science': False})
-  # Images a call of the sampler.
-  sample_batch: int = dataclasses.field(
-    default=1_000, metadata={'science': False}
+  # Microbatches a step; 'auto' takes as few as fit into the devices' memory.
+  accumulate: settings.OrAuto = dataclasses.field(
+    default=settings.AUTO, metadata={'science': False}
+  )
+  # Whether the activations inside a block of the network are recomputed in the
+  # backward pass; 'auto' does so where hardly a row fits without.
+  remat: settings.OrAuto = dataclasses.field(
+    default=settings.AUTO, metadata={'science': False}
+  )
+  # Images a call of the sampler; 'auto' takes 1,000, or as many as fit.
+  sample_batch: settings.OrAuto = dataclasses.field(
+    default=settings.AUTO, metadata={'science': False}
+  )
+  # GiB of each device that may be taken; 0 asks the device. What a CPU may take
+  # is not known: there 'auto' takes everything at once.
+  device_memory_gib: float = dataclasses.field(
+    default=0.0, metadata={'science': False}
   )
 
   def check(self, name: str = 'executor') -> None:
@@ -51,7 +63,25 @@ class ExecutorConfig:
     errors.require_choice(f'{name}.kind', self.kind, KINDS)
     for field in ('accumulate', 'sample_batch'):
       value = getattr(self, field)
-      errors.require(value > 0, f'{name}.{field}', value, 'a positive integer')
+      whole = isinstance(value, int) and not isinstance(value, bool)
+      errors.require(
+        value == settings.AUTO or (whole and value > 0),
+        f'{name}.{field}',
+        value,
+        "a positive integer or 'auto'",
+      )
+    errors.require(
+      self.remat in (True, False, settings.AUTO),
+      f'{name}.remat',
+      self.remat,
+      "True, False or 'auto'",
+    )
+    errors.require(
+      self.device_memory_gib >= 0,
+      f'{name}.device_memory_gib',
+      self.device_memory_gib,
+      '0 or more',
+    )
 
 
 class Executor:
@@ -71,6 +101,7 @@ class Executor:
     """Takes the first `num_devices` devices; 0 takes all."""
     devices = jax.devices()[: num_devices or None]
     self.kind = config.kind
+    self._device_memory_gib = config.device_memory_gib
     self.num_devices = len(devices)
     self._mesh = jax.make_mesh(
       (len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices
@@ -120,6 +151,23 @@ class Executor:
   def state_shardings(self, tree: Any) -> Any:
     """Returns the sharding of each leaf of a state, or of params."""
     return jax.tree.map(self._state_sharding, tree)
+
+  def share(self, tree: Any) -> int:
+    """Returns the bytes that each device holds of a state, or of params."""
+    shares = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        self._state_sharding(leaf).shard_shape(leaf.shape), leaf.dtype
+      ),
+      tree,
+    )
+    return memory.size_of(shares)
+
+  def room(self) -> int | None:
+    """Returns the bytes that may be taken of each device; None if unknown."""
+    if self._device_memory_gib:
+      return int(self._device_memory_gib * 2**30)
+    stats = self._mesh.local_devices[0].memory_stats() or {}
+    return stats.get('bytes_limit')
 
   def make_state(self, make: Callable[..., Any], *args: Any) -> Any:
     """Computes `make(*args)`, a state or params, where it is to lie."""

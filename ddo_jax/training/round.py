@@ -71,7 +71,7 @@ def _fake_pool(
   }
   pool = run.config.ddo.negatives.open_pool(
     path=folder / 'fakes',
-    shard_size=run.config.executor.sample_batch,
+    shard_size=run.sample_batch,
     identity=identity,
   )
   key = rng.stream(run.config.seed, 'fakes', folder.name)
@@ -246,7 +246,7 @@ def play_round(
   if done.exists():
     return records.read_json(done)
   phase = config_lib.at_round(run.config.ddo, index)
-  model = workspace.build_model(run.config, phase.noise)
+  model = run.training_model(phase.noise)
   clock = [time.perf_counter()]
 
   # The evaluator comes first: a missing file of statistics should not cost the

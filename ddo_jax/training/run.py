@@ -81,7 +81,7 @@ def _pretrain(run: workspace.Run) -> pathlib.Path:
   if config.init_from:
     return run.start_folder
   phase = config_lib.at_round(config.pretrain, 0)
-  model = workspace.build_model(config, phase.noise)
+  model = run.training_model(phase.noise)
   return _learn(run, 'pretrain', phase, model, run.frozen)
 
 

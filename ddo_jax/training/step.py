@@ -167,16 +167,35 @@ def mle_loss(
   return loss, ({'loss': loss, 'mle_loss': loss}, {})
 
 
-def accumulated(
-  gradient_of: Callable[[Microbatch], Any], rows: Microbatch, parts: int
+def gradient_of(
+  params: likelihood.Params,
+  reference: likelihood.Params,
+  frozen: likelihood.Frozen,
+  rows: Microbatch,
+  model: likelihood.LikelihoodModel,
+  phase: Any,
+  sampler: Any,
 ) -> tuple[Metrics, Metrics, likelihood.Params]:
-  """Calls `gradient_of` on `parts` microbatches, one after the other.
+  """Returns the metrics, per-row results [B] and gradient of a microbatch."""
+  pairs = make_pairs(rows, reference, frozen, model, phase, sampler)
+  loss = contrastive_loss if phase.objective.contrastive else mle_loss
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+  (_, (metrics, results)), grads = value_and_grad(
+    params, reference, frozen, pairs, model, phase
+  )
+  return metrics, results, grads
+
+
+def accumulated(
+  gradient: Callable[[Microbatch], Any], rows: Microbatch, parts: int
+) -> tuple[Metrics, Metrics, likelihood.Params]:
+  """Calls `gradient` on `parts` microbatches, one after the other.
 
   It is a scan, compiled once for any number of parts, which holds one sum of
   gradients. (XLA on CPU runs convolutions in a loop many times slower.)
 
   Args:
-    gradient_of: rows -> (metrics, per-row results [B], gradient).
+    gradient: rows -> (metrics, per-row results [B], gradient).
     rows: the rows of all microbatches.
     parts: their number.
 
@@ -184,19 +203,19 @@ def accumulated(
     The mean of metrics and gradients, and the results of all rows.
   """
   if parts == 1:
-    return gradient_of(rows)
+    return gradient(rows)
 
   def split(leaf):
     # Every part takes each parts-th row, and so stays spread over the devices.
     return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
 
   def add(total, part):
-    metrics, results, grads = gradient_of(part)
+    metrics, results, grads = gradient(part)
     return jax.tree.map(jnp.add, total, (metrics, grads)), results
 
   split_rows = jax.tree.map(split, rows)
   first = jax.tree.map(lambda leaf: leaf[0], split_rows)
-  metrics, _, grads = jax.eval_shape(gradient_of, first)
+  metrics, _, grads = jax.eval_shape(gradient, first)
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (metrics, grads))
   total, results = jax.lax.scan(add, zero, split_rows)
   metrics, grads = jax.tree.map(lambda leaf: leaf / parts, total)
@@ -253,18 +272,14 @@ def train_step(
   """
   keys = rng.per_example(jax.random.fold_in(key, state.step), real['id'])
   dropped = drop_labels(keys, phase.label_drop)
-  loss = contrastive_loss if phase.objective.contrastive else mle_loss
 
-  def gradient_of(rows: Microbatch):
-    pairs = make_pairs(rows, reference, frozen, model, phase, sampler)
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    (_, (metrics, results)), grads = value_and_grad(
-      state.params, reference, frozen, pairs, model, phase
+  def gradient(rows: Microbatch):
+    return gradient_of(
+      state.params, reference, frozen, rows, model, phase, sampler
     )
-    return metrics, results, grads
 
   rows = Microbatch(real, fake, keys, dropped)
-  metrics, results, grads = accumulated(gradient_of, rows, accumulate)
+  metrics, results, grads = accumulated(gradient, rows, accumulate)
   if axis_name:
     metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
     results = jax.lax.all_gather(results, axis_name, tiled=True)

@@ -1,6 +1,7 @@
 """What the stages of one run share: its folder, data, devices and weights."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -25,6 +26,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
+from ddo_jax.training import fit as fit_lib
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.weights import released
 from ddo_jax.weights import vae_names
@@ -108,20 +110,20 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
 
 def build_model(
-  config: config_lib.Config, noise: Any = None
+  config: config_lib.Config, noise: Any = None, remat: bool = False
 ) -> likelihood.LikelihoodModel:
   """Returns a config's model, with the guide's network if there is one.
 
   Args:
     config: the run's.
     noise: the noise law at a round; None for a model that only samples.
+    remat: whether the activations inside a block are recomputed.
   """
   config_lib.require_model(config)
-  remat = config.executor.remat
   model = config.model.build(noise=noise, remat=remat)
   if config.guide is None:
     return model
-  return model.guided_by(config.guide.build(noise=noise, remat=remat))
+  return model.guided_by(config.guide.build(noise=noise))
 
 
 def params_target(
@@ -316,6 +318,98 @@ class Run:
       frozen['vae'] = self.executor.replicate(self.vae)
     return frozen
 
+  def _stage(self, name: str) -> fit_lib.Stage:
+    """Returns what a phase trains, by its name in the config."""
+    config = self.config
+    phase = config_lib.at_round(getattr(config, name), 0)
+    models = self.frozen_models()
+    learner = models.get('tokenizer')
+    frozen = {}
+    if name != 'tokenizer':
+      for part, model in models.items():
+        frozen[part] = jax.eval_shape(model.init, rng.stream(0))
+
+    def build(remat):
+      if name == 'tokenizer':
+        return learner
+      return build_model(config, phase.noise, remat)
+
+    draws = phase.used_negatives.needs_sampler
+    sampler = config.sampler.unguided() if draws else None
+    return fit_lib.Stage(name, phase, build, frozen, sampler)
+
+  @functools.cached_property
+  def fit(self) -> fit_lib.Fit:
+    """How the steps of all phases fit into the devices.
+
+    A run that goes on on equal devices keeps what was found at its start, so
+    that it goes on to the bit.
+
+    Raises:
+      errors.UserError: see `fit.plan`.
+    """
+    config = self.config
+    names = ['ddo']
+    if not config.init_from:
+      names.append('pretrain')
+    if 'tokenizer' in self.frozen_models() and not config.tokenizer_from:
+      names.append('tokenizer')
+    wanted = dataclasses.replace(config.executor)
+    kept = self._kept_fit
+    if kept:
+      wanted.accumulate = kept.accumulate
+      wanted.remat = kept.remat
+    found = fit_lib.plan(
+      [self._stage(name) for name in names], wanted, self.executor
+    )
+    if found.room:
+      _LOGGER.info('%s', found)
+    return found
+
+  @property
+  def _fit_path(self) -> pathlib.Path:
+    return self.workdir / 'executor.json'
+
+  @property
+  def _kept_fit(self) -> fit_lib.Fit | None:
+    """The fit that an earlier start found on equal devices, if there is one."""
+    if not self._fit_path.exists():
+      return None
+    kept = records.read_json(self._fit_path)
+    if kept['settings'] != settings.to_json(self.config.executor):
+      return None
+    if kept['devices'] != devices_lib.environment()['devices']:
+      return None
+    return fit_lib.Fit(kept['accumulate'], kept['remat'])
+
+  def keep_fit(self) -> None:
+    """Records the fit, for starts to come."""
+    if not self.fit.room:  # without a known memory it is always the same
+      return
+    records.write_json(
+      self._fit_path,
+      {
+        'devices': devices_lib.environment()['devices'],
+        'settings': settings.to_json(self.config.executor),
+        'accumulate': self.fit.accumulate,
+        'remat': self.fit.remat,
+      },
+    )
+
+  def training_model(self, noise: Any) -> likelihood.LikelihoodModel:
+    """Returns the model as it is trained, under a round's noise law."""
+    return build_model(self.config, noise, self.fit.remat)
+
+  @functools.cached_property
+  def sample_batch(self) -> int:
+    """The number of images in a call of the sampler."""
+    return fit_lib.call_size(
+      stage=self._stage('ddo'),
+      sampler=self.config.sampler,
+      settings=self.config.executor,
+      executor=self.executor,
+    )
+
   def generator(self, guided: bool = True) -> generate.Generator:
     """Returns what draws images with the config's sampler.
 
@@ -331,7 +425,7 @@ class Run:
       frozen=self.frozen,
       sampler=sampler,
       executor=self.executor,
-      batch=self.config.executor.sample_batch,
+      batch=self.sample_batch,
     )
 
   def job(
@@ -346,6 +440,7 @@ class Run:
     score: Callable[..., evaluator_lib.Scores] | None = None,
   ) -> loop_lib.Job:
     """Returns the training job of a stage; see `loop.Job`."""
+    self.keep_fit()
     draws = phase.used_negatives.needs_sampler
     return loop_lib.Job(
       name=folder.name,
@@ -360,7 +455,7 @@ class Run:
       fake=fake,
       sampler=self.config.sampler.unguided() if draws else None,
       executor=self.executor,
-      accumulate=self.config.executor.accumulate,
+      accumulate=self.fit.accumulate,
       log=self.log,
       evaluate=score,
       metric=self.config.evaluation.metric,

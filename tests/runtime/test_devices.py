@@ -57,8 +57,10 @@ def test_a_batch_that_does_not_divide_is_called_by_its_name():
   ('field', 'value', 'wanted'),
   [
     ('kind', 'tpu', r"one of \('pmap', 'fsdp'\)"),
-    ('accumulate', 0, 'a positive integer'),
-    ('sample_batch', -1, 'a positive integer'),
+    ('accumulate', 0, "a positive integer or 'auto'"),
+    ('sample_batch', True, "a positive integer or 'auto'"),
+    ('remat', 'no', "True, False or 'auto'"),
+    ('device_memory_gib', -1.0, '0 or more'),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(field, value, wanted):

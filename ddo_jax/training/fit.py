@@ -1,0 +1,312 @@
+"""What a run takes of each device, and the settings with which it fits.
+
+All of it is counted from shapes, before anything is compiled. Neither setting
+changes what a step computes beyond its rounding.
+"""
+
+import bisect
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddo_jax import errors
+from ddo_jax import rng
+from ddo_jax import settings as settings_lib
+from ddo_jax.data import codec
+from ddo_jax.method import likelihood
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import memory
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
+
+# The share of a device's memory that 'auto' plans with, for a count may be a
+# fifth below what XLA takes.
+_PLANNED = 0.8
+# Real rows of a device's microbatch below which blocks are recomputed.
+_FEW = 4
+_CALL = 1_000  # images a call of the sampler, where that many fit
+
+
+class Stage(NamedTuple):
+  """What one phase trains.
+
+  Attributes:
+    name: the name of the phase in the config, such as 'ddo'.
+    phase: the phase at its first round.
+    build: whether blocks are recomputed -> the model.
+    frozen: the shapes of the frozen weights.
+    sampler: draws fakes inside the step; None where that is not needed.
+  """
+
+  name: str
+  phase: Any
+  build: Callable[[bool], Any]
+  frozen: likelihood.Frozen
+  sampler: Any
+
+
+class Fit(NamedTuple):
+  """How a run's steps fit into the devices.
+
+  Attributes:
+    accumulate: microbatches a step.
+    remat: whether the activations inside a block are recomputed.
+    counted: the most bytes that a step takes of a device; None where the
+      devices' memory is not known, and nothing is counted.
+    room: the bytes that there are; None where that is not known.
+  """
+
+  accumulate: int
+  remat: bool
+  counted: int | None = None
+  room: int | None = None
+
+  def __str__(self) -> str:
+    """For example '16 microbatches a step, remat off: 61.0 of 80.0 GiB'."""
+    remat = 'on' if self.remat else 'off'
+    parts = 'microbatch' if self.accumulate == 1 else 'microbatches'
+    line = f'{self.accumulate} {parts} a step, remat {remat}'
+    if self.counted is None or self.room is None:
+      return line
+    return f'{line}: {gib(self.counted)} of {gib(self.room)} GiB a device'
+
+
+def gib(size: float) -> str:
+  """Returns a number of bytes in GiB, such as '61.02'."""
+  return f'{size / 2**30:.4g}'
+
+
+def _rows(stage: Stage, model: Any, count: int) -> Any:
+  """Returns the shapes of a `step.Microbatch` of `count` real rows."""
+  shape = model.codec.stored_shape(model.example_shape)
+  latents = isinstance(model.codec, codec.Latents)
+
+  def make():
+    label = jnp.zeros(count, jnp.int32)
+    ids = jnp.zeros(count, jnp.uint32)
+    stored = jnp.zeros((count, *shape), jnp.float32 if latents else jnp.uint8)
+    fake = {'stored': stored, 'label': label}
+    return step_lib.Microbatch(
+      real={**fake, 'id': ids, 'other_label': label},
+      fake=fake if stage.phase.used_negatives.needs_pool else None,
+      keys=rng.per_example(rng.stream(0), ids),
+      dropped=jnp.zeros(count, jnp.bool_),
+    )
+
+  return jax.eval_shape(make)
+
+
+def standing(stage: Stage, executor: devices_lib.Executor) -> int:
+  """Returns the bytes that stand on each device throughout a phase.
+
+  They are those of θ, its averages and moments, the reference and the frozen
+  weights.
+  """
+  model = stage.build(False)
+  phase = stage.phase
+  params = jax.eval_shape(model.init, rng.stream(0))
+  transform = phase.optimizer.transform(
+    model.rules, phase.batch_size, phase.images
+  )
+
+  def create(params):
+    return state_lib.create(params, transform, phase.averages)
+
+  state = jax.eval_shape(create, params)
+  reference = jax.eval_shape(model.rules.reduce, params)
+  return sum(executor.share(tree) for tree in (state, reference, stage.frozen))
+
+
+def step_bytes(
+  stage: Stage, executor: devices_lib.Executor, accumulate: int, remat: bool
+) -> int:
+  """Returns the bytes that a training step takes of each device.
+
+  Beside what stands, there are the gradient, its sum over microbatches, and
+  what the backward pass keeps of a device's rows.
+
+  Args:
+    stage: what is trained.
+    executor: the devices.
+    accumulate: microbatches a step.
+    remat: whether the activations inside a block are recomputed.
+  """
+  model = stage.build(remat)
+  params = jax.eval_shape(model.init, rng.stream(0))
+  parts = executor.num_devices * accumulate
+  rows = _rows(stage, model, math.ceil(stage.phase.batch_size / parts))
+
+  def gradient(params, reference, frozen, rows):
+    _, _, grads = step_lib.gradient_of(
+      params, reference, frozen, rows, model, stage.phase, stage.sampler
+    )
+    return grads
+
+  reference = jax.eval_shape(model.rules.reduce, params)
+  made = memory.peak(gradient, params, reference, stage.frozen, rows)
+  # A gradient made on every device is kept as the params are.
+  share = executor.share(params)
+  made += share - memory.size_of(params)
+  if accumulate > 1:
+    made += share
+  return standing(stage, executor) + max(made, share)
+
+
+def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
+  """Returns the bytes that a call of the sampler takes of a device.
+
+  What stands there is not counted.
+
+  Args:
+    stage: the phase that trains the model.
+    sampler: the sampler.
+    rows: the number of images that the device draws.
+  """
+  model = stage.build(False)
+  params = jax.eval_shape(model.init, rng.stream(0))
+  labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  ids = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+
+  def draw(params, frozen, labels, ids):
+    keys = rng.per_example(rng.stream(0), ids)
+    return model.draw(params, frozen, labels, keys, sampler)
+
+  return memory.peak(draw, params, stage.frozen, labels, ids)
+
+
+def _first(
+  choices: Sequence[int], counted: Callable[[int], int], room: float
+) -> int | None:
+  """Returns the first of ever smaller choices that fits; None if none does."""
+
+  def fits(choice):
+    return counted(choice) <= room
+
+  if choices and fits(choices[0]):
+    return choices[0]
+  index = bisect.bisect_left(choices, True, key=fits)
+  return choices[index] if index < len(choices) else None
+
+
+def _options(
+  stages: Sequence[Stage],
+  executor: devices_lib.Executor,
+  accumulate: Any,
+  remat: Any,
+) -> list[tuple[bool, list[int]]]:
+  """Returns (remat, numbers of microbatches) to try, the fastest ones first.
+
+  Blocks are recomputed where less than a few rows would be left without.
+
+  Args:
+    stages: what is trained.
+    executor: the devices.
+    accumulate: the executor's setting.
+    remat: the executor's setting.
+  """
+  remats = [False, True] if remat == settings_lib.AUTO else [remat]
+  if accumulate != settings_lib.AUTO:
+    return [(remat, [accumulate]) for remat in remats]
+  rows = [stage.phase.batch_size // executor.num_devices for stage in stages]
+  shared = math.gcd(*rows)
+  counts = [n for n in range(1, shared + 1) if shared % n == 0]
+  few = [n for n in counts if n == 1 or min(rows) // n >= _FEW]
+  return [*((remat, few) for remat in remats), (remats[-1], counts)]
+
+
+def plan(
+  stages: Sequence[Stage],
+  settings: devices_lib.ExecutorConfig,
+  executor: devices_lib.Executor,
+) -> Fit:
+  """Returns the settings of a run's steps, found where they are 'auto'.
+
+  Args:
+    stages: what is trained, one or more.
+    settings: the executor's.
+    executor: the devices.
+
+  Raises:
+    errors.UserError: rows do not divide over devices and microbatches, or the
+      devices are known to hold too little.
+  """
+  auto = settings.accumulate == settings_lib.AUTO
+  given = 1 if auto else settings.accumulate
+  problems = errors.Problems()
+  for stage in stages:
+    with problems.gather():
+      name = f'config.{stage.name}.batch_size'
+      executor.check_batch(stage.phase.batch_size, given, name)
+  problems.raise_any()
+  room = executor.room()
+  if room is None:
+    return Fit(given, settings.remat is True)
+
+  @functools.cache
+  def counted(accumulate, remat):
+    return max(
+      step_bytes(stage, executor, accumulate, remat) for stage in stages
+    )
+
+  def search(options, share):
+    for remat, choices in options:
+      count = functools.partial(counted, remat=remat)
+      found = _first(choices, count, share * room)
+      if found:
+        return Fit(found, remat, count(found), room)
+    return None
+
+  options = _options(stages, executor, settings.accumulate, settings.remat)
+  fit = search(options, _PLANNED) or search(options, 1)
+  if fit:
+    return fit
+  remat, choices = options[-1]
+  least = Fit(choices[-1], remat, counted(choices[-1], remat=remat), room)
+  free = _options(stages, executor, settings_lib.AUTO, settings_lib.AUTO)
+  other = search(free, _PLANNED) or search(free, 1)
+  remedy = 'take more devices and executor.kind=fsdp, or a smaller model'
+  if other:
+    remedy = (
+      f'--config.executor.accumulate={other.accumulate}'
+      f' --config.executor.remat={other.remat} would fit, with'
+      f' {gib(other.counted or 0)} GiB'
+    )
+  raise errors.UserError(
+    f'a step needs {gib(least.counted or 0)} GiB a device of {gib(room)}'
+    f' (executor.accumulate={least.accumulate}, remat={least.remat}): {remedy}'
+  )
+
+
+def call_size(
+  stage: Stage,
+  sampler: Any,
+  settings: devices_lib.ExecutorConfig,
+  executor: devices_lib.Executor,
+) -> int:
+  """Returns the number of images in a call of the sampler.
+
+  Args:
+    stage: the phase that trains the model; its state stands meanwhile.
+    sampler: the sampler.
+    settings: the executor's.
+    executor: the devices.
+  """
+  if settings.sample_batch != settings_lib.AUTO:
+    return settings.sample_batch
+  room = executor.room()
+  if room is None:
+    return _CALL
+  taken = standing(stage, executor)
+  choices = [_CALL, *(2**k for k in range(9, -1, -1))]
+
+  def counted(count):
+    rows = math.ceil(count / executor.num_devices)
+    return taken + sample_bytes(stage, sampler, rows)
+
+  return _first(choices, counted, _PLANNED * room) or 1

@@ -1,0 +1,234 @@
+"""Settings that are found from counted bytes and the devices' memory."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddo_jax import config as config_lib
+from ddo_jax import errors
+from ddo_jax import rng
+from ddo_jax import settings
+from ddo_jax.method import negatives
+from ddo_jax.models import toy
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import memory
+from ddo_jax.samplers import heun
+from ddo_jax.training import fit
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
+from ddo_jax.training import workspace
+
+GIB = 2**30
+
+
+def stage(batch_size: int = 512, **fields: Any) -> fit.Stage:
+  """Returns a phase of the MLP."""
+  phase = config_lib.at_round(
+    config_lib.Phase(batch_size=batch_size, **fields), 0
+  )
+
+  def build(remat):
+    return toy.ToyConfig(hidden=64).build(noise=phase.noise, remat=remat)
+
+  return fit.Stage('ddo', phase, build, {}, None)
+
+
+def plan(devices: int = 1, batch_size: int = 512, **wanted: Any) -> fit.Fit:
+  executor = devices_lib.ExecutorConfig(**wanted)
+  return fit.plan(
+    [stage(batch_size)], executor, devices_lib.Executor(executor, devices)
+  )
+
+
+@pytest.fixture
+def a_gib_a_row(monkeypatch):
+  """A row takes a GiB, or an eighth with remat; another one stands."""
+
+  def step_bytes(stage, executor, accumulate, remat):
+    rows = stage.phase.batch_size / executor.num_devices / accumulate
+    return int((1 + rows * (0.125 if remat else 1)) * GIB)
+
+  monkeypatch.setattr(fit, 'step_bytes', step_bytes)
+
+
+def test_where_the_memory_is_unknown_nothing_is_counted(monkeypatch):
+  monkeypatch.setattr(fit, 'step_bytes', None)
+  assert plan() == (1, False, None, None)
+  assert plan(accumulate=4, remat=True) == (4, True, None, None)
+  assert str(plan()) == '1 microbatch a step, remat off'
+
+
+@pytest.mark.parametrize(
+  ('room', 'wanted', 'accumulate', 'remat', 'counted'),
+  [
+    (1000, {}, 1, False, 513),
+    (80, {}, 16, False, 33),  # four fifths of 80 hold 63 rows, not 64
+    (80, {'devices': 8}, 2, False, 33),
+    (7, {}, 128, False, 5),
+    (5, {}, 32, True, 3),  # fewer than four rows would be left without remat
+    (1.5, {}, 512, True, 1.125),
+    (80, {'remat': True}, 2, True, 33),
+    (40, {'accumulate': 8}, 8, True, 9),
+    (40, {'accumulate': 16}, 16, True, 5),
+    # More than four fifths, but there is nothing else.
+    (40, {'accumulate': 16, 'remat': False}, 16, False, 33),
+  ],
+)
+def test_the_fastest_settings_that_fit_are_taken(
+  a_gib_a_row, room, wanted, accumulate, remat, counted
+):
+  found = plan(device_memory_gib=room, **wanted)
+  assert found[:2] == (accumulate, remat)
+  assert found.counted == counted * GIB
+  assert str(found).endswith(f'{counted} of {room} GiB a device')
+
+
+def test_settings_that_do_not_fit_are_told_what_would(a_gib_a_row):
+  line = (
+    r'^a step needs 513 GiB a device of 80 \(executor.accumulate=1,'
+    r' remat=False\): --config.executor.accumulate=16'
+    r' --config.executor.remat=False would fit, with 33 GiB$'
+  )
+  with pytest.raises(errors.UserError, match=line):
+    plan(accumulate=1, remat=False, device_memory_gib=80)
+  line = 'needs 1.125 GiB a device of 0.5 .*: take more devices'
+  with pytest.raises(errors.UserError, match=line):
+    plan(device_memory_gib=0.5)
+  with pytest.raises(errors.UserError, match=r'config\.ddo\.batch_size 12'):
+    plan(devices=8, batch_size=12)
+
+
+def test_all_phases_fit(a_gib_a_row):
+  """And their rows divide alike."""
+  wanted = devices_lib.ExecutorConfig(device_memory_gib=80)
+  executor = devices_lib.Executor(wanted, 1)
+  found = fit.plan([stage(48), stage(360)], wanted, executor)
+  assert found == (6, False, 61 * GIB, 80 * GIB)
+
+
+def test_a_step_takes_what_the_compiler_plans():
+  """Params, moments, average, reference, gradient, and what rows keep."""
+  what = stage(2_048, averages=config_lib.Averages(halflife=(100.0,)))
+  executor = devices_lib.Executor(devices_lib.ExecutorConfig(), 1)
+  model = what.build(False)
+  phase = what.phase
+  params = jax.eval_shape(model.init, rng.stream(0))
+  transform = phase.optimizer.transform(
+    model.rules, phase.batch_size, phase.images
+  )
+
+  def create(params):
+    return state_lib.create(params, transform, phase.averages)
+
+  rows = {
+    'stored': jax.ShapeDtypeStruct((2_048, 8, 8, 1), jnp.uint8),
+    'label': jax.ShapeDtypeStruct((2_048,), jnp.int32),
+  }
+  ids = {'id': jax.ShapeDtypeStruct((2_048,), jnp.uint32)}
+  compiled = (
+    jax.jit(step_lib.train_step, donate_argnums=0)
+    .lower(
+      jax.eval_shape(create, params),
+      params,
+      {},
+      rows | ids,
+      rows,
+      *jax.tree.map(jnp.float32, (model, phase)),
+      rng.stream(0),
+    )
+    .compile()
+  )
+  counted = fit.step_bytes(what, executor, accumulate=1, remat=False)
+  assert 0.75 < counted / memory.allotted(compiled) < 1.1
+  standing = fit.standing(what, executor)
+  assert standing == 5 * memory.size_of(params) + 12  # and three counters
+  halved = fit.step_bytes(what, executor, accumulate=2, remat=False)
+  assert standing < halved < 0.8 * counted
+
+
+def test_fsdp_splits_what_stands(monkeypatch):
+  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 1_024)
+  whole = devices_lib.Executor(devices_lib.ExecutorConfig())
+  split = devices_lib.Executor(devices_lib.ExecutorConfig(kind='fsdp'))
+  parts = [fit.standing(stage(), executor) for executor in (whole, split)]
+  assert parts[1] < 0.4 * parts[0]
+
+
+def test_calls_of_the_sampler(monkeypatch):
+  """As large as fits, at most 1,000; what is given is taken."""
+  monkeypatch.setattr(fit, 'sample_bytes', lambda stage, sampler, n: n * GIB)
+  monkeypatch.setattr(fit, 'standing', lambda stage, executor: 20 * GIB)
+
+  def size(devices=1, **wanted):
+    knobs = devices_lib.ExecutorConfig(**wanted)
+    executor = devices_lib.Executor(knobs, devices)
+    return fit.call_size(stage(), None, knobs, executor)
+
+  assert size() == 1_000
+  assert size(device_memory_gib=80) == 32
+  assert size(device_memory_gib=80, devices=8) == 256
+  assert size(device_memory_gib=20) == 1
+  assert size(device_memory_gib=80, sample_batch=7) == 7
+
+
+def test_an_image_of_a_sampler_takes_its_own():
+  sampler = heun.Heun(4, 0.02, 40.0)
+  few, more = (fit.sample_bytes(stage(), sampler, n) for n in (100, 200))
+  assert 1.8 * few < more < 2.2 * few
+
+
+def test_a_pool_keeps_the_shards_it_was_begun_with(tmp_path):
+  """On another machine the calls may be of another size."""
+  pool = negatives.FakePool(tmp_path, 100, 40, {'a': 1})
+  assert len(pool.missing()) == 3
+  again = negatives.FakePool(tmp_path, 100, 64, {'a': 1})
+  assert again.shard_size == 40
+  assert again.missing() == pool.missing()
+
+
+@pytest.mark.parametrize(
+  ('text', 'value'),
+  [('auto', 'auto'), ('16', 16), ('1e3', 1000), ('True', True), ('no', None)],
+)
+def test_a_command_line_may_say_auto(text, value):
+  if value is None:
+    with pytest.raises(ValueError, match='no'):
+      settings.parse_or_auto(text)
+    return
+  parsed = settings.parse_or_auto(text)
+  assert parsed == value
+  assert type(parsed) is type(value)
+
+
+def test_a_run_that_goes_on_keeps_its_settings(tmp_path, monkeypatch):
+  """On equal devices: to the bit, whatever a later version counts."""
+  from tests.strangers import tiny
+
+  def start(**changes):
+    config = tiny.get_config()
+    config.executor = dataclasses.replace(
+      config.executor, device_memory_gib=80.0, **changes
+    )
+    return workspace.Run(config, pathlib.Path(tmp_path))
+
+  def counts(rows):
+    def step_bytes(stage, executor, accumulate, remat):
+      return 79 * GIB if accumulate < rows else GIB
+
+    monkeypatch.setattr(fit, 'step_bytes', step_bytes)
+
+  counts(2)
+  first = start()
+  assert first.fit.accumulate == 2
+  first.keep_fit()
+  counts(1)
+  assert start().fit.accumulate == 2
+  assert start(sample_batch=32).fit.accumulate == 1
+  monkeypatch.setattr(
+    devices_lib, 'environment', lambda: {'devices': '1 × another'}
+  )
+  assert start().fit.accumulate == 1
