@@ -312,9 +312,9 @@ def run(job: Job) -> Promotion:
     start = checkpoints.latest_step() or 0
     if start:
       state = checkpoints.restore(start, target)
-      _LOGGER.info('%s resumes at step %d of %d', job.name, start, steps)
     else:
       state = _fresh_state(job)
+    _LOGGER.info('%s: from step %d of %d', job.name, start, steps)
     job.log.rewind(job.name, start)
     _forget_evaluations(job, start)
     evaluated = {
@@ -364,6 +364,7 @@ def run(job: Job) -> Promotion:
             metric = _evaluate(job, state, step)['selection']
           evaluated[step] = metric
           bar.set_postfix_str(f'{job.metric} {metric:.4g}')
+          saved_at = time.monotonic()  # nothing was trained since
           logger.restart_clock()
         if last:
           break

@@ -238,39 +238,54 @@ def test_law_4_signals_save_first(make_job, tmp_path, monkeypatch, capfd):
   assert [r['step'] for r in found] == [r['step'] for r in log]
 
 
-def test_saves_by_the_clock_change_nothing(make_job, tmp_path, monkeypatch):
+def by_the_clock(job, minutes):
+  """Runs a job whose steps take some minutes each and its scores an hour.
+
+  Returns:
+    The promotion, and the steps that were saved.
+  """
+  clock = types.SimpleNamespace(now=0.0, perf_counter=time.perf_counter)
+  clock.monotonic = lambda: clock.now
+  steps = []
+  save = checkpoint.Checkpoints.save
+  push = loop_lib._Logger.push
+  judge = job.evaluate
+
+  def slow_push(*args):
+    clock.now += 60 * minutes
+    push(*args)
+
+  def slow_judge(params, folder):
+    clock.now += 60 * 60
+    return judge(params, folder)
+
+  def counted(checkpoints, state, step, best):
+    steps.append(step)
+    save(checkpoints, state, step, best)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop_lib, 'time', clock)
+    patch.setattr(loop_lib._Logger, 'push', slow_push)
+    patch.setattr(checkpoint.Checkpoints, 'save', counted)
+    promotion = loop_lib.run(dataclasses.replace(job, evaluate=slow_judge))
+  return promotion, steps
+
+
+def test_saves_by_the_clock_change_nothing(make_job, tmp_path):
   outcomes = []
+  saves = []
   for minutes in (0, 6):
-    clock = types.SimpleNamespace(now=0.0, perf_counter=time.perf_counter)
-    clock.monotonic = lambda clock=clock: clock.now
-    monkeypatch.setattr(loop_lib, 'time', clock)
     judge = Judge(7.0, 7.0, 2.0, 1.0, 4.0, 5.0)
     job = elsewhere(make_job(judge), tmp_path / str(minutes))
-    steps = []
-    save = checkpoint.Checkpoints.save
-    push = loop_lib._Logger.push
-
-    def counted(self, state, step, best, steps=steps, save=save):
-      steps.append(step)
-      save(self, state, step, best)
-
-    def timed(*args, clock=clock, minutes=minutes, push=push):
-      clock.now += 60 * minutes
-      push(*args)
-
-    with monkeypatch.context() as patch:
-      patch.setattr(checkpoint.Checkpoints, 'save', counted)
-      patch.setattr(loop_lib._Logger, 'push', timed)
-      promotion = loop_lib.run(job)
-    assert promotion.step == 6
+    promotion, steps = by_the_clock(job, minutes)
     sha256 = checkpoint.tree_hash(promotion.params)
-    outcomes.append((kept(job), promotion.profile, sha256, steps))
-  plain, by_clock = outcomes
-  assert plain[:3] == by_clock[:3]
-  assert plain[0] == [6, 12]
-  assert plain[3] == [3, 6, 9, 12]
-  # Twelve minutes after a save there is another one, wherever the others fall.
-  assert by_clock[3] == [2, 3, 5, 6, 8, 9, 11, 12]
+    outcomes.append((kept(job), promotion.step, promotion.profile, sha256))
+    saves.append(steps)
+  assert outcomes[0] == outcomes[1]
+  assert outcomes[0][:2] == ([6, 12], 6)
+  assert saves[0] == [3, 6, 9, 12]
+  # Twelve minutes of training after a save there is another one.
+  assert saves[1] == [2, 3, 5, 6, 8, 9, 11, 12]
 
 
 def test_an_undefined_score_stops_the_run(make_job):
