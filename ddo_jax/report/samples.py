@@ -87,8 +87,8 @@ def comparison(run: run_folder.Run) -> str:
     )
     content += _strips(sheets, about['labels'], height)
   content += markup.note(
-    'All of the sheets. A click makes a picture larger; the arrow keys then go'
-    ' from one to the next in its place.'
+    'A click makes a picture larger; the arrow keys then put the next one in'
+    ' its place.'
   )
   figures = ''.join(
     f'<figure>{markup.picture(sheet, name)}<figcaption>{name}</figcaption>'
@@ -96,6 +96,10 @@ def comparison(run: run_folder.Run) -> str:
     for name, sheet in sheets.items()
   )
   return f'{content}<div class="sheets group">{figures}</div>\n'
+
+
+def _distance(value: float) -> str:
+  return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 
 def copying(near: dict[str, Any]) -> tuple[bool, str]:
@@ -115,12 +119,14 @@ def copying(near: dict[str, Any]) -> tuple[bool, str]:
   verdict = (
     'that suggests copying' if suspicious else 'nothing suggests copying'
   )
+  exact = int((samples == 0).sum())
+  copies = f' {exact} are exact copies.' if exact else ''
   return suspicious, (
     f'Of {len(samples)} samples, {count} are as near to a training image as the'
     f' nearest {_NEAR:.0%} of real ones are to another'
-    f' ({_NEAR * len(samples):.0f} would be by chance): {verdict}. Median'
-    f' distance to the nearest: {np.median(samples):.3g} from samples,'
-    f' {np.median(real):.3g} from real images.'
+    f' ({_NEAR * len(samples):.0f} would be by chance): {verdict}.{copies}'
+    f' Median distance to the nearest: {_distance(np.median(samples))} from'
+    f' samples, {_distance(np.median(real))} from real images.'
   )
 
 
@@ -144,7 +150,7 @@ def neighbours(run: run_folder.Run) -> str:
   space = 'raw pixels'
   if near['space'] == 'latents':
     space = 'the means of latents'
-  distances = [f'{near["samples"][index]:.3g}' for index in near['shown']]
+  distances = [_distance(near['samples'][index]) for index in near['shown']]
   strips = _strip('distance', _columns(distances))
   sheet = grid.cut(sheet, about['height'])
   for index, name in enumerate(('sample', 'nearest', '2nd', '3rd')):

@@ -334,6 +334,8 @@ def test_copies_are_told(samples, suspicious):
   assert told == suspicious
   assert ('suggests copying' in sentence) and '(4 would be' in sentence
   assert ('nothing suggests' in sentence) != suspicious
+  exact = f' {sum(samples == 0)} are exact copies.'
+  assert (exact in sentence) == (0 in samples)
 
 
 def test_marks_say_what_every_seed_says(finished):
