@@ -19,6 +19,7 @@ from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import fidelity
 from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
+from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation import score
 from ddo_jax.evaluation.metrics import meanings
 from ddo_jax.evaluation.metrics import memorisation
@@ -194,6 +195,38 @@ def test_rows_go_on_where_they_were_cut_off(evaluator, tmp_path):
   for kind, rows in whole.items():
     np.testing.assert_array_equal(resumed[kind], rows)
   assert resumed['nearest'].dtype == np.float64
+
+
+def test_a_row_that_was_half_written_is_made_again(tmp_path, monkeypatch):
+  """So are rows of a file that was cut off before it was all NaN."""
+
+  def images(ids):
+    asked.append(ids.tolist())
+    yield ids[:, None]
+
+  def embed(take, ids):
+    yield ids, {'a': np.repeat(take(ids), 3, axis=1).astype(np.float32)}
+
+  def gather():
+    kinds = {'a': rows_lib.Kind(3)}
+    return rows_lib.gather(embed, kinds, images, 4, 'rows', tmp_path)['a']
+
+  open_memmap = np.lib.format.open_memmap
+
+  def cut_off(*args):
+    open_memmap(*args)  # a file of zeros
+    raise KeyboardInterrupt
+
+  asked = []
+  with monkeypatch.context() as patch:
+    patch.setattr(np.lib.format, 'open_memmap', cut_off)
+    with pytest.raises(KeyboardInterrupt):
+      gather()
+  whole = gather().copy()
+  stored = np.load(tmp_path / 'a.npy', mmap_mode='r+')
+  stored[2, 1:] = np.nan
+  np.testing.assert_array_equal(gather(), whole)
+  assert asked == [[0, 1, 2, 3], [2]]
 
 
 def test_what_its_number_hangs_on(evaluator):
