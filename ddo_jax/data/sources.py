@@ -188,8 +188,8 @@ class ArraySource:
     if not fits or self.classes.shape != shape[:1]:
       raise errors.UserError(
         f'{self.name}: images are {stored.dtype} {list(shape)}, labels'
-        f' {list(self.classes.shape)}; wanted unscaled uint8 [N,H,W,C] (or'
-        ' float32 latents, C even) and [N], N > 0'
+        f' {list(self.classes.shape)}; wanted unscaled uint8 [N,H,W,C],'
+        ' pixels 0 .. 255 (or float32 latents, C even), and [N], N > 0'
       )
     if is_latents:
       fault = encoded.fault_of_latents(stored)
@@ -257,6 +257,12 @@ def open_npz(path: pathlib.Path) -> ArraySource:
   if stored is None:
     raise errors.UserError(
       f'{name} has no array `image` (or arr_0), uint8 [N,H,W,C]; it has {known}'
+    )
+  is_planes = stored.ndim == 4 and stored.shape[1] in (1, 3)
+  if stored.dtype == np.uint8 and is_planes and stored.shape[3] not in (1, 3):
+    raise errors.UserError(
+      f'{name}: images are {list(stored.shape)}, which looks like [N,C,H,W];'
+      ' wanted [N,H,W,C]: write np.moveaxis(images, 1, -1)'
     )
   if labels is None:
     return ArraySource(name, stored, np.zeros(stored.shape[:1], np.int32))

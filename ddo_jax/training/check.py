@@ -284,8 +284,14 @@ def _evaluation(plan: Plan) -> str:
   """The evaluator, its files and the held-out images."""
   run = plan.run
   settings = run.config.evaluation
+  problems = errors.Problems()
+  if not settings.protocol:
+    with problems.gather():
+      _ = run.held_out
+  with problems.gather():
+    run.evaluator.labels(np.arange(1), run.model.num_classes)
+  problems.raise_any()
   evaluator = run.evaluator
-  evaluator.labels(np.arange(1), run.model.num_classes)
   count = measure.num_images(evaluator, settings)
   blocks = measure.num_blocks(evaluator, settings)
   by = f'protocol {settings.protocol}'

@@ -197,9 +197,21 @@ class Run:
     return records.MetricsLog(self.workdir)
 
   @functools.cached_property
+  def _train(self) -> sources.Source:
+    """The training split, whatever the model is."""
+    data = self.config.data
+    return sources.open_source(data, data.train_split)
+
+  @functools.cached_property
+  def held_out(self) -> sources.Source:
+    """The held-out images."""
+    data = self.config.data
+    return sources.open_source(data, data.test_split)
+
+  @functools.cached_property
   def real(self) -> sources.Source:
     """The training split, checked against the model."""
-    source = sources.open_source(self.config.data, self.config.data.train_split)
+    source = self._train
     likelihood.check_source(
       model=self.model,
       name=source.name,
@@ -226,12 +238,15 @@ class Run:
   @functools.cached_property
   def evaluator(self) -> evaluator_lib.Evaluator:
     """The metrics: a protocol's, or those of a classifier that is fitted."""
-    data = self.config.data
+
+    def open_test() -> sources.Source:
+      return self.held_out
+
     return measure.open_evaluator(
       settings=self.config.evaluation,
       seed=self.config.seed,
       train=self.real,
-      open_test=functools.partial(sources.open_source, data, data.test_split),
+      open_test=open_test,
       labels=self.config.labels,
     )
 

@@ -20,9 +20,12 @@ def npz(path, **arrays):
   return path
 
 
-@pytest.mark.parametrize('s', ['', 's'])
-def test_npz_gives_pixels_and_labels_back(tmp_path, s):
-  arrays = {f'image{s}': X, f'label{s}': Y}
+@pytest.mark.parametrize(
+  ('image', 'label'),
+  [('image', 'label'), ('images', 'labels'), ('arr_0', 'arr_1')],
+)
+def test_npz_gives_pixels_and_labels_back(tmp_path, image, label):
+  arrays = {image: X, label: Y}
   source = sets.open_set(npz(tmp_path / 'set.npz', **arrays))
   assert isinstance(source, sources.ArraySource)
   assert (source.num_classes, source.pixel_values) == (4, 256)
@@ -46,6 +49,7 @@ def test_npz_gives_pixels_and_labels_back(tmp_path, s):
     ({'image': X, 'label': Y.astype(np.float32)}, 'labels are float32'),
     ({'image': X, 'label': Y > 1}, 'labels are bool'),
     ({'image': X, 'label': Y + 2**31}, 'wanted ints from 0'),
+    ({'image': np.moveaxis(X, -1, 1)}, 'looks like [N,C,H,W]'),
     ({'pixels': X}, 'has no array `image`'),
     ({'image': np.array([X, None], object)}, 'no whole .npz of plain arrays'),
   ],
