@@ -18,9 +18,17 @@ def test_committed_without_outputs(path):
   assert not any(c.outputs or c.execution_count for c in cells)
 
 
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory):
+  """Where the notebooks share what they compile."""
+  return str(tmp_path_factory.mktemp('compiled'))
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.name)
-def test_runs(path, monkeypatch):
+def test_runs(path, compiled, monkeypatch):
   monkeypatch.setenv('DDO_JAX_QUICK', '1')
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', compiled)
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(
     notebook, timeout=300, resources={'metadata': {'path': str(path.parent)}}
