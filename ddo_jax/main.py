@@ -96,6 +96,19 @@ class _OrAutoParser(flags.ArgumentParser):
     return settings.parse_or_auto(argument)
 
 
+class _IntegerParser(flags.IntegerParser):
+  """Parses a whole number, which people also write as 1e5."""
+
+  def convert(self, argument: Any) -> int:
+    try:
+      return super().convert(argument)
+    except ValueError:
+      number = float(argument)
+      if not number.is_integer():
+        raise ValueError(f'{argument} is no whole number') from None
+      return int(number)
+
+
 class _RecipeParser(flags.ArgumentParser):
   """Loads a recipe by name or path, see `recipes.find`."""
 
@@ -104,25 +117,15 @@ class _RecipeParser(flags.ArgumentParser):
     self.loader = loader
 
   def parse(self, path: str) -> config_lib.Config:
+    found = recipes.find(path)
     try:
-      return self.loader.parse(recipes.find(path))
-    except ModuleNotFoundError as error:
-      if error.name != 'configs':
-        raise
-      raise errors.UserError(
-        f'the recipe {path} imports `configs`, which is found only by `python'
-        ' -m ddo_jax.main` from the root of a checkout; `from ddo_jax.configs'
-        ' import digits` works everywhere'
-      ) from error
-    except TypeError as error:
-      if 'get_config() takes 0' not in str(error):
-        raise
-      recipe = path.partition(':')[0]
-      raise errors.UserError(
-        f'the recipe {recipe} takes no argument; give --config={recipe}'
-      ) from error
+      with recipes.neighbours(found):
+        return self.loader.parse(found)
+    except Exception as error:  # a recipe is a program
+      raise errors.UserError(recipes.fault(path, error)) from error
 
 
+config_flags.register_flag_parser_for_type(int, _IntegerParser())
 # Fields of these types can be replaced whole: --config.sampler='Heun()'.
 for _base in (
   contract.Sampler,
@@ -271,10 +274,12 @@ def sample(
   """
   run = workspace.Run(config, workdir)
   output = output or workdir
+  seeds = seeds or range(num_samples)
+  samples.check(run, seeds, classes)
   check_lib.sampling(run, params, scored=False)
   folder = params_folder(params, config, output)
   folder = folder or workspace.newest_params(workdir)
-  return samples.draw(run, folder, output, seeds or range(num_samples), classes)
+  return samples.draw(run, folder, output, seeds, classes)
 
 
 def evaluate(
@@ -494,7 +499,11 @@ def _known_fields(override: str) -> str:
     known = [field.name for field in dataclasses.fields(holder)]
     if part not in known:
       kind = type(holder).__name__
-      return f'{name} ({kind}) has no field {part!r}; it has {", ".join(known)}'
+      near = errors.near_miss(part, known)
+      return (
+        f'{name} ({kind}) has no field {part!r}; it has {", ".join(known)}'
+        f'{near}'
+      )
     holder = getattr(holder, part)
     name = f'{name}.{part}'
     if not dataclasses.is_dataclass(holder):

@@ -5,12 +5,31 @@ points there, so that they are installed with the package and are imported in
 one way everywhere: `from ddo_jax.configs import digits`.
 """
 
+from collections.abc import Iterator
+import contextlib
 import difflib
 import pathlib
+import sys
+import traceback
 
 from ddo_jax import errors
 
 _FOLDER = pathlib.Path(__file__).parent / 'configs'
+
+
+@contextlib.contextmanager
+def neighbours(found: str) -> Iterator[None]:
+  """Inside, a recipe imports the modules beside it, as a script would.
+
+  Args:
+    found: see `find`.
+  """
+  folder = str(pathlib.Path(found.partition(':')[0]).absolute().parent)
+  sys.path.insert(0, folder)
+  try:
+    yield
+  finally:
+    sys.path.remove(folder)
 
 
 def names() -> list[str]:
@@ -38,3 +57,34 @@ def find(given: str) -> str:
   else:
     remedy = f'give a path, or one of {", ".join(names())}'
   raise errors.UserError(f'no recipe at {recipe}; {remedy}')
+
+
+def fault(given: str, error: BaseException) -> str:
+  """Returns one line on why a recipe cannot be loaded.
+
+  Args:
+    given: what named the recipe, see `find`.
+    error: what came of loading it.
+  """
+  recipe = given.partition(':')[0]
+  # config_flags makes text of an error, but keeps it beside.
+  if error.__context__ and 'whilst parsing config file' in str(error):
+    error = error.__context__
+  if isinstance(error, errors.UserError):
+    return str(error)
+  if isinstance(error, ModuleNotFoundError) and error.name == 'configs':
+    return (
+      f'the recipe {recipe} imports `configs`, which is found only by `python'
+      ' -m ddo_jax.main` from the root of a checkout; `from ddo_jax.configs'
+      ' import digits` works everywhere'
+    )
+  if 'get_config() takes 0' in str(error):
+    return f'the recipe {recipe} takes no argument; give --config={recipe}'
+  path = find(recipe)
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == path]
+  if isinstance(error, SyntaxError) and error.filename == path:
+    lines.append(error.lineno)
+  where = f', line {lines[-1]}' if lines else ''
+  reason = str(error).partition('\n')[0]
+  return f'the recipe {recipe}{where}: {type(error).__name__}: {reason}'

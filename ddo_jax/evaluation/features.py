@@ -139,10 +139,16 @@ class Extractor:
     """
     wanted = self.protocol.image_shape
     if dtype != np.uint8 or tuple(shape) != wanted:
+      names = [
+        name
+        for name, protocol in protocols.PROTOCOLS.items()
+        if protocol.image_shape == tuple(shape) and dtype == np.uint8
+      ]
+      others = ''.join(f'take {name}, or ' for name in names)
       raise errors.UserError(
         f'images are {dtype} {list(shape)}; protocol {self.protocol.name}'
-        f' measures uint8 {list(wanted)}: write them so, or make a protocol of'
-        ' images like these with --mode=fid_stats'
+        f' measures uint8 {list(wanted)}: for config.evaluation.protocol'
+        f' {others}make one of images like these with --mode=fid_stats'
       )
 
   def _checked(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

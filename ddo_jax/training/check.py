@@ -24,6 +24,7 @@ import numpy as np
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax import settings as settings_lib
 from ddo_jax.assets import store
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import measure
@@ -32,6 +33,7 @@ from ddo_jax.method import negatives
 from ddo_jax.method import objective
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices
+from ddo_jax.runtime import memory
 from ddo_jax.training import published
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import workspace
@@ -118,7 +120,7 @@ def _stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
       planned['tokenizer'] = config.tokenizer
   if not config.init_from:
     planned['pretrain'] = config.pretrain
-  for index in range(config.rounds if rounds else 0):
+  for index in range(math.ceil(config.rounds) if rounds else 0):
     planned[f'round_{index:03d}'] = config.ddo
   return {
     name: phase
@@ -134,14 +136,6 @@ def size_text(count: float) -> str:
       return f'{count:.3g} {unit}'
     count /= 1000
   return f'{count:.3g} TB'
-
-
-def _size(tree: Any) -> int:
-  """Returns the bytes of a tree of arrays, or of their shapes."""
-  return sum(
-    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
 
 
 def _settings(plan: Plan) -> str:
@@ -192,14 +186,28 @@ def _data(plan: Plan) -> str:
 
 
 def _steps(plan: Plan) -> str:
-  """The rows of every step, split over the devices and held in their memory."""
+  """The rows of every step, which are split over the devices."""
+  run = plan.run
+  accumulate = run.config.executor.accumulate
+  problems = errors.Problems()
   found = [devices.environment()['devices']]
-  if plan.phases:
-    found.append(str(plan.run.fit))
   for name, phase in plan.phases.items():
-    rows = phase.batch_size
-    found.append(f'{name} {phase.steps():,} steps × {rows:,} images')
+    with problems.gather():
+      errors.require_integer(f'{name}.images', phase.images, 1)
+    with problems.gather():
+      rows = phase.batch_size
+      field = f'{name}.batch_size'
+      errors.require_integer(field, rows, 1)
+      parts = 1 if accumulate == settings_lib.AUTO else accumulate
+      run.executor.check_batch(rows, parts, f'config.{field}')
+      found.append(f'{name} {phase.steps():,} steps × {rows:,} images')
+  problems.raise_any()
   return '; '.join(found)
+
+
+def _memory(plan: Plan) -> str:
+  """The devices' memory, where it is known, against what a step takes."""
+  return str(plan.run.fit)
 
 
 def _files(plan: Plan) -> str:
@@ -338,7 +346,8 @@ def _stage_bytes(
   if phase.objective.contrastive and isinstance(second, negatives.Pool):
     row, _ = run.real.read(np.arange(1))
     pool = row.nbytes * second.size
-  return pool, _size(params), _size(jax.eval_shape(create, params))
+  state = jax.eval_shape(create, params)
+  return pool, memory.size_of(params), memory.size_of(state)
 
 
 def _disk(plan: Plan) -> str:
@@ -395,13 +404,13 @@ def _losses(plan: Plan) -> str:
     terms = phase.objective.loss(ratio, ratio, objective.Rows.plain(1))
     return terms, phase.objective.logit(ratio)
 
-  traced = []
+  found = []
   for name, phase in plan.phases.items():
     if name != 'tokenizer':
       now = config_lib.at_round(phase, 0)
       plan.trace(functools.partial(loss, now))
-      traced.append(f'{name} {type(phase.objective).__name__}')
-  return ', '.join(traced)
+      found.append(f'{name} {type(phase.objective).__name__}')
+  return ', '.join(found)
 
 
 def _samples(plan: Plan) -> str:
@@ -456,7 +465,7 @@ def training(run: workspace.Run, rounds: bool = True) -> list[str]:
   """
   plan = Plan(run, _stages(run, rounds))
   checks: _Checks = {'settings': _settings}
-  traced: _Checks = {}
+  deeper: _Checks = {}
   if plan.stages:
     checks |= {
       'model': _model,
@@ -464,14 +473,18 @@ def training(run: workspace.Run, rounds: bool = True) -> list[str]:
       'steps': _steps,
       'files': _files,
       'weights': _weights,
-      'disk': _disk,
     }
-    traced |= {'converted': _converted, 'losses': _losses}
+    deeper |= {
+      'memory': _memory,
+      'disk': _disk,
+      'converted': _converted,
+      'losses': _losses,
+    }
   if 'ddo' in plan.phases:
     checks |= {'evaluation': _evaluation}
-    traced |= {'samples': _samples, 'measured': _measured}
+    deeper |= {'samples': _samples, 'measured': _measured}
   checks |= {'workdir': _workdir}
-  return _make(plan, checks, traced)
+  return _make(plan, checks, deeper)
 
 
 def sampling(
@@ -497,8 +510,8 @@ def sampling(
     'params': _params,
     'weights': _weights,
   }
-  traced: _Checks = {'samples': _samples}
+  deeper: _Checks = {'samples': _samples}
   if scored:
     checks |= {'evaluation': _evaluation}
-    traced |= {'measured': _measured}
-  return _make(plan, checks, traced)
+    deeper |= {'measured': _measured}
+  return _make(plan, checks, deeper)

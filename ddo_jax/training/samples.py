@@ -50,6 +50,26 @@ def _check(name: str, values: Sequence[int], limit: int) -> None:
     )
 
 
+def check(
+  run: workspace.Run, seeds: Sequence[int], classes: Sequence[int]
+) -> None:
+  """Raises UserError where a model has no such class, or there is no such seed.
+
+  Args:
+    run: the run whose model is asked.
+    seeds: see `draw`.
+    classes: see `draw`.
+  """
+  num_classes = run.model.num_classes
+  if classes and not num_classes:
+    raise errors.UserError(
+      f'the model has no classes, and --classes names {list(classes)}: leave'
+      ' that flag out'
+    )
+  _check('class', classes, num_classes)
+  _check('seed', seeds, _SEEDS)
+
+
 def draw(
   run: workspace.Run,
   params: pathlib.Path,
@@ -68,24 +88,14 @@ def draw(
     run: the run whose model and sampler are used.
     params: a folder of params.
     output: the folder of both files.
-    seeds: numbers from 0.
+    seeds: numbers from 0; see `check`.
     classes: of the model's; () draws one image for each seed, and the classes
       that the params were trained on take turns.
 
   Returns:
     The path of samples.png.
-
-  Raises:
-    errors.UserError: the model has no such class, or there is no such seed.
   """
   num_classes = run.model.num_classes
-  if classes and not num_classes:
-    raise errors.UserError(
-      f'the model has no classes, and --classes names {list(classes)}: leave'
-      ' that flag out'
-    )
-  _check('class', classes, num_classes)
-  _check('seed', seeds, _SEEDS)
   weights, meta = workspace.load_params(params, run.model, run.executor)
   ids = np.tile(np.asarray(seeds, np.int64), max(len(classes), 1))
   if classes:
