@@ -178,6 +178,7 @@ def test_mistakes_on_the_command_line(tmp_path):
   assert 'config.ddo.objective (DDO)' in line
   assert "'bta'" in line
   assert 'beta' in line
+  assert 'did you mean beta?' in line
   line = command_line.fatal(recipe, workdir, '--config.ddo.objective=gan')
   assert 'FDivergence' in line
   line = command_line.fatal(recipe, workdir, '--num_samples=3')
@@ -188,9 +189,43 @@ def test_mistakes_on_the_command_line(tmp_path):
   line = command_line.fatal(recipe, workdir, '--config.ddo.beta=0.1')
   assert 'now --config.ddo.objective.beta' in line
   assert 'unexpected' in command_line.fatal(recipe, workdir, 'ddo.alpha=1')
+  line = command_line.fatal(recipe, workdir, '--config.sampler=hein')
+  assert 'did you mean Heun?' in line
+  line = command_line.fatal(recipe, workdir, '--config.ddo.images=1.5e0')
+  assert '1.5e0 is no whole number' in line
   line = command_line.fatal('--config=configs/digit.py', workdir)
   assert '--config=digits?' in line
   line = command_line.fatal(recipe, workdir, '--mode=sample')
   assert 'finished stage' in line
   assert '--source and --output' in command_line.fatal('--mode=convert')
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_recipe_beside_its_own_module(tmp_path):
+  (tmp_path / 'mine_to_import.py').write_text('IMAGES = 4096\n')
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(
+    'import mine_to_import\n'
+    'from ddo_jax.configs import digits\n'
+    'def get_config():\n'
+    '  config = digits.get_config()\n'
+    '  config.pretrain.images = mine_to_import.IMAGES\n'
+    '  return config\n'
+  )
+  flags = (f'--config={recipe}', f'--workdir={tmp_path / "run"}')
+  status, printed = command_line.run(
+    *flags, '--mode=check', '--config.ddo.images=1.024e3'
+  )
+  assert status == 0, printed
+  assert 'pretrain 16 steps × 256 images; ddo 4 steps' in printed
+  assert not (tmp_path / 'run').exists()
+  status, printed = command_line.run(
+    *flags, '--mode=check', '--config.model.network=a', '--config.seed=-1'
+  )
+  lines = [x for x in printed.splitlines() if x.startswith('FATAL ')]
+  assert status == 1 and len(lines) == 2, printed
+  recipe.write_text('def get_config():\n  x = 1\n  return x.y\n')
+  line = command_line.fatal(*flags)
+  assert f"{recipe}, line 3: AttributeError: 'int' object has no" in line
+  recipe.write_text('def get_config():\n  return int("a")\n')
+  assert 'line 2: ValueError: invalid literal' in command_line.fatal(*flags)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddo_jax import errors
 from ddo_jax.assets import store
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
@@ -130,30 +129,9 @@ class Extractor:
       found['fd_dinov2'] = dinov2.apply(params['dinov2'], images)
     return {kind: found[kind] for kind in self._widths}
 
-  def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the protocol measures such images.
-
-    Args:
-      dtype: the images' type.
-      shape: the shape [H, W, C] of one of them.
-    """
-    wanted = self.protocol.image_shape
-    if dtype != np.uint8 or tuple(shape) != wanted:
-      names = [
-        name
-        for name, protocol in protocols.PROTOCOLS.items()
-        if protocol.image_shape == tuple(shape) and dtype == np.uint8
-      ]
-      others = ''.join(f'take {name}, or ' for name in names)
-      raise errors.UserError(
-        f'images are {dtype} {list(shape)}; protocol {self.protocol.name}'
-        f' measures uint8 {list(wanted)}: for config.evaluation.protocol'
-        f' {others}make one of images like these with --mode=fid_stats'
-      )
-
   def _checked(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for images in chunks:
-      self.check_images(images.dtype, images.shape[1:])
+      self.protocol.check_images(images.dtype, images.shape[1:])
       yield images
 
   def rows(

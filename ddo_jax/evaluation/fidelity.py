@@ -148,7 +148,7 @@ class FidelityEvaluator:
 
   def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """Raises UserError unless the protocol measures such images."""
-    self.extractor.check_images(dtype, shape)
+    self.extractor.protocol.check_images(dtype, shape)
 
   @functools.cached_property
   def _real(self) -> rows_lib.Rows | None:

@@ -118,6 +118,27 @@ class Protocol:
         " 'minimum'"
       )
 
+  def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the protocol measures such images.
+
+    Args:
+      dtype: the images' type.
+      shape: the shape [H, W, C] of one of them.
+    """
+    wanted = self.image_shape
+    if dtype == np.uint8 and tuple(shape) == wanted:
+      return
+    fitting = [
+      f'{name}, or '
+      for name, protocol in PROTOCOLS.items()
+      if dtype == np.uint8 and tuple(shape) == protocol.image_shape
+    ]
+    raise errors.UserError(
+      f'images are {dtype} {list(shape)}; protocol {self.name} measures uint8'
+      f' {list(wanted)}: set config.evaluation.protocol to {"".join(fitting)}a'
+      ' protocol of images like these, which --mode=fid_stats makes'
+    )
+
   def shares(self, num_classes: int) -> labels_lib.Shares:
     """Returns how often a model's images are of each class.
 

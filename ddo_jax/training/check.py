@@ -28,6 +28,7 @@ from ddo_jax import settings as settings_lib
 from ddo_jax.assets import store
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import measure
+from ddo_jax.evaluation import protocols
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import objective
@@ -296,6 +297,12 @@ def _evaluation(plan: Plan) -> str:
   if not settings.protocol:
     with problems.gather():
       _ = run.held_out
+  elif plan.stages:
+    with problems.gather():  # before the files, which may be missing
+      stored, _ = run.real.read(np.arange(1))
+      if stored.dtype == np.uint8:
+        protocol = protocols.get(settings.protocol)
+        protocol.check_images(stored.dtype, stored.shape[1:])
   with problems.gather():
     run.evaluator.labels(np.arange(1), run.model.num_classes)
   problems.raise_any()

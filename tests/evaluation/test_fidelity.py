@@ -476,7 +476,7 @@ def test_a_protocol_of_ones_own(own, tmp_path):
   again['protocol']['class_shares'] = [1, 1, 1]
   with pytest.raises(errors.UserError, match='class_shares'):
     score.compare(result, again)
-  with pytest.raises(errors.UserError, match='make a protocol of images like'):
+  with pytest.raises(errors.UserError, match='a protocol of images like'):
     score_images(own, tmp_path / 'data.npz', tmp_path)
   (moved / 'protocol.json').write_text('{"name": "x"}')
   with pytest.raises(errors.UserError, match='is no protocol'):

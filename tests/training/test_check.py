@@ -124,7 +124,11 @@ def test_held_out_images_are_asked_for_at_once(
 
 def test_copies_of_training_images_hold_nothing_out(config, tmp_path):
   shutil.copy(tmp_path / 'train.npz', tmp_path / 'test.npz')
-  assert 'copies of training images' in fault(config, tmp_path / 'run')
+  assert 'are copies of training images' in fault(config, tmp_path / 'run')
+  test = write(tmp_path / 'test.npz', 32, 1)
+  test[:8] = np.load(tmp_path / 'train.npz')['image'][:8]
+  np.savez(tmp_path / 'test.npz', image=test, label=np.arange(32) % 2)
+  assert '25% of the held-out images' in fault(config, tmp_path / 'run')
 
 
 def test_an_image_that_cannot_be_halved(config, tmp_path):
@@ -204,6 +208,29 @@ def test_each_phase_divides_over_the_devices(tmp_path):
   first, second = faults(config, tmp_path / 'run')
   assert 'config.ddo.batch_size is 0' in first
   assert 'config.tokenizer.batch_size 9 is not divisible by 8' in second
+
+
+@pytest.mark.parametrize(
+  ('side', 'wanted'),
+  [
+    (64, 'edm2-img64, or a protocol of images like these'),
+    (128, 'config.evaluation.protocol to a protocol of images like these'),
+  ],
+)
+def test_images_that_a_protocol_does_not_measure(
+  config, tmp_path, monkeypatch, side, wanted
+):
+  """It is told beside the files that are missing."""
+  monkeypatch.setenv('DDO_JAX_ASSETS', 'http://127.0.0.1:1')
+  for split, count in (('train', 8), ('test', 4)):
+    write(tmp_path / f'{split}.npz', count, count, (side, side, 3))
+  config.model.image_shape = (side, side, 3)
+  config.evaluation.protocol = 'edm-cifar10'
+  config.evaluation.metric = 'fid'
+  lines = faults(config, tmp_path / 'run')
+  (line,) = [line for line in lines if 'measures uint8' in line]
+  assert wanted in line and 'write' not in line
+  assert any(line.startswith('cifar10-32x32.npz') for line in lines)
 
 
 def stop(*args):
