@@ -27,8 +27,6 @@ from ddo_jax.weights import fid_stats
 
 _OWN_IMAGES = 50_000  # as published numbers have
 _LOSSY = ('.jpg', '.jpeg', '.webp')
-# Fields of the config that name weights beside the params which are scored.
-_OTHER_WEIGHTS = ('guide_from', 'tokenizer_from', 'vae_from')
 
 
 def score_params(
@@ -104,8 +102,7 @@ def _digest(run: workspace.Run, about: Mapping[str, Any]) -> str:
   depends = dict(about)
   depends['seed'] = config.seed
   depends['model'] = repr(config.model)
-  for name in _OTHER_WEIGHTS:
-    depends[name] = getattr(config, name)
+  depends['frozen'] = run.frozen_hashes()
   content = json.dumps(depends, sort_keys=True).encode()
   return hashlib.sha256(content).hexdigest()[:16]
 

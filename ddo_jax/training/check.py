@@ -38,6 +38,7 @@ from ddo_jax.runtime import memory
 from ddo_jax.training import published
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import workspace
+from ddo_jax.weights import released
 
 _LOGGER = logging.getLogger(__name__)
 _KEPT = 2  # checkpoints of a stage that stay: its newest, and its best
@@ -215,9 +216,8 @@ def _files(plan: Plan) -> str:
   """The published files that are asked for, fetched where they are missing."""
   run = plan.run
   evaluator_lib.check(run.config.evaluation)
-  published.fetch(run.config, run.workdir)
-  wanted = published.wanted(run.config, run.workdir)
-  return ', '.join(want.asset.name for want in wanted) or 'none are asked for'
+  fetched = published.fetch(run.config, run.converted_folder)
+  return ', '.join(fetched) or 'none are asked for'
 
 
 def _named(plan: Plan) -> dict[str, tuple[str, Any]]:
@@ -243,8 +243,8 @@ def _weights(plan: Plan) -> str:
   found = []
   for field, (name, target) in _named(plan).items():
     with problems.gather():
-      folder = pathlib.Path(name).expanduser()
-      if folder.is_dir():
+      folder = released.found(name, plan.run.converted_folder)
+      if folder is not None:
         checkpoint.check_params(folder, target)
       else:  # it is converted once all else is right
         store.resolve(name, f'--config.{field}')
@@ -476,9 +476,9 @@ def training(run: workspace.Run, rounds: bool = True) -> list[str]:
   if plan.stages:
     checks |= {
       'model': _model,
+      'files': _files,
       'data': _data,
       'steps': _steps,
-      'files': _files,
       'weights': _weights,
     }
     deeper |= {

@@ -14,6 +14,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax import settings
+from ddo_jax.assets import download
 from ddo_jax.assets import store
 from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import labels as labels_lib
@@ -269,6 +270,11 @@ class Run:
       rule = 'balanced'
     return labels_lib.Shares.of(rule, self.real.labels())
 
+  @property
+  def converted_folder(self) -> pathlib.Path:
+    """Where weights are kept that were named, but not by a folder."""
+    return self.workdir / 'weights'
+
   def _folder_named(self, field: str, model: Any) -> pathlib.Path:
     """Returns the folder of params that a field of the config names.
 
@@ -280,7 +286,7 @@ class Run:
     """
     return released.folder_of(
       name=getattr(self.config, field),
-      folder=self.workdir / 'weights',
+      folder=self.converted_folder,
       setting=f'--config.{field}',
       config=model,
     )
@@ -309,10 +315,14 @@ class Run:
     return models
 
   @functools.cached_property
+  def _vae_file(self) -> pathlib.Path:
+    """The file of the autoencoder."""
+    return store.resolve(self.config.vae_from, '--config.vae_from')
+
+  @functools.cached_property
   def vae(self) -> likelihood.Params:
     """The autoencoder of a latent model, on the host."""
-    path = store.resolve(self.config.vae_from, '--config.vae_from')
-    return vae_names.read(path)
+    return vae_names.read(self._vae_file)
 
   def frozen_folder(self, name: str) -> pathlib.Path:
     """Returns where the params of one of `frozen_models` are."""
@@ -332,6 +342,16 @@ class Run:
     if self.config.vae_from:
       frozen['vae'] = self.executor.replicate(self.vae)
     return frozen
+
+  def frozen_hashes(self) -> dict[str, str]:
+    """Returns the hashes of what is frozen, by name."""
+    hashes = {}
+    for name in self.frozen_models():
+      meta = checkpoint.load_meta(self.frozen_folder(name))
+      hashes[name] = meta['sha256']
+    if self.config.vae_from:
+      hashes['vae'] = download.sha256_of(self._vae_file)
+    return hashes
 
   def _stage(self, name: str) -> fit_lib.Stage:
     """Returns what a phase trains, by its name in the config."""

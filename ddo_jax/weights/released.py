@@ -231,6 +231,31 @@ def _is_of(folder: pathlib.Path, path: pathlib.Path) -> bool:
   return recorded == download.sha256_of(path)
 
 
+def _made(name: str, folder: pathlib.Path) -> pathlib.Path:
+  """Returns where in a folder what a setting names is converted to."""
+  asset = store.asset_of(name)
+  return folder / (asset.name if asset else pathlib.PurePath(name).stem)
+
+
+def found(name: str, folder: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder of params that a setting names, if it is there already.
+
+  Args:
+    name: see `folder_of`.
+    folder: where it would have been converted.
+
+  Returns:
+    None where something is yet to be fetched or converted.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    return path
+  made = _made(name, folder)
+  if made.exists() and (not path.is_file() or _is_of(made, path)):
+    return made
+  return None
+
+
 def folder_of(
   name: str, folder: pathlib.Path, setting: str, config: Any = None
 ) -> pathlib.Path:
@@ -251,20 +276,18 @@ def folder_of(
     errors.UserError: there is no such file and none can be fetched, or it is
       refused.
   """
-  path = pathlib.Path(name).expanduser()
-  if path.is_dir():
-    return path
-  asset = store.asset_of(name)
-  source = asset.address if asset else name
-  made = folder / (asset.name if asset else pathlib.PurePath(source).stem)
-  if made.exists() and (not path.is_file() or _is_of(made, path)):
-    return made
+  there = found(name, folder)
+  if there is not None:
+    return there
   if jax.process_count() > 1:
     raise errors.UserError(
       f'{setting} is {name}, which one process must convert before several'
       ' begin: run --mode=convert, and name the folder that it writes'
     )
+  asset = store.asset_of(name)
+  source = asset.address if asset else name
   weights = read(store.resolve(name, setting), source, config)
   _LOGGER.info('licence of %s: %s', name, weights.provenance['licence'])
+  made = _made(name, folder)
   save_folder(made, weights)
   return made

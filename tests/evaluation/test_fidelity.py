@@ -286,6 +286,21 @@ def test_features_of_another_seed_are_not_gone_on_with(
   assert scores('out') == scores('fresh')
 
 
+def test_features_are_kept_by_what_files_hold(settings, run_folder):
+  """A guide of other weights under the same name makes other features."""
+  settings.guide_from = str(run_folder / 'params')
+
+  def digest():
+    return score._digest(workspace.Run(settings, run_folder / 'run'), {})
+
+  before = digest()
+  assert digest() == before
+  model = settings.model.build()
+  params = jax.jit(model.init)(rng.stream(1))
+  checkpoint.save_params(run_folder / 'params', params, {'config': {}})
+  assert digest() != before
+
+
 def test_a_round_is_selected_and_reported_by_the_protocol(settings, run_folder):
   run = workspace.Run(settings, run_folder / 'run')
   params, _ = workspace.load_params(

@@ -76,10 +76,10 @@ def test_files_that_are_named_or_made_are_not_asked_for(home, tmp_path):
   config.evaluation.fid_stats = str(tmp_path / 'mine.npz')
   (tmp_path / 'mine.npz').touch()
   (tmp_path / 'weights' / config.init_from).mkdir(parents=True)
-  (inception,) = published.wanted(config, tmp_path)
+  (inception,) = published.wanted(config, tmp_path / 'weights')
   assert inception.asset.file == 'inception-2015-12-05.pkl'  # NVIDIA's
   config.evaluation.protocol = ''
-  assert published.wanted(config, tmp_path) == []
+  assert published.wanted(config, tmp_path / 'weights') == []
 
 
 def write_released(path):
@@ -188,12 +188,13 @@ def test_from_released_weights_to_a_file_of_ones_own(
       main.selfplay(config, workdir)
     assert len(site.asked) == len(mirror)
   assert caplog.text.count(f'licence of {NAME}: {table.NVIDIA}') == 1
-  # The folder stays, and nothing is fetched or converted again.
+  # The folder stays: a round that goes on fetches and converts nothing again.
   monkeypatch.setenv(store.VARIABLE, 'http://127.0.0.1:9')
   store.place(table.find(NAME)).unlink()
-  monkeypatch.setattr(released, 'read', None)
-  assert main.selfplay(config, workdir).exists()
-  monkeypatch.undo()
+  (workdir / 'round_000' / 'done.json').unlink()
+  with monkeypatch.context() as patch:
+    patch.setattr(released, 'read', None)
+    assert f'init_from {NAME}' in main.check(config, workdir)
   promoted = workdir / 'round_000' / 'promoted'
   main.convert(str(promoted), tmp_path / 'ours.pth')
   ours = torch_zip.read(tmp_path / 'ours.pth')
