@@ -247,6 +247,8 @@ def open_npz(path: pathlib.Path) -> ArraySource:
     errors.UserError: the file is damaged, or its arrays are not those of a set.
   """
   name = str(path)
+  if not path.is_file():
+    raise errors.UserError(f'no file {name}; wanted the path of an .npz')
   with encoded.user_error(
     f'{name} is no whole .npz of plain arrays, write it again'
   ):

@@ -1,9 +1,10 @@
 """All that a run needs, checked before anything is computed or written.
 
-Each check is a function of a `Plan` that says in a few words what it found, or
-raises UserError. All of them are made, whatever the others find, so that a
-user hears of everything that is missing or wrong at once. They are cheap: what
-is opened is kept in the run, and networks are traced, not run.
+Each check is a function of a `Plan` that says in a few words what it found, ''
+if there was nothing to look for, or raises UserError. All of them are made,
+whatever the others find, so that a user hears of everything that is missing or
+wrong at once. They are cheap: what is opened is kept in the run, and networks
+are traced, not run. What is published is fetched, since the run would fetch it.
 """
 
 from collections.abc import Callable
@@ -217,7 +218,7 @@ def _files(plan: Plan) -> str:
   run = plan.run
   evaluator_lib.check(run.config.evaluation)
   fetched = published.fetch(run.config, run.converted_folder)
-  return ', '.join(fetched) or 'none are asked for'
+  return ', '.join(fetched)
 
 
 def _named(plan: Plan) -> dict[str, tuple[str, Any]]:
@@ -263,7 +264,7 @@ def _weights(plan: Plan) -> str:
         f' config.init_from={config.init_from}',
       )
   problems.raise_any()
-  return ', '.join(found) or 'none are named'
+  return ', '.join(found)
 
 
 def _params(plan: Plan) -> str:
@@ -286,7 +287,7 @@ def _converted(plan: Plan) -> str:
       folder = run.frozen_folder(field.removesuffix('_from'))
     checkpoint.check_params(folder, target)
     found.append(str(folder))
-  return ', '.join(found) or 'none'
+  return ', '.join(found)
 
 
 def _evaluation(plan: Plan) -> str:
@@ -427,10 +428,10 @@ def _samples(plan: Plan) -> str:
 
 
 def _measured(plan: Plan) -> str:
-  """The images of samples, as the evaluator takes them."""
+  """The images of samples, which the evaluator must take."""
   image = plan.image
   plan.run.evaluator.check_images(image.dtype, image.shape[1:])
-  return 'are images of this size'
+  return ''
 
 
 _Checks = dict[str, Callable[[Plan], str]]
@@ -450,7 +451,9 @@ def _make(plan: Plan, *groups: _Checks) -> list[str]:
     problems = errors.Problems()
     for name, check in group.items():
       with problems.gather():
-        lines.append(f'✓ {name:10} {check(plan)}')
+        found = check(plan)
+        if found:
+          lines.append(f'✓ {name:10} {found}')
     problems.raise_any()
   for line in lines:
     _LOGGER.info('%s', line)

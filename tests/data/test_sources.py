@@ -61,7 +61,7 @@ def test_a_wrong_npz_is_refused(tmp_path, arrays, words):
 
 def test_a_damaged_or_missing_npz_is_refused(tmp_path):
   path = tmp_path / 'set.npz'
-  assert f'{path} is no whole .npz' in sets.refusal(path)
+  assert f'no file {path}' in sets.refusal(path)
   npz(path, image=X)
   path.write_bytes(path.read_bytes()[:-30])
   assert f'{path} is no whole .npz' in sets.refusal(path)

@@ -93,7 +93,6 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
     {'sampler': {'num_steps': 4}},
     {'stream': [1, 'a']},
     {'size': 11},
-    {'shard_size': 5},
   ],
 )
 def test_the_pool_of_another_identity_is_refused(tmp_path, other):
@@ -104,6 +103,12 @@ def test_the_pool_of_another_identity_is_refused(tmp_path, other):
   line = str(caught.value)
   assert f'was drawn with {name} = ' in line and str(tmp_path) in line
   open_pool(tmp_path)  # the refusal left it as it was
+
+
+def test_a_pool_that_was_begun_keeps_its_shards(tmp_path):
+  fill(open_pool(tmp_path))
+  again = open_pool(tmp_path, shard_size=5)
+  assert again.shard_size == 4 and not again.missing()
 
 
 def test_a_pool_that_does_not_say_its_labels_has_all_classes_equally(tmp_path):

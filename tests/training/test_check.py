@@ -92,7 +92,7 @@ def test_all_faults_are_listed_at_once(config, tmp_path):
     'config.pretrain.rhythm.save_images is -1',
     'config.rounds is 1.5',
     'config.ddo.batch_size 17 is not divisible by 8 devices',
-    'none.npz is no whole .npz',
+    'none.npz; wanted the path of an .npz',
     "none.npz is the split 'train', not 'test'",
   ):
     assert sum(part in line for line in lines) == 1, (part, lines)
