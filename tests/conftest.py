@@ -5,6 +5,7 @@ Under FSDP every leaf is split, since the tests' networks are tiny.
 
 from importlib import metadata
 import os
+import signal
 
 # Tests compile much and compute little. Before jax is imported, or too late.
 FLAGS = [os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0']
@@ -24,3 +25,6 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 from ddo_jax.runtime import devices  # noqa: E402
 
 devices.SMALLEST_SPLIT = 1
+
+# Tests send it; nohup, which runs them on some machines, has it ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

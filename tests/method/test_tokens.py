@@ -55,7 +55,9 @@ def test_drawn_images_are_those_of_the_tokens():
 
 
 def test_a_config_survives_json():
-  config = config_lib.Config(model=copy.deepcopy(tiny_var.CONFIG))
+  config = config_lib.Config(
+    model=copy.deepcopy(tiny_var.CONFIG), sampler=ancestral.Ancestral()
+  )
   assert models.from_json(settings.to_json(config)) == tiny_var.CONFIG
   assert workspace.build_model(config) == tiny_var.BUILT
 
@@ -77,7 +79,11 @@ def test_mistakes():
   with pytest.raises(errors.UserError, match='and the model takes 0'):
     likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 256)
   likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 17)
-  guide = config_lib.Config(model=tiny_var.CONFIG, guide=tiny_var.CONFIG)
+  guide = config_lib.Config(
+    model=tiny_var.CONFIG,
+    guide=tiny_var.CONFIG,
+    sampler=ancestral.Ancestral(),
+  )
   with pytest.raises(errors.UserError, match='goes with denoisers'):
     workspace.build_model(guide)
   minus = ancestral.Ancestral(2.0, 'minus_one', 5, 0.9)

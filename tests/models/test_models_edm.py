@@ -291,8 +291,8 @@ def test_dropout_is_by_row():
   [
     ({'image_shape': (28, 28, 1), 'channel_mult': (1, 2, 2, 2)}, 'of 8'),
     ({'image_shape': (32, 16, 3)}, 'square'),
-    ({'network': 'dit'}, 'one of ddpmpp, ncsnpp, adm'),
-    ({'precond': 'ddpm'}, 'one of edm, vp, ve, iddpm, x'),
+    ({'network': 'dit'}, "one of .'ddpmpp', 'ncsnpp', 'adm'"),
+    ({'precond': 'ddpm'}, 'did you mean iddpm'),
   ],
 )
 def test_impossible_configs(change, message):
