@@ -325,8 +325,15 @@ def _open_whole(data: Data, place: str, wanted: splits.Wanted) -> Source:
 
 
 def _cut(data: Data, whole: Source, held_out: bool) -> Source:
-  """Returns the held-out images of a set, or the others."""
+  """Returns the held-out images of a set, or the others.
+
+  An image that a set in memory has twice is not held out where its copy is not.
+  """
   held = splits.held_out(whole.labels(), data.holdout)
+  if isinstance(whole, ArraySource):
+    rows = np.flatnonzero(held)
+    copied = splits.copies(whole.stored[~held], whole.stored[rows])
+    held[rows[copied]] = False
   count = int(held.sum())
   errors.require(
     0 < count < len(whole),
@@ -398,7 +405,7 @@ def open_source(data: Data, split: str) -> Source:
   train = dataclasses.replace(wanted, name=data.train_split, alone=True)
   held_out = split == data.test_split
   if data.holdout and (held_out or wanted.alone):
-    whole = _open_whole(data, data.source, train)
+    whole = _in_memory(_open_whole(data, data.source, train))
     return _in_memory(_cut(data, whole, held_out))
   place = data.source
   if held_out and data.test_source:

@@ -91,4 +91,4 @@ def copies(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     test: [M,H,W,C].
   """
   known = set(_hashes(train))
-  return np.array([row in known for row in _hashes(test)])
+  return np.array([row in known for row in _hashes(test)], bool)

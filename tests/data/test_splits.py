@@ -34,6 +34,16 @@ def test_a_cut_is_fixed_stratified_and_disjoint(tmp_path, caplog):
   assert test.stored.ravel().tolist() == [2, 16, 22, 26, 30, 55, 73, 75, 86, 93]
 
 
+def test_an_image_is_not_held_out_where_its_copy_is_not(tmp_path):
+  path = tmp_path / 'set.npz'
+  images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1) // 2
+  np.savez(path, image=images)
+  train = sets.open_set(path, holdout=0.5)
+  test = sets.open_set(path, 'test', holdout=0.5)
+  assert len(train) + len(test) == 100 and len(test) > 10
+  assert not set(train.stored.ravel()) & set(test.stored.ravel())
+
+
 def test_without_labels_any_image_is_held_out():
   held = splits.held_out(np.zeros(1_000, np.int32), 0.25)
   assert held.sum() == 250 and 80 < held[:500].sum() < 170
