@@ -8,6 +8,7 @@ inside one run's folder.
 import ast
 from collections.abc import Iterator
 import dataclasses
+import inspect
 import json
 import reprlib
 import types
@@ -169,7 +170,8 @@ def _classes(base: type) -> dict[str, type]:
   """Returns the classes below a base, also those outside of the package."""
   found = {}
   for kind in base.__subclasses__():
-    found[kind.__name__] = kind
+    if not inspect.isabstract(kind):
+      found[kind.__name__] = kind
     found |= _classes(kind)
   return found
 

@@ -16,6 +16,7 @@ kept under a published name.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import datetime
+import functools
 import json
 import logging
 import os
@@ -176,6 +177,12 @@ def fetch(asset: table.Asset, setting: str) -> pathlib.Path:
     return _bring(asset, path, setting)
 
 
+@functools.cache
+def _announce(line: str) -> None:
+  """Logs a line once, however often a file is asked for in vain."""
+  _LOGGER.info('%s', line)
+
+
 def _bring(
   asset: table.Asset, path: pathlib.Path, setting: str
 ) -> pathlib.Path:
@@ -187,7 +194,7 @@ def _bring(
     if fault:
       raise errors.UserError(f'what {source} gave is refused: {fault}')
 
-  _LOGGER.info('fetching %s (%s) from %s', asset.file, asset.about(), source)
+  _announce(f'fetching {asset.file} ({asset.about()}) from {source}')
   try:
     if source.startswith('hf://'):
       path = download.fetch(source)

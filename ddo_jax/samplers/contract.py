@@ -16,6 +16,7 @@ Every row has a key of its own, and its sample depends on nothing else: not on
 the other rows, the size of the batch or the number of devices.
 """
 
+import abc
 import dataclasses
 from typing import Any
 from typing import ClassVar
@@ -130,7 +131,7 @@ class Sampler:
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
-class DenoiseSampler(Sampler):
+class DenoiseSampler(Sampler, abc.ABC):
   """The base class of samplers that drive a denoiser.
 
   One is called as `sampler(denoise, shape, keys)`, with a `Denoise`, the shape
@@ -149,6 +150,12 @@ class DenoiseSampler(Sampler):
   guidance: float = 1.0
   guidance_min: float = 0.0
   guidance_max: float = 1e9
+
+  @abc.abstractmethod
+  def __call__(
+    self, denoise: Denoise, shape: tuple[int, ...], keys: jax.Array
+  ) -> jax.Array:
+    """Returns one sample [B, *shape] for each key [B]."""
 
   def unguided(self) -> 'DenoiseSampler':
     """Returns the sampler of the model itself, without guidance."""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
 import pathlib
@@ -41,7 +40,6 @@ from ddo_jax.training import state as state_lib
 from ddo_jax.training import workspace
 from ddo_jax.weights import released
 
-_LOGGER = logging.getLogger(__name__)
 _KEPT = 2  # checkpoints of a stage that stay: its newest, and its best
 
 
@@ -455,8 +453,6 @@ def _make(plan: Plan, *groups: _Checks) -> list[str]:
         if found:
           lines.append(f'✓ {name:10} {found}')
     problems.raise_any()
-  for line in lines:
-    _LOGGER.info('%s', line)
   return lines
 
 

@@ -91,7 +91,8 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
   Raises:
     errors.UserError: something that it needs is missing or wrong.
   """
-  check.training(run, rounds=False)
+  for line in check.training(run, rounds=False):
+    _LOGGER.info('%s', line)
   workspace.claim_workdir(run.config, run.workdir)
   return _pretrain(run)
 
@@ -141,7 +142,8 @@ def play(
     errors.UserError: something that the run needs is missing or wrong.
   """
   run = workspace.Run(config, workdir)
-  check.training(run)
+  for line in check.training(run):
+    _LOGGER.info('%s', line)
   workspace.claim_workdir(config, workdir)
   metric = config.evaluation.metric
   origin = _pretrain(run)
