@@ -1,6 +1,5 @@
 """What a model costs: its parameters, and the arithmetic of a forward pass."""
 
-from collections.abc import Iterator
 import math
 from typing import Any
 
@@ -10,15 +9,7 @@ import numpy as np
 
 from ddo_jax import rng
 from ddo_jax.method import likelihood
-
-
-def _bodies(equation: Any) -> Iterator[Any]:
-  """Yields the jaxprs inside an equation: of a jit, a scan, a checkpoint."""
-  for value in equation.params.values():
-    for item in value if isinstance(value, tuple | list) else (value,):
-      body = getattr(item, 'jaxpr', item)
-      if hasattr(body, 'eqns'):
-        yield body
+from ddo_jax.runtime import memory
 
 
 def count_flops(jaxpr: Any) -> int:
@@ -45,10 +36,11 @@ def count_flops(jaxpr: Any) -> int:
       length = kernel.size // kernel.shape[out_axis]
       total += 2 * length * equation.outvars[0].aval.size
     elif name == 'cond':
-      total += max(count_flops(body) for body in _bodies(equation))
+      total += max(count_flops(body) for body in memory.bodies(equation))
     else:
       times = equation.params['length'] if name == 'scan' else 1
-      total += times * sum(count_flops(body) for body in _bodies(equation))
+      inner = sum(count_flops(body) for body in memory.bodies(equation))
+      total += times * inner
   return total
 
 

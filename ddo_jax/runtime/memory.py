@@ -68,7 +68,7 @@ def _bytes(array: Any) -> int:
   return math.prod(array.shape) * array.dtype.itemsize
 
 
-def _bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
   """Yields the programs that an equation holds, such as a scan's body."""
   for value in equation.params.values():
     for part in value if isinstance(value, list | tuple) else [value]:
@@ -107,14 +107,14 @@ def _flatten(
 
   for equation in jaxpr.eqns:
     inputs = [number_of(variable) for variable in equation.invars]
-    bodies = list(_bodies(equation))
+    inner = list(bodies(equation))
     name = equation.primitive.name
     if name in _INLINE:
-      outputs = _flatten(bodies[0], inputs, ops, sizes)
+      outputs = _flatten(inner[0], inputs, ops, sizes)
     else:
       outputs = list(range(len(sizes), len(sizes) + len(equation.outvars)))
       sizes += [_bytes(variable.aval) for variable in equation.outvars]
-      inside = max((_peak(body) for body in bodies), default=0)
+      inside = max((_peak(body) for body in inner), default=0)
       made = [number for number in inputs if number is not None]
       ops.append(_Op(name, made, outputs, inside))
     numbers.update(zip(equation.outvars, outputs, strict=True))

@@ -342,14 +342,14 @@ def _stage_bytes(
     model = run.frozen_models()[name]
     params = plan.frozen[name]
 
+  now = config_lib.at_round(phase, 0)
+
   def create(params):
-    optimizer = config_lib.at_round(phase.optimizer, 0)
-    transform = optimizer.transform(model.rules, phase.batch_size, phase.images)
-    return state_lib.create(params, transform, phase.averages)
+    return state_lib.at_start(params, model.rules, now)
 
   pool = 0
-  second = phase.negatives
-  if phase.objective.contrastive and isinstance(second, negatives.Pool):
+  second = phase.used_negatives
+  if isinstance(second, negatives.Pool):
     row, _ = run.real.read(np.arange(1))
     pool = row.nbytes * second.size
   state = jax.eval_shape(create, params)

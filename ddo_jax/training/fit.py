@@ -109,14 +109,10 @@ def standing(stage: Stage, executor: devices_lib.Executor) -> int:
   weights.
   """
   model = stage.build(False)
-  phase = stage.phase
   params = jax.eval_shape(model.init, rng.stream(0))
-  transform = phase.optimizer.transform(
-    model.rules, phase.batch_size, phase.images
-  )
 
   def create(params):
-    return state_lib.create(params, transform, phase.averages)
+    return state_lib.at_start(params, model.rules, stage.phase)
 
   state = jax.eval_shape(create, params)
   reference = jax.eval_shape(model.rules.reduce, params)

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
@@ -76,12 +75,6 @@ class Job:
   log: records.MetricsLog
   evaluate: Callable[..., dict[str, float]] | None
   metric: str
-
-  def transform(self) -> optax.GradientTransformation:
-    """Returns the phase's optimizer for this model."""
-    return self.phase.optimizer.transform(
-      self.model.rules, self.phase.batch_size, self.phase.images
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +262,7 @@ def _abstract_state(job: Job) -> Any:
 
   def fresh(key):
     params = job.model.init(key)
-    return state_lib.create(params, job.transform(), job.phase.averages)
+    return state_lib.at_start(params, job.model.rules, job.phase)
 
   shapes = jax.eval_shape(fresh, rng.stream(0))
   return checkpoint.abstract(shapes, job.executor.state_shardings(shapes))
@@ -279,7 +272,7 @@ def _fresh_state(job: Job) -> state_lib.TrainState:
   """Returns the state of step 0, on the devices."""
 
   def create(params):
-    return state_lib.create(params, job.transform(), job.phase.averages)
+    return state_lib.at_start(params, job.model.rules, job.phase)
 
   return job.executor.make_state(create, job.start())
 

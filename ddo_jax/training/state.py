@@ -231,6 +231,20 @@ def create(
   )
 
 
+def at_start(
+  params: Params, rules: likelihood.WeightRules, phase: Any
+) -> TrainState:
+  """Returns the state of a phase's step 0; see `create`.
+
+  Args:
+    params: where θ starts.
+    rules: those of the model, which say what decays.
+    phase: a `config.Phase`, at any round: its numbers take no part.
+  """
+  transform = phase.optimizer.transform(rules, phase.batch_size, phase.images)
+  return create(params, transform, phase.averages)
+
+
 def apply_gradients(
   state: TrainState,
   grads: Params,

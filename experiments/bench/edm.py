@@ -30,6 +30,7 @@ from ddo_jax.models import presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.samplers import heun
+from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
@@ -102,7 +103,7 @@ def step_speed(
     fake = executor.place_batch(pixels())
   step = executor.compile_step(step_lib.train_step, sampler=None, accumulate=1)
   state = executor.make_state(
-    lambda params: memory.fresh_state(params, model, phase), params
+    lambda params: state_lib.at_start(params, model.rules, phase), params
   )
   numbers = jax.tree.map(jnp.float32, (model, phase))
   traced_model, traced_phase, key = executor.replicate(

@@ -1,4 +1,4 @@
-"""Bytes of a DDO step, counted from shapes; bytes of a compiled call."""
+"""Bytes of a DDO step by what they are for, counted from shapes."""
 
 from typing import Any
 
@@ -8,31 +8,8 @@ import jax.numpy as jnp
 from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax.method import likelihood
+from ddo_jax.runtime import memory
 from ddo_jax.training import state as state_lib
-
-
-def size_of(tree: Any) -> int:
-  """Returns the bytes of arrays, or of their shapes."""
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'dtype')]
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def fresh_state(
-  params: likelihood.Params,
-  model: likelihood.LikelihoodModel,
-  phase: config_lib.Phase,
-) -> state_lib.TrainState:
-  """Returns the state of a phase's step 0.
-
-  Args:
-    params: where θ starts.
-    model: the model, whose rules say which leaves decay.
-    phase: the phase, which says what the optimizer and the averages keep.
-  """
-  transform = phase.optimizer.transform(
-    model.rules, phase.batch_size, phase.images
-  )
-  return state_lib.create(params, transform, phase.averages)
 
 
 def _kept(
@@ -57,7 +34,8 @@ def _kept(
     _, backward = jax.vjp(loss, params)
     return backward
 
-  return size_of(jax.eval_shape(residuals, params, params, frozen, batch))
+  kept = jax.eval_shape(residuals, params, params, frozen, batch)
+  return memory.size_of(kept)
 
 
 def counted(
@@ -83,22 +61,15 @@ def counted(
   twice = _kept(model, 2 * rows, params, frozen)
 
   def fresh(params):
-    return fresh_state(params, model, phase)
+    return state_lib.at_start(params, model.rules, phase)
 
   state = jax.eval_shape(fresh, params)
   return {
-    'params': size_of(state.params),
-    'reference': size_of(jax.eval_shape(model.rules.reduce, params)),
-    'optimizer': size_of(state.opt_state),
-    'ema': size_of(state.ema),
-    'gradient': size_of(params),
-    'frozen': size_of(frozen),
+    'params': memory.size_of(state.params),
+    'reference': memory.size_of(jax.eval_shape(model.rules.reduce, params)),
+    'optimizer': memory.size_of(state.opt_state),
+    'ema': memory.size_of(state.ema),
+    'gradient': memory.size_of(params),
+    'frozen': memory.size_of(frozen),
     'activations': twice - once,
   }
-
-
-def allotted(compiled: Any) -> int:
-  """Returns the bytes that XLA plans for a call, its arguments included."""
-  found = compiled.memory_analysis()
-  fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-  return found.argument_size_in_bytes + found.temp_size_in_bytes + fresh

@@ -32,8 +32,8 @@ from ddo_jax.models import toy
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
-from experiments.bench import memory
 
 _BLOCKS = flags.DEFINE_integer('blocks', 7, 'Timed blocks; median reported.')
 _OUTPUT = flags.DEFINE_string(
@@ -115,7 +115,7 @@ def pure_step(job: loop_lib.Job, steps: int) -> float:
     step_lib.train_step, sampler=job.sampler, accumulate=job.accumulate
   )
   state = executor.make_state(
-    lambda params: memory.fresh_state(params, job.model, job.phase),
+    lambda params: state_lib.at_start(params, job.model.rules, job.phase),
     job.reference,
   )
   real, fake = next(loop_lib.batches(job, 0))

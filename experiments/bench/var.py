@@ -29,10 +29,11 @@ from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import objective as objective_lib
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import memory
 from ddo_jax.runtime import records
 from ddo_jax.samplers import ancestral
+from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
-from experiments.bench import memory
 
 # A jitted function and its arguments.
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -100,7 +101,8 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
   stored = jnp.asarray(images, jnp.uint8)
   batch = {'stored': stored, 'label': label, 'id': ids}
 
-  state = memory.fresh_state(params, model, config_lib.at_round(config.ddo, 0))
+  round_zero = config_lib.at_round(config.ddo, 0)
+  state = state_lib.at_start(params, model.rules, round_zero)
   reference = model.rules.reduce(params)
   step = functools.partial(step_lib.train_step, sampler=ancestral.Ancestral())
 
@@ -108,7 +110,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
     phase = dataclasses.replace(config.ddo, batch_size=rows, **changes)
     phase = config_lib.at_round(phase, 0)
     pool = None
-    if phase.objective.contrastive and phase.negatives.needs_pool:
+    if phase.used_negatives.needs_pool:
       pool = batch
     args = (state, reference, frozen, batch, pool, model, phase, rng.stream(3))
     return jax.jit(step), args

@@ -29,7 +29,9 @@ from ddo_jax.method import likelihood
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import memory as memory_lib
 from ddo_jax.runtime import records
+from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
@@ -72,7 +74,7 @@ def _arguments(
   params = jax.eval_shape(model.init, rng.stream(0))
 
   def fresh(params):
-    return memory.fresh_state(params, model, phase)
+    return state_lib.at_start(params, model.rules, phase)
 
   def placed(tree):
     return checkpoint.abstract(tree, executor.state_shardings(tree))
@@ -117,7 +119,7 @@ def compiled(
   )
   done = jitted.lower(*args).compile()
   return {
-    'allotted': memory.allotted(done) / 2**30,
+    'allotted': memory_lib.allotted(done) / 2**30,
     'compile seconds': time.perf_counter() - start,
   }
 

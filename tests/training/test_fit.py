@@ -117,12 +117,9 @@ def test_a_step_takes_what_the_compiler_plans():
   model = what.build(False)
   phase = what.phase
   params = jax.eval_shape(model.init, rng.stream(0))
-  transform = phase.optimizer.transform(
-    model.rules, phase.batch_size, phase.images
-  )
 
   def create(params):
-    return state_lib.create(params, transform, phase.averages)
+    return state_lib.at_start(params, model.rules, phase)
 
   rows = {
     'stored': jax.ShapeDtypeStruct((2_048, 8, 8, 1), jnp.uint8),
