@@ -418,10 +418,12 @@ def open_source(data: Data, split: str) -> Source:
   return _in_memory(source)
 
 
-def compare(train: Source, test: Source) -> None:
-  """Says how many held-out images are copies of training images.
+def compare(train: Source, test: Source) -> np.ndarray | None:
+  """Says which held-out images are copies of training images.
 
-  Only sets in memory are compared.
+  Returns:
+    bool [M], one for each held-out image; None where the sets are not in
+    memory, for only such sets are compared.
 
   Raises:
     errors.UserError: all of them are, or they are of another shape.
@@ -433,8 +435,9 @@ def compare(train: Source, test: Source) -> None:
       ' alike with --config.data.resize and --config.data.channels'
     )
   if not isinstance(train, ArraySource) or not isinstance(test, ArraySource):
-    return
-  count = int(splits.copies(train.stored, test.stored).sum())
+    return None
+  copied = splits.copies(train.stored, test.stored)
+  count = int(copied.sum())
   if count == len(test):
     raise errors.UserError(
       f'all {count} held-out images of {test.name} are copies of training'
@@ -449,3 +452,4 @@ def compare(train: Source, test: Source) -> None:
       len(test),
       test.name,
     )
+  return copied

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import functools
 import hashlib
 import logging
-import math
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -14,7 +13,6 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
-from ddo_jax.data import splits
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation.metrics import frechet
@@ -26,7 +24,6 @@ from ddo_jax.evaluation.networks import classifier
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK = 1_024  # images that are embedded at once
-_READ_AT_ONCE = 2**28  # bytes of images that are read when they are opened
 _KINDS = {
   'features': rows_lib.Kind(classifier.FEATURES),
   'predicted': rows_lib.Kind(1),
@@ -123,14 +120,12 @@ class ClassifierEvaluator:
         f'{train.name} has {train.num_classes} classes; evaluation fits a'
         ' classifier and wants 2 or more: give the images labels'
       )
-    sources.compare(train, test)
+    copied = sources.compare(train, test)
+    if copied is not None:  # else it is known once all is measured
+      memorisation.describe_held_out(1.0 - copied)
     self._sources = (train, test)
     self._shares = labels_lib.Shares.of(rule, train.labels())
     self.label_rule = str(self._shares)
-    size = math.prod(train.stored_shape) * (len(train) + len(test))
-    if size <= _READ_AT_ONCE:
-      copies = splits.copies(self._train, self._test)
-      memorisation.describe_held_out(1.0 - copies)
 
   @functools.cached_property
   def _train(self) -> np.ndarray:
