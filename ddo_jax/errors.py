@@ -44,11 +44,17 @@ class Problems:
       raise UserError('\n'.join(self.lines))
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-  """Returns '; did you mean ...?' where a known name is close, else ''."""
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+  """Returns the known names that are nearly this one, the nearest first."""
   by_folded = {each.casefold(): each for each in known}
-  close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
-  return f'; did you mean {by_folded[close[0]]}?' if close else ''
+  close = difflib.get_close_matches(name.casefold(), by_folded, n=most)
+  return [by_folded[folded] for folded in close]
+
+
+def near_miss(name: str, known: Iterable[str], most: int = 1) -> str:
+  """Returns '; did you mean ...?' where known names are close, else ''."""
+  close = nearest(name, known, most)
+  return f'; did you mean {" or ".join(close)}?' if close else ''
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:

@@ -7,7 +7,6 @@ one way everywhere: `from ddo_jax.configs import digits`.
 
 from collections.abc import Iterator
 import contextlib
-import difflib
 import pathlib
 import sys
 import traceback
@@ -51,7 +50,7 @@ def find(given: str) -> str:
   for path in (pathlib.Path(recipe).expanduser(), _FOLDER / f'{recipe}.py'):
     if path.is_file():
       return f'{path}{colon}{argument}'
-  near = difflib.get_close_matches(pathlib.Path(recipe).stem, names(), n=1)
+  near = errors.nearest(pathlib.Path(recipe).stem, names())
   if near:
     remedy = f'did you mean --config={near[0]}?'
   else:

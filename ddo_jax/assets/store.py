@@ -249,11 +249,10 @@ def resolve(name: str, setting: str, sha256: str | None = None) -> pathlib.Path:
   if asset is not None:
     return download.fetch(str(fetch(asset, setting)), sha256)
   if '://' not in name and not pathlib.Path(name).expanduser().exists():
-    near = table.near(name)
-    meant = f'; did you mean {" or ".join(near)}?' if near else ''
     raise errors.UserError(
       f'no file {name}; wanted a path, http(s)://, hf://owner/name/file or the'
-      f' name of a published file{meant}'
+      ' name of a published file'
+      f'{errors.near_miss(name, table.ASSETS, most=3)}'
     )
   return download.fetch(name, sha256)
 

@@ -6,7 +6,6 @@ file first comes, and held to after; see `store`.
 """
 
 import dataclasses
-import difflib
 import pathlib
 from typing import Any
 import urllib.parse
@@ -255,8 +254,3 @@ def find(name: str) -> Asset | None:
   """Returns the asset of a name, or of a published file's name."""
   files = {asset.file: asset for asset in ASSETS.values()}
   return ASSETS.get(name) or files.get(name)
-
-
-def near(name: str) -> list[str]:
-  """Returns the names that are nearly this one, the nearest first."""
-  return difflib.get_close_matches(name, ASSETS, n=3, cutoff=0.6)

@@ -48,9 +48,7 @@ _FASHION_MNIST_FILES = (
 )
 _CIFAR10_FILE = 'cifar-10-binary.tar.gz'
 _SETTING = '--config.data.raw_dir (its folder)'
-CIFAR10_SHA256 = (
-  'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
-)
+CIFAR10_SHA256 = table.find(_CIFAR10_FILE).sha256
 
 
 def digits(raw_dir: str = '') -> Splits:

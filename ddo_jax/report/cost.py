@@ -44,6 +44,15 @@ def count_flops(jaxpr: Any) -> int:
   return total
 
 
+def short(number: float) -> str:
+  """Returns a number to three digits, as '94.2 k', for a unit to follow."""
+  for prefix in ('', 'k', 'M', 'G'):
+    if number < 999.5:
+      return f'{number:.3g} {prefix}'
+    number /= 1_000
+  return f'{number:.3g} T'
+
+
 def describe(
   model: likelihood.LikelihoodModel,
   frozen: likelihood.Frozen,

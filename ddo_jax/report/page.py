@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ddo_jax.report import checks
+from ddo_jax.report import cost
 from ddo_jax.report import figures
 from ddo_jax.report import markup
 from ddo_jax.report import run_folder
@@ -62,23 +63,14 @@ def _speed(stage: list[dict[str, Any]]) -> float | None:
   return float(np.median(known)) if known else None
 
 
-def _short(number: float) -> str:
-  """Returns a number to three digits, as 94.2 k or 1.2 T."""
-  for unit in ('', 'k', 'M', 'G'):
-    if number < 999.5:
-      return f'{number:.3g} {unit}'
-    number /= 1_000
-  return f'{number:.3g} T'
-
-
 def _model(run: run_folder.Run) -> str:
   """Returns the name of the model, and what it costs."""
   about = run.config['model.type']
-  cost = run.summary.get('model')
-  if cost:
+  found = run.summary.get('model')
+  if found:
     about += (
-      f', {cost["parameters"]:,} parameters,'
-      f' {_short(cost["flops"])}FLOPs a forward pass of one image'
+      f', {found["parameters"]:,} parameters,'
+      f' {cost.short(found["flops"])}FLOPs a forward pass of one image'
     )
   return about
 

@@ -32,6 +32,7 @@ from ddo_jax.evaluation import protocols
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import objective
+from ddo_jax.report import cost
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices
 from ddo_jax.runtime import memory
@@ -128,15 +129,6 @@ def _stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
     for name, phase in planned.items()
     if not (run.workdir / name / 'done.json').exists()
   }
-
-
-def size_text(count: float) -> str:
-  """Returns a number of bytes as text, such as '1.5 GB'."""
-  for unit in ('B', 'kB', 'MB', 'GB'):
-    if count < 1000:
-      return f'{count:.3g} {unit}'
-    count /= 1000
-  return f'{count:.3g} TB'
 
 
 def _settings(plan: Plan) -> str:
@@ -373,8 +365,8 @@ def _disk(plan: Plan) -> str:
     largest = max(largest, state)
   needed = max(needed, 0) + largest
   found = (
-    f'{size_text(needed)} to be written, {size_text(pools)} of it fake pools;'
-    f' {size_text(free)} free in {folder}'
+    f'{cost.short(needed)}B to be written, {cost.short(pools)}B of it fake'
+    f' pools; {cost.short(free)}B free in {folder}'
   )
   if needed > free:
     raise errors.UserError(
