@@ -62,10 +62,7 @@ class Plan:
   @property
   def phases(self) -> dict[str, config_lib.Phase]:
     """The phases of the stages, by their names in the config."""
-    found = {}
-    for name, phase in self.stages.items():
-      found['ddo' if name.startswith('round_') else name] = phase
-    return found
+    return {_phase_of(name): phase for name, phase in self.stages.items()}
 
   @functools.cached_property
   def target(self) -> Any:
@@ -100,6 +97,11 @@ class Plan:
       return run.model.codec.render(frozen, stored)
 
     return self.trace(draw)
+
+
+def _phase_of(stage: str) -> str:
+  """Returns the name in the config of a stage's phase."""
+  return 'ddo' if stage.startswith('round_') else stage
 
 
 def _row_keys() -> jax.Array:
@@ -323,10 +325,10 @@ def _free(workdir: pathlib.Path) -> tuple[pathlib.Path, int]:
   return folder, shutil.disk_usage(folder).free
 
 
-def _stage_bytes(
+def _phase_bytes(
   plan: Plan, name: str, phase: config_lib.Phase
 ) -> tuple[int, int, int]:
-  """Returns the bytes of a stage's fake pool, its params and a checkpoint."""
+  """Returns the bytes of a phase's fake pool, its params and a checkpoint."""
   run = plan.run
   model = run.model
   params = plan.target
@@ -355,8 +357,12 @@ def _disk(plan: Plan) -> str:
   pools = 0
   needed = 0
   largest = 0  # a checkpoint is written before an older one is deleted
-  for name, phase in plan.stages.items():
-    pool, params, state = _stage_bytes(plan, name, phase)
+  # All rounds are alike.
+  bytes_of = {
+    name: _phase_bytes(plan, name, phase) for name, phase in plan.phases.items()
+  }
+  for name in plan.stages:
+    pool, params, state = bytes_of[_phase_of(name)]
     copies = 2 if name.startswith('round_') else 1  # reference and promoted
     files = [path for path in (workdir / name).rglob('*') if path.is_file()]
     pools += pool

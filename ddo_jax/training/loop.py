@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from typing import Any
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,11 @@ def _forget_evaluations(job: Job, start: int) -> None:
       shutil.rmtree(folder)
 
 
+def _evaluations(job: Job) -> list[dict[str, Any]]:
+  """Returns the records of the phase's evaluations so far."""
+  return [log for log in job.log.read(job.name) if log['kind'] == 'eval']
+
+
 def _due(step: int, images: int, batch: int) -> bool:
   """Whether a multiple of `images` falls on this step; 0 is never."""
   return images > 0 and step % max(1, round(images / batch)) == 0
@@ -242,12 +248,11 @@ def _promote(
   job: Job, checkpoints: checkpoint.Checkpoints, target: Any, last: int
 ) -> Promotion:
   """The best evaluated checkpoint, step 0 included, else the last one."""
-  evaluations = [r for r in job.log.read(job.name) if r['kind'] == 'eval']
   if job.evaluate is None:
     candidates = checkpoints.restore(last, target).candidates()
     profile, params = next(iter(candidates.items()))
     return Promotion(params, last, profile, None)
-  best = min(evaluations, key=lambda record: record['selection'])
+  best = min(_evaluations(job), key=lambda record: record['selection'])
   step = best['step']
   profile = best['profile']
   if step == 0:
@@ -275,6 +280,18 @@ def _fresh_state(job: Job) -> state_lib.TrainState:
     return state_lib.at_start(params, job.model.rules, job.phase)
 
   return job.executor.make_state(create, job.start())
+
+
+def _leave(job: Job, signum: int, step: int) -> NoReturn:
+  """Says that the state of a step is saved, and ends the run as asked."""
+  _LOGGER.warning(
+    '%s: %s; saved step %d of %d, run the same command again to go on',
+    job.name,
+    signal.Signals(signum).name,
+    step,
+    job.phase.steps(),
+  )
+  interruption.leave(signum)
 
 
 def run(job: Job) -> Promotion:
@@ -311,9 +328,7 @@ def run(job: Job) -> Promotion:
     job.log.rewind(job.name, start)
     _forget_evaluations(job, start)
     evaluated = {
-      record['step']: record['selection']
-      for record in job.log.read(job.name)
-      if record['kind'] == 'eval'
+      record['step']: record['selection'] for record in _evaluations(job)
     }
     logger = _Logger(job)
     bar = progress.follow(
@@ -342,14 +357,7 @@ def run(job: Job) -> Promotion:
           logger.restart_clock()
         if signum:
           checkpoints.wait()
-          _LOGGER.warning(
-            '%s: %s; saved step %d of %d, run the same command again to go on',
-            job.name,
-            signal.Signals(signum).name,
-            step,
-            steps,
-          )
-          interruption.leave(signum)
+          _leave(job, signum, step)
 
         # Evaluate what is saved, so that this may be cut off.
         if evaluate:

@@ -369,9 +369,17 @@ class Run:
         return learner
       return build_model(config, phase.noise, remat)
 
-    draws = phase.used_negatives.needs_sampler
-    sampler = config.sampler.unguided() if draws else None
+    sampler = self._sampler_of(phase)
     return fit_lib.Stage(name, phase, build, frozen, sampler)
+
+  def _sampler_of(self, phase: config_lib.Phase) -> Any:
+    """Returns what draws fakes inside a phase's step; None where nothing does.
+
+    They are samples of p_ref itself, without guidance and filters.
+    """
+    if phase.used_negatives.needs_sampler:
+      return self.config.sampler.unguided()
+    return None
 
   @functools.cached_property
   def fit(self) -> fit_lib.Fit:
@@ -476,7 +484,6 @@ class Run:
   ) -> loop_lib.Job:
     """Returns the training job of a stage; see `loop.Job`."""
     self.keep_fit()
-    draws = phase.used_negatives.needs_sampler
     return loop_lib.Job(
       name=folder.name,
       folder=folder,
@@ -488,7 +495,7 @@ class Run:
       frozen=frozen,
       real=self.real,
       fake=fake,
-      sampler=self.config.sampler.unguided() if draws else None,
+      sampler=self._sampler_of(phase),
       executor=self.executor,
       accumulate=self.fit.accumulate,
       log=self.log,
