@@ -218,17 +218,6 @@ def to_flax(state: State) -> dict[str, Any]:
   return traverse_util.unflatten_dict(flat)
 
 
-def to_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Returns the state dict of params; this inverts `to_flax`."""
-  flat = traverse_util.flatten_dict(dict(params))
-  axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
-  state = {}
-  for path, key, shape in _keys():
-    array = np.transpose(flat[path], axes[len(shape)])
-    state[key] = np.ascontiguousarray(array)
-  return state
-
-
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Reads a file of any kind, which its suffix tells, as a state dict."""
   wanted = f'one of {", ".join(PUBLISHED)}, or a .safetensors with their names'

@@ -4,6 +4,7 @@ import functools
 import zlib
 
 import golden_io
+import inception_state
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def seeded_state():
   """The state dict of the golden network, whose keys the file lists."""
   golden = golden_io.load('inception.npz')
   keys = bytes(golden['keys_utf8']).decode().split('\n')
-  shapes = {k: v.shape for k, v in convert.to_state(_zeros()).items()}
+  shapes = {k: v.shape for k, v in inception_state.to_state(_zeros()).items()}
   assert sorted(keys) == sorted(shapes)
   state = {key: seeded_weight(key, shapes[key]) for key in keys}
   first = np.float32([x.flat[0] for x in state.values()])

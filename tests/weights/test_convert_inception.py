@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import inception_state
 import jax
 import numpy as np
 import official_files as official
@@ -28,7 +29,7 @@ def weights():
   def draw(leaf):
     return random.standard_normal(leaf.shape, dtype=np.float32)
 
-  state = inception.to_state(jax.tree.map(draw, network.param_shapes()))
+  state = inception_state.to_state(jax.tree.map(draw, network.param_shapes()))
   ones = {k: np.ones_like(v) for k, v in state.items() if 'bn.weight' in k}
   return state | ones
 
@@ -43,7 +44,7 @@ def stand_in(monkeypatch, file, path):
 
 
 def assert_same(params, state):
-  got = inception.to_state(params)
+  got = inception_state.to_state(params)
   assert sorted(got) == sorted(state)
   for key, array in state.items():
     np.testing.assert_array_equal(got[key], array, err_msg=key)
