@@ -40,20 +40,43 @@ _REDUCING = frozenset(_REDUCING_NAMES.split())
 _INLINE = frozenset(_INLINE_NAMES.split())
 
 
-class _Op(NamedTuple):
+class Op(NamedTuple):
   """One operation of a program without calls.
 
   Attributes:
-    name: the primitive's name.
-    inputs: the numbers of the arrays it reads, but for the program's own.
+    equation: what it is.
+    inputs: the numbers of the arrays it reads, but for constants.
     outputs: the numbers of the arrays it makes.
-    inside: the bytes that it takes beside these, such as a scan's body.
   """
 
-  name: str
+  equation: core.JaxprEqn
   inputs: list[int]
   outputs: list[int]
-  inside: int
+
+  @property
+  def name(self) -> str:
+    """The primitive's name."""
+    return self.equation.primitive.name
+
+  @property
+  def bodies(self) -> list[core.Jaxpr]:
+    """The programs that it holds, such as a scan's body."""
+    return list(bodies(self.equation))
+
+
+class Program(NamedTuple):
+  """A program without calls, and without what nobody reads.
+
+  Attributes:
+    ops: its operations in their order.
+    sizes: the bytes of its arrays, by their number: its arguments first, then
+      what the operations make.
+    results: the numbers of its results.
+  """
+
+  ops: list[Op]
+  sizes: list[int]
+  results: set[int]
 
 
 def size_of(tree: Any) -> int:
@@ -78,18 +101,17 @@ def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
         yield part
 
 
-def _flatten(
+def _inline(
   jaxpr: core.Jaxpr,
   arguments: list[int | None],
-  ops: list[_Op],
+  ops: list[Op],
   sizes: list[int],
 ) -> list[int | None]:
   """Appends a program's operations, those of the calls in it among them.
 
   Args:
     jaxpr: the program.
-    arguments: the numbers of its arguments; None for arrays that stand
-      whether the program runs or not.
+    arguments: the numbers of its arguments; None for constants.
     ops: where operations are appended.
     sizes: where the bytes of the arrays made are appended, by their number.
 
@@ -107,21 +129,19 @@ def _flatten(
 
   for equation in jaxpr.eqns:
     inputs = [number_of(variable) for variable in equation.invars]
-    inner = list(bodies(equation))
-    name = equation.primitive.name
-    if name in _INLINE:
-      outputs = _flatten(inner[0], inputs, ops, sizes)
+    if equation.primitive.name in _INLINE:
+      inner = next(bodies(equation))
+      outputs = _inline(inner, inputs, ops, sizes)
     else:
       outputs = list(range(len(sizes), len(sizes) + len(equation.outvars)))
       sizes += [_bytes(variable.aval) for variable in equation.outvars]
-      inside = max((_peak(body) for body in inner), default=0)
       made = [number for number in inputs if number is not None]
-      ops.append(_Op(name, made, outputs, inside))
+      ops.append(Op(equation, made, outputs))
     numbers.update(zip(equation.outvars, outputs, strict=True))
   return [number_of(variable) for variable in jaxpr.outvars]
 
 
-def _without_dead(ops: list[_Op], results: set[int]) -> list[_Op]:
+def _without_dead(ops: list[Op], results: set[int]) -> list[Op]:
   """Returns the operations that the results depend on, in their order."""
   needed = set(results)
   kept = []
@@ -132,8 +152,18 @@ def _without_dead(ops: list[_Op], results: set[int]) -> list[_Op]:
   return kept[::-1]
 
 
+def flatten(jaxpr: core.Jaxpr) -> Program:
+  """Returns a program without the calls in it, and without what is dead."""
+  ops: list[Op] = []
+  sizes = [_bytes(variable.aval) for variable in jaxpr.invars]
+  arguments: list[int | None] = [*range(len(sizes))]
+  numbers = _inline(jaxpr, arguments, ops, sizes)
+  results = {number for number in numbers if number is not None}
+  return Program(_without_dead(ops, results), sizes, results)
+
+
 def _sources(
-  ops: list[_Op], results: set[int], sizes: list[int]
+  ops: list[Op], results: set[int], sizes: list[int]
 ) -> dict[int, set[int]]:
   """Returns the arrays that are never stored, and those each is computed from.
 
@@ -157,11 +187,9 @@ def _sources(
 
 def _peak(jaxpr: core.Jaxpr) -> int:
   """Returns the most bytes that arrays made by a program take at once."""
-  ops: list[_Op] = []
-  sizes: list[int] = []
-  numbers = _flatten(jaxpr, [None] * len(jaxpr.invars), ops, sizes)
-  results = {number for number in numbers if number is not None}
-  ops = _without_dead(ops, results)
+  ops, sizes, results = flatten(jaxpr)
+  # The arguments stand whether the program runs or not.
+  sizes = [0] * len(jaxpr.invars) + sizes[len(jaxpr.invars) :]
   sources = _sources(ops, results, sizes)
   last_read: dict[int, int] = {}
   for time, op in enumerate(ops):
@@ -179,7 +207,8 @@ def _peak(jaxpr: core.Jaxpr) -> int:
         end = last_read.get(number, time)
         alive += sizes[number]
         ending[end] = ending.get(end, 0) + sizes[number]
-    most = max(most, alive + op.inside)
+    inside = max((_peak(body) for body in op.bodies), default=0)
+    most = max(most, alive + inside)
     alive -= ending.get(time, 0)
   return most
 
