@@ -6,6 +6,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from ddo_jax.runtime import disk
+
 
 class ImageWriter:
   """Writes images one batch after the other, in any order of their ids.
@@ -33,8 +35,9 @@ class ImageWriter:
         self._images[number] = image
       else:
         file = self.path / _file_name(number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.squeeze()).save(file)
+        with disk.guarded(file):
+          file.parent.mkdir(parents=True, exist_ok=True)
+          Image.fromarray(image.squeeze()).save(file)
 
   def close(self) -> None:
     """Writes what can be written only once all images are known."""
@@ -43,11 +46,13 @@ class ImageWriter:
       shuffled = np.random.RandomState(0).permutation(numbers).tolist()
       images = np.stack([self._images[number] for number in shuffled])
       labels = np.array([self._labels[number] for number in shuffled])
-      np.savez(self.path, arr_0=images, arr_1=labels)
+      with disk.whole(self.path) as file:
+        np.savez(file, arr_0=images, arr_1=labels)
       return
     entries = [[_file_name(n), self._labels[n]] for n in numbers]
     content = json.dumps({'labels': entries})
-    (self.path / 'dataset.json').write_text(content)
+    with disk.whole(self.path / 'dataset.json') as file:
+      file.write(content.encode())
 
 
 def _file_name(number: int) -> str:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-import os
 import pathlib
 from typing import NamedTuple
+import zlib
 
 import numpy as np
 
 from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.runtime import disk
 from ddo_jax.runtime import progress
 
 # What was measured, by kind: [N, D] floats, row i for image i.
@@ -58,20 +59,26 @@ def gather(
       that are missing; None keeps them in memory.
 
   Raises:
-    errors.UserError: a row holds NaN or Inf.
+    errors.UserError: a row holds NaN or Inf, or the disk is full.
   """
   rows = {}
-  # A row is NaN until it has come; none that has come holds one.
+  kept = []
   missing = np.zeros(count, bool)
   for kind, (width, dtype) in kinds.items():
-    rows[kind] = _open(folder, kind, (count, width), dtype)
-    missing |= np.isnan(rows[kind][:, [0, -1]]).any(axis=1)
+    rows[kind] = np.zeros((count, width), dtype)
+    if folder:
+      kept.append(_Kept(folder / f'{kind}.rows', rows[kind]))
+      missing |= kept[-1].missing
+    else:
+      missing[:] = True
   ids = np.flatnonzero(missing)
   take = _Buffer(images(ids))
   with progress.follow(name, count, done=count - len(ids)) as bar:
     for mine, found in embed(take, ids):
       for kind, array in rows.items():
         array[mine] = frechet.check_features(kind, found[kind])
+      for file in kept:
+        file.write(mine)
       bar.update(len(mine))
   return rows
 
@@ -96,20 +103,57 @@ class _Buffer:
     return held[: len(ids)]
 
 
-def _open(
-  folder: pathlib.Path | None, kind: str, shape: tuple[int, int], dtype: type
-) -> np.ndarray:
-  """Opens what an earlier pass left in the folder, or rows of NaN."""
-  if folder is None:
-    return np.full(shape, np.nan, dtype)
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f'{kind}.npy'
-  if path.exists():
-    rows = np.lib.format.open_memmap(path, 'r+')
-    if rows.shape == shape:
-      return rows
-  partial = path.with_suffix('.partial')
-  rows = np.lib.format.open_memmap(partial, 'w+', dtype, shape)
-  rows[:] = np.nan
-  os.replace(partial, path)  # else rows of 0 would pass for some that came
-  return rows
+class _Kept:
+  """The file of one kind's rows; each row stands beside its checksum.
+
+  A row whose checksum does not hold has not come yet: it was never written,
+  half written, or damaged since. Rows of another pass, in a file that was put
+  in the place of this one, do not hold either.
+
+  Attributes:
+    missing: [N] bool, the rows that the file does not hold.
+  """
+
+  def __init__(self, path: pathlib.Path, rows: np.ndarray):
+    """Reads what an earlier pass left.
+
+    Args:
+      path: the file.
+      rows: [N, D], which gets the rows that hold.
+    """
+    self._path = path
+    self._rows = rows
+    count, width = rows.shape
+    self._type = np.dtype([('row', rows.dtype, (width,)), ('sum', np.uint32)])
+    # Of the round, the scores and the block that they are of, not of the run,
+    # which may be moved.
+    self._pass = '/'.join(path.parts[-5:])
+    size = count * self._type.itemsize
+    if not path.is_file() or path.stat().st_size != size:
+      with disk.whole(path) as file:
+        file.truncate(size)
+    stored = np.fromfile(path, self._type)
+    sums = self._sums(np.arange(count), stored['row'])
+    self.missing = stored['sum'] != sums
+    rows[~self.missing] = stored['row'][~self.missing]
+
+  def _sums(self, ids: np.ndarray, rows: np.ndarray) -> list[int]:
+    """Returns the checksums of rows."""
+    starts = [zlib.crc32(f'{self._pass} {number}'.encode()) for number in ids]
+    rows = np.ascontiguousarray(rows)
+    return [zlib.crc32(row, s) for row, s in zip(rows, starts, strict=True)]
+
+  def write(self, ids: np.ndarray) -> None:
+    """Writes rows that have come, of ascending ids.
+
+    Raises:
+      errors.UserError: the disk is full.
+    """
+    records = np.empty(len(ids), self._type)
+    records['row'] = self._rows[ids]
+    records['sum'] = self._sums(ids, records['row'])
+    gaps = np.flatnonzero(np.diff(ids) != 1) + 1
+    with disk.guarded(self._path), self._path.open('r+b') as file:
+      for part in np.split(np.arange(len(ids)), gaps):
+        file.seek(int(ids[part[0]]) * self._type.itemsize)
+        file.write(records[part].tobytes())

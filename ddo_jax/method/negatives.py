@@ -7,7 +7,6 @@ would become the discriminator's shortcut.
 """
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 from typing import ClassVar
@@ -21,6 +20,7 @@ from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.method import likelihood
+from ddo_jax.runtime import disk
 from ddo_jax.runtime import records
 
 Stored = dict[str, jax.Array]  # 'stored' [B,...], 'label' [B], and others
@@ -246,10 +246,8 @@ class FakePool:
       stored: [n,H,W,C], uint8 pixels or float32 latents, kept to the bit.
       labels: int32 [n].
     """
-    path = self._path(shard)
-    partial = path.with_suffix('.partial.npz')
-    np.savez(partial, image=stored, label=labels)
-    os.replace(partial, path)
+    with disk.whole(self._path(shard)) as file:
+      np.savez(file, image=stored, label=labels)
 
   def source(self, num_classes: int, pixel_values: int) -> sources.ArraySource:
     """Opens the complete pool as a source like that of the real images.

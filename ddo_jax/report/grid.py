@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from ddo_jax.runtime import disk
+
 COLUMNS = 10  # images in a row, where nobody says otherwise
 
 
@@ -48,7 +50,8 @@ def save(
   sheet = grid(images, columns, pixel_values)
   zoom = _zoom(images.shape[1])
   sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
-  Image.fromarray(sheet.squeeze()).save(path)
+  with disk.whole(path) as file:
+    Image.fromarray(sheet.squeeze()).save(file, 'PNG')
 
 
 def load(path: pathlib.Path) -> Image.Image | None:

@@ -14,6 +14,7 @@ from ddo_jax.report import markup
 from ddo_jax.report import run_folder
 from ddo_jax.report import samples
 from ddo_jax.report import scores
+from ddo_jax.runtime import disk
 from ddo_jax.runtime import records
 
 _HERE = pathlib.Path(__file__).parent
@@ -284,8 +285,7 @@ def write(
   style = (_HERE / 'page.css').read_text(encoding='utf-8')
   script = (_HERE / 'page.js').read_text(encoding='utf-8')
   path = workdir / 'report.html'
-  path.write_text(
-    f"""<!DOCTYPE html>
+  content = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{markup.text(run.config['name'])}</title>
@@ -299,7 +299,7 @@ def write(
 <script>
 {script}</script>
 </body></html>
-""",
-    encoding='utf-8',
-  )
+"""
+  with disk.whole(path) as file:
+    file.write(content.encode())
   return path

@@ -1,20 +1,21 @@
 """The records of a run that people read: JSON files and metrics.jsonl."""
 
+import contextlib
 import json
 import math
-import os
 import pathlib
+import time
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax.runtime import disk
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
-  os.replace(partial, path)
+  content = json.dumps(value, indent=1, allow_nan=False) + '\n'
+  with disk.whole(path) as file:
+    file.write(content.encode())
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -75,14 +76,12 @@ class MetricsLog:
 
   def __init__(self, workdir: pathlib.Path):
     """Opens the log of a run's folder."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    with disk.guarded(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
     self.path = workdir / 'metrics.jsonl'
-    try:
-      import tensorboardX
-
-      self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
-    except ImportError:
-      self._board = None
+    self._board = None
+    with contextlib.suppress(ImportError), disk.guarded(workdir):
+      self._board = _Board(workdir / 'tensorboard')
 
   def read(self, stage: str | None = None) -> list[dict[str, Any]]:
     """Returns the records, as `read_log` does."""
@@ -102,17 +101,50 @@ class MetricsLog:
     for record in self.read():
       if is_kept(record):
         kept.append(json.dumps(record) + '\n')
-    partial = self.path.with_suffix('.partial')
-    partial.write_text(''.join(kept))
-    os.replace(partial, self.path)
+    with disk.whole(self.path) as file:
+      file.write(''.join(kept).encode())
 
   def write(self, record: dict[str, Any]) -> None:
     """Appends a record of numbers, text and vectors."""
     plain = {name: _plain(value) for name, value in record.items()}
-    with self.path.open('a') as file:
-      file.write(json.dumps(plain, allow_nan=False) + '\n')
+    line = json.dumps(plain, allow_nan=False) + '\n'
+    with disk.guarded(self.path), self.path.open('a') as file:
+      file.write(line)
     if self._board:
-      for name, value in plain.items():
-        if isinstance(value, float):
-          tag = f'{plain["stage"]}/{name}'
-          self._board.add_scalar(tag, value, plain['images'])
+      with disk.guarded(self.path.parent / 'tensorboard'):
+        self._board.write(plain)
+
+
+class _Board:
+  """The numbers of the log as TensorBoard reads them.
+
+  They are written at once: the library's own writer hands them to a thread
+  that a full disk ends, and then waits for it for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Begins a file.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    from tensorboardX import event_file_writer
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event = event_pb2.Event
+    self._scalar = summary.scalar
+    self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Writes the numbers of a record, under '<stage>/<name>'."""
+    for name, value in record.items():
+      if isinstance(value, float):
+        event = self._event(
+          wall_time=time.time(),
+          step=record['images'],
+          summary=self._scalar(f'{record["stage"]}/{name}', value),
+        )
+        self._writer.write_event(event)
+    self._writer.flush()

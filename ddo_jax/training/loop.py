@@ -24,6 +24,7 @@ from ddo_jax.data import sources
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import disk
 from ddo_jax.runtime import interruption
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
@@ -231,7 +232,8 @@ def _forget_evaluations(job: Job, start: int) -> None:
   kept = _evaluation_folder(job, start)
   for folder in kept.parent.glob('*'):
     if folder != kept:
-      shutil.rmtree(folder)
+      with disk.guarded(folder):
+        shutil.rmtree(folder)
 
 
 def _evaluations(job: Job) -> list[dict[str, Any]]:

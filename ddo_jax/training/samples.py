@@ -10,6 +10,7 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.report import grid
+from ddo_jax.runtime import disk
 from ddo_jax.training import workspace
 
 _COLUMNS = 32  # images of a class that the sheet shows
@@ -105,14 +106,14 @@ def draw(
     labels = labels_lib.Shares(np.sign(known).tolist()).labels(ids)
   key = rng.stream(run.config.seed, 'sample')
   images = run.generator().images(weights, key, ids, labels)
-  output.mkdir(parents=True, exist_ok=True)
-  np.savez(
-    output / 'samples.npz',
-    image=images,
-    label=labels,
-    seed=ids,
-    provenance=json.dumps(meta.get('provenance', {})),
-  )
+  with disk.whole(output / 'samples.npz') as file:
+    np.savez(
+      file,
+      image=images,
+      label=labels,
+      seed=ids,
+      provenance=json.dumps(meta.get('provenance', {})),
+    )
   columns = 10
   if classes:
     shown = np.arange(len(images)) % len(seeds) < _COLUMNS

@@ -26,6 +26,7 @@ from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import disk
 from ddo_jax.runtime import records
 from ddo_jax.training import fit as fit_lib
 from ddo_jax.training import loop as loop_lib
@@ -103,10 +104,11 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """
   check_workdir(config, workdir)
   if _changes(config, workdir):
-    for pattern in _STAGES:
-      for folder in workdir.glob(pattern):
-        shutil.rmtree(folder)
-    (workdir / 'metrics.jsonl').unlink(missing_ok=True)
+    with disk.guarded(workdir):
+      for pattern in _STAGES:
+        for folder in workdir.glob(pattern):
+          shutil.rmtree(folder)
+      (workdir / 'metrics.jsonl').unlink(missing_ok=True)
   records.write_json(workdir / 'config.json', settings.to_json(config))
 
 

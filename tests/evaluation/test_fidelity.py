@@ -281,7 +281,7 @@ def test_features_of_another_seed_are_not_gone_on_with(
     patch.setattr(fidelity.FidelityEvaluator, 'scores', cut_off)
     with pytest.raises(KeyboardInterrupt):
       scores('out')
-  assert list((run_folder / 'out').glob('features_*/block_0/fid.npy'))
+  assert list((run_folder / 'out').glob('features_*/block_0/fid.rows'))
   settings.seed = 1
   assert scores('out') == scores('fresh')
 

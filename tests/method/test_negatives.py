@@ -43,7 +43,7 @@ def test_a_pool_cut_off_goes_on_with_what_is_missing(tmp_path):
   pool = open_pool(tmp_path)
   assert pool.missing() == [0, 1, 2]
   fill(pool, [0, 2])
-  (tmp_path / '000001.partial.npz').write_bytes(b'half a shard')
+  (tmp_path / '000001.npz.partial').write_bytes(b'half a shard')
   again = open_pool(tmp_path)
   assert again.missing() == [1]
   fill(again)
@@ -76,12 +76,12 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path):
 def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
   pool = open_pool(tmp_path)
 
-  def savez(path, **arrays):
-    path.write_bytes(b'half a shard')
+  def savez(file, **arrays):
+    file.write(b'half a shard')
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(np, 'savez', savez)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(errors.UserError, match='disk full while writing'):
     fill(pool)
   assert open_pool(tmp_path).missing() == [0, 1, 2]
 

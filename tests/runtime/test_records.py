@@ -103,6 +103,13 @@ def test_rewind_drops_what_will_be_written_again(log):
     json.loads(line)
 
 
+def test_numbers_go_to_tensorboard_at_once(log):
+  log.write(record('round_000', 'train', 2, loss=0.5, name='x'))
+  (path,) = (log.path.parent / 'tensorboard').iterdir()
+  content = path.read_bytes()
+  assert b'round_000/loss' in content and b'name' not in content
+
+
 def test_rewind_of_a_fresh_run_is_no_error(log):
   log.rewind('pretrain', 0)
   assert log.read() == []

@@ -273,7 +273,7 @@ def test_law_4_a_run_killed_anywhere_ends_as_the_whole_one(
     kill(place, one, tmp_path, whole)
   assert not (tmp_path / 'summary.json').exists()
   # What a report had measured when it was cut off is there for the next one.
-  assert list(tmp_path.glob('round_000/evaluation/before/block_1/*.npy'))
+  assert list(tmp_path.glob('round_000/evaluation/before/block_1/*.rows'))
   assert len(run_lib.play(one, tmp_path)['rounds']) == 1
   # Another round is the same command with a larger number.
   for place in SECOND_KILLS:

@@ -1,7 +1,6 @@
 """Mean and covariance of features, and the .npz files that hold them."""
 
 from collections.abc import Mapping
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -11,6 +10,7 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.runtime import disk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,22 +105,11 @@ def save(path: pathlib.Path, moments: Moments) -> None:
   Raises:
     UserError: the file cannot be written.
   """
-  partial = path.with_name(path.name + '.partial')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open('wb') as file:
-      np.savez(
-        file,
-        mu=moments.mean,
-        sigma=moments.covariance,
-        n=np.array(moments.n),
-        provenance=np.array(json.dumps(dict(moments.provenance))),
-      )
-    partial.replace(path)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      partial.unlink()
-    raise errors.UserError(
-      f'cannot write {path} ({error.strerror or error}); wanted a folder that '
-      'may be written, with room for it'
-    ) from error
+  with disk.whole(path) as file:
+    np.savez(
+      file,
+      mu=moments.mean,
+      sigma=moments.covariance,
+      n=np.array(moments.n),
+      provenance=np.array(json.dumps(dict(moments.provenance))),
+    )
