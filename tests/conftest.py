@@ -22,9 +22,9 @@ import jax  # noqa: E402
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-from ddo_jax.runtime import devices  # noqa: E402
+from ddo_jax.runtime import layout  # noqa: E402
 
-devices.SMALLEST_SPLIT = 1
+layout.SMALLEST_SPLIT = 1
 
 # Tests send it; nohup, which runs them on some machines, has it ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,158 +13,63 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from ddo_jax import errors
-from ddo_jax import settings
-from ddo_jax.runtime import memory
+from ddo_jax.runtime import layout
 
+# The name of the devices' axis under pmap.
 AXIS = 'batch'
-KINDS = ('pmap', 'fsdp')
 
-# Under FSDP a leaf of fewer elements than this stays whole on every device.
-# Each split leaf is gathered in every pass, which takes some ten microseconds
-# whatever its size, and what the split of a small leaf saves is nothing: of
-# EDM's 417 leaves, 284 are smaller than this and hold 0.2 % of its params, and
-# the small leaves of all the published networks take less than 0.4 MB a copy.
-SMALLEST_SPLIT = 2**14
+# The settings stand beside what they set.
+ExecutorConfig = layout.ExecutorConfig
 
 
-@dataclasses.dataclass
-class ExecutorConfig:
-  """How a step runs on the devices; never changes what it computes."""
+class Executor(layout.Layout):
+  """Places arrays on the devices there are, and compiles the pure step.
 
-  # 'pmap': data parallelism; 'fsdp': the state is split over the devices too.
-  kind: str = dataclasses.field(default='pmap', metadata={'science': False})
-  # Microbatches a step; 'auto' takes as few as fit into the devices' memory.
-  accumulate: settings.OrAuto = dataclasses.field(
-    default=settings.AUTO, metadata={'science': False}
-  )
-  # Whether the activations inside a block of the network are recomputed in the
-  # backward pass; 'auto' does so where hardly a row fits without.
-  remat: settings.OrAuto = dataclasses.field(
-    default=settings.AUTO, metadata={'science': False}
-  )
-  # Images a call of the sampler; 'auto' takes 1,000, or as many as fit.
-  sample_batch: settings.OrAuto = dataclasses.field(
-    default=settings.AUTO, metadata={'science': False}
-  )
-  # GiB of each device that may be taken; 0 asks the device. What a CPU may take
-  # is not known: there 'auto' takes everything at once.
-  device_memory_gib: float = dataclasses.field(
-    default=0.0, metadata={'science': False}
-  )
-
-  def check(self, name: str = 'executor') -> None:
-    """Raises UserError, naming the field, where a value makes no sense.
-
-    Args:
-      name: where this stands in the config, without the leading "config.".
-    """
-    errors.require_choice(f'{name}.kind', self.kind, KINDS)
-    for field in ('accumulate', 'sample_batch'):
-      value = getattr(self, field)
-      whole = isinstance(value, int) and not isinstance(value, bool)
-      errors.require(
-        value == settings.AUTO or (whole and value > 0),
-        f'{name}.{field}',
-        value,
-        "a positive integer or 'auto'",
-      )
-    errors.require(
-      self.remat in (True, False, settings.AUTO),
-      f'{name}.remat',
-      self.remat,
-      "True, False or 'auto'",
-    )
-    errors.require(
-      self.device_memory_gib >= 0,
-      f'{name}.device_memory_gib',
-      self.device_memory_gib,
-      '0 or more',
-    )
-
-
-class Executor:
-  """Places arrays and compiles the pure step, in one of two ways.
-
-  'pmap' is data parallelism: the state is whole on every device. 'fsdp' is jit
-  with NamedSharding: the state and the reference are split over the devices.
-  Both hold a state in ordinary global arrays, so what was saved under one
-  resumes under the other.
-
-  Attributes:
-    kind: 'pmap' or 'fsdp'.
-    num_devices: the number of devices, over all processes.
+  'pmap' is data parallelism: the state is whole on every device. The other
+  kinds are jit with NamedSharding, and split the state or a part of it. All
+  hold a state in ordinary global arrays, so what was saved under one resumes
+  under another.
   """
 
   def __init__(self, config: ExecutorConfig, num_devices: int = 0):
-    """Takes the first `num_devices` devices; 0 takes all."""
+    """Takes the first `num_devices` devices; 0 takes all.
+
+    Raises:
+      errors.UserError: see `layout.Layout`.
+    """
     devices = jax.devices()[: num_devices or None]
-    self.kind = config.kind
-    self._device_memory_gib = config.device_memory_gib
-    self.num_devices = len(devices)
+    super().__init__(config, len(devices))
+    axes = layout.AXES
+    shape: tuple[int, ...] = (len(devices) // self.shards, self.shards)
+    if self.kind == 'pmap':
+      # As pmap names them itself, or each step would be traced twice.
+      axes = (AXIS,)
+      shape = (len(devices),)
     self._mesh = jax.make_mesh(
-      (len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices
+      shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices
     )
-    self._split = NamedSharding(self._mesh, PartitionSpec(AXIS))
+    self._split = NamedSharding(self._mesh, PartitionSpec(axes))
     self._whole = NamedSharding(self._mesh, PartitionSpec())
     self._compiled = {}
 
-  def check_batch(
-    self, batch_size: int, accumulate: int, name: str = 'batch_size'
-  ) -> None:
-    """Raises UserError unless every microbatch divides over the devices.
+  def state_shardings(self, tree: Any, part: str = 'params') -> Any:
+    """Returns where each leaf of a training state, or of one part, lies.
 
     Args:
-      batch_size: real rows a step, over all devices.
-      accumulate: microbatches a step.
-      name: what the error calls the batch size, e.g. 'config.ddo.batch_size'.
+      tree: a training state, or a tree of dicts.
+      part: what a tree of dicts is; see `layout.Layout.spec`.
     """
-    unit = self.num_devices * accumulate
-    if batch_size % unit:
-      near = max(unit, round(batch_size / unit) * unit)
-      raise errors.UserError(
-        f'{name} {batch_size} is not divisible by {self.num_devices} devices'
-        f' × {accumulate} microbatches = {unit}; try {near}'
-      )
 
-  def _state_sharding(self, leaf: Any) -> NamedSharding:
-    """How one leaf of a state, or of params, lies on the devices.
+    def of_spec(spec):
+      return NamedSharding(self._mesh, spec)
 
-    Under FSDP a large leaf is split along its largest axis that divides over
-    the devices. A small one, and one without such an axis, stays whole.
-    """
-    if self.kind != 'fsdp' or math.prod(leaf.shape) < SMALLEST_SPLIT:
-      return self._whole
-    divisible = [
-      axis
-      for axis, size in enumerate(leaf.shape)
-      if size % self.num_devices == 0
-    ]
-    if not divisible:
-      return self._whole
-    largest = max(divisible, key=lambda axis: leaf.shape[axis])
-    spec: list[str | None] = [None] * len(leaf.shape)
-    spec[largest] = AXIS
-    return NamedSharding(self._mesh, PartitionSpec(*spec))
-
-  def state_shardings(self, tree: Any) -> Any:
-    """Returns the sharding of each leaf of a state, or of params."""
-    return jax.tree.map(self._state_sharding, tree)
-
-  def share(self, tree: Any) -> int:
-    """Returns the bytes that each device holds of a state, or of params."""
-    shares = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-        self._state_sharding(leaf).shard_shape(leaf.shape), leaf.dtype
-      ),
-      tree,
-    )
-    return memory.size_of(shares)
+    return jax.tree.map(of_spec, self.specs(tree, part))
 
   def room(self) -> int | None:
     """Returns the bytes that may be taken of each device; None if unknown."""
-    if self._device_memory_gib:
-      return int(self._device_memory_gib * 2**30)
+    stated = super().room()
+    if stated is not None:
+      return stated
     stats = self._mesh.local_devices[0].memory_stats() or {}
     return stats.get('bytes_limit')
 
@@ -234,7 +138,7 @@ class Executor:
         donate_argnums=0,
       )
     else:
-      call = self._compile_fsdp(functools.partial(step, **static))
+      call = self._compile_jit(functools.partial(step, **static))
 
     def run(*args):
       state, metrics = call(*args)
@@ -243,7 +147,7 @@ class Executor:
 
     return run
 
-  def _compile_fsdp(self, step: Callable[..., Any]) -> Callable:
+  def _compile_jit(self, step: Callable[..., Any]) -> Callable:
     def sharded(state, *args):
       state, metrics = step(state, *args)
       state = jax.lax.with_sharding_constraint(

@@ -20,7 +20,7 @@ from ddo_jax import rng
 from ddo_jax import settings as settings_lib
 from ddo_jax.data import codec
 from ddo_jax.method import likelihood
-from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import layout as layout_lib
 from ddo_jax.runtime import memory
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
@@ -102,7 +102,7 @@ def _rows(stage: Stage, model: Any, count: int) -> Any:
   return jax.eval_shape(make)
 
 
-def standing(stage: Stage, executor: devices_lib.Executor) -> int:
+def standing(stage: Stage, layout: layout_lib.Layout) -> int:
   """Returns the bytes that stand on each device throughout a phase.
 
   They are those of θ, its averages and moments, the reference and the frozen
@@ -116,11 +116,15 @@ def standing(stage: Stage, executor: devices_lib.Executor) -> int:
 
   state = jax.eval_shape(create, params)
   reference = jax.eval_shape(model.rules.reduce, params)
-  return sum(executor.share(tree) for tree in (state, reference, stage.frozen))
+  return (
+    layout.share(state)
+    + layout.share(reference, 'reference')
+    + layout.share(stage.frozen)
+  )
 
 
 def step_bytes(
-  stage: Stage, executor: devices_lib.Executor, accumulate: int, remat: bool
+  stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool
 ) -> int:
   """Returns the bytes that a training step takes of each device.
 
@@ -129,13 +133,13 @@ def step_bytes(
 
   Args:
     stage: what is trained.
-    executor: the devices.
+    layout: the devices.
     accumulate: microbatches a step.
     remat: whether the activations inside a block are recomputed.
   """
   model = stage.build(remat)
   params = jax.eval_shape(model.init, rng.stream(0))
-  parts = executor.num_devices * accumulate
+  parts = layout.num_devices * accumulate
   rows = _rows(stage, model, math.ceil(stage.phase.batch_size / parts))
 
   def gradient(params, reference, frozen, rows):
@@ -146,12 +150,12 @@ def step_bytes(
 
   reference = jax.eval_shape(model.rules.reduce, params)
   made = memory.peak(gradient, params, reference, stage.frozen, rows)
-  # A gradient made on every device is kept as the params are.
-  share = executor.share(params)
+  # A gradient is made on every device, and kept as the moments are.
+  share = layout.share(params, 'gradient')
   made += share - memory.size_of(params)
   if accumulate > 1:
     made += share
-  return standing(stage, executor) + max(made, share)
+  return standing(stage, layout) + max(made, share)
 
 
 def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
@@ -192,7 +196,7 @@ def _first(
 
 def _options(
   stages: Sequence[Stage],
-  executor: devices_lib.Executor,
+  layout: layout_lib.Layout,
   accumulate: Any,
   remat: Any,
 ) -> list[tuple[bool, list[int]]]:
@@ -202,14 +206,14 @@ def _options(
 
   Args:
     stages: what is trained.
-    executor: the devices.
+    layout: the devices.
     accumulate: the executor's setting.
     remat: the executor's setting.
   """
   remats = [False, True] if remat == settings_lib.AUTO else [remat]
   if accumulate != settings_lib.AUTO:
     return [(remat, [accumulate]) for remat in remats]
-  rows = [stage.phase.batch_size // executor.num_devices for stage in stages]
+  rows = [stage.phase.batch_size // layout.num_devices for stage in stages]
   shared = math.gcd(*rows)
   counts = [n for n in range(1, shared + 1) if shared % n == 0]
   few = [n for n in counts if n == 1 or min(rows) // n >= _FEW]
@@ -218,15 +222,15 @@ def _options(
 
 def plan(
   stages: Sequence[Stage],
-  settings: devices_lib.ExecutorConfig,
-  executor: devices_lib.Executor,
+  settings: layout_lib.ExecutorConfig,
+  layout: layout_lib.Layout,
 ) -> Fit:
   """Returns the settings of a run's steps, found where they are 'auto'.
 
   Args:
     stages: what is trained, one or more.
     settings: the executor's.
-    executor: the devices.
+    layout: the devices.
 
   Raises:
     errors.UserError: rows do not divide over devices and microbatches, or the
@@ -238,17 +242,15 @@ def plan(
   for stage in stages:
     with problems.gather():
       name = f'config.{stage.name}.batch_size'
-      executor.check_batch(stage.phase.batch_size, given, name)
+      layout.check_batch(stage.phase.batch_size, given, name)
   problems.raise_any()
-  room = executor.room()
+  room = layout.room()
   if room is None:
     return Fit(given, settings.remat is True)
 
   @functools.cache
   def counted(accumulate, remat):
-    return max(
-      step_bytes(stage, executor, accumulate, remat) for stage in stages
-    )
+    return max(step_bytes(stage, layout, accumulate, remat) for stage in stages)
 
   def search(options, share):
     for remat, choices in options:
@@ -258,13 +260,13 @@ def plan(
         return Fit(found, remat, count(found), room)
     return None
 
-  options = _options(stages, executor, settings.accumulate, settings.remat)
+  options = _options(stages, layout, settings.accumulate, settings.remat)
   fit = search(options, _PLANNED) or search(options, 1)
   if fit:
     return fit
   remat, choices = options[-1]
   least = Fit(choices[-1], remat, counted(choices[-1], remat=remat), room)
-  free = _options(stages, executor, settings_lib.AUTO, settings_lib.AUTO)
+  free = _options(stages, layout, settings_lib.AUTO, settings_lib.AUTO)
   other = search(free, _PLANNED) or search(free, 1)
   remedy = 'take more devices and executor.kind=fsdp, or a smaller model'
   if other:
@@ -282,8 +284,8 @@ def plan(
 def call_size(
   stage: Stage,
   sampler: Any,
-  settings: devices_lib.ExecutorConfig,
-  executor: devices_lib.Executor,
+  settings: layout_lib.ExecutorConfig,
+  layout: layout_lib.Layout,
 ) -> int:
   """Returns the number of images in a call of the sampler.
 
@@ -291,18 +293,18 @@ def call_size(
     stage: the phase that trains the model; its state stands meanwhile.
     sampler: the sampler.
     settings: the executor's.
-    executor: the devices.
+    layout: the devices.
   """
   if settings.sample_batch != settings_lib.AUTO:
     return settings.sample_batch
-  room = executor.room()
+  room = layout.room()
   if room is None:
     return _CALL
-  taken = standing(stage, executor)
+  taken = standing(stage, layout)
   choices = [_CALL, *(2**k for k in range(9, -1, -1))]
 
   def counted(count):
-    rows = math.ceil(count / executor.num_devices)
+    rows = math.ceil(count / layout.num_devices)
     return taken + sample_bytes(stage, sampler, rows)
 
   return _first(choices, counted, _PLANNED * room) or 1

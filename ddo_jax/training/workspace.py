@@ -452,7 +452,7 @@ class Run:
       stage=self._stage('ddo'),
       sampler=self.config.sampler,
       settings=self.config.executor,
-      executor=self.executor,
+      layout=self.executor,
     )
 
   def generator(self, guided: bool = True) -> generate.Generator:

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import placing
 import pytest
 
@@ -17,7 +18,9 @@ from ddo_jax.method import generate
 from ddo_jax.method import noise
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import layout
 from ddo_jax.samplers import heun
+from ddo_jax.training import state as state_lib
 
 TREE = {
   'matrix': np.arange(48, dtype=np.float32).reshape(3, 16),
@@ -27,8 +30,8 @@ TREE = {
 }
 
 
-def executor(kind='pmap', devices=0):
-  config = devices_lib.ExecutorConfig(kind=kind)
+def executor(kind='pmap', devices=0, fsdp_devices=0):
+  config = layout.ExecutorConfig(kind=kind, fsdp_devices=fsdp_devices)
   return devices_lib.Executor(config, devices)
 
 
@@ -56,7 +59,9 @@ def test_a_batch_that_does_not_divide_is_called_by_its_name():
 @pytest.mark.parametrize(
   ('field', 'value', 'wanted'),
   [
-    ('kind', 'tpu', r"one of \('pmap', 'fsdp'\)"),
+    ('kind', 'tpu', r"one of \('pmap', 'zero1', 'fsdp'\)"),
+    ('fsdp_devices', -1, 'an integer, 0 or up'),
+    ('fsdp_devices', 4, "0 where executor.kind is 'pmap', .*"),
     ('accumulate', 0, "a positive integer or 'auto'"),
     ('sample_batch', True, "a positive integer or 'auto'"),
     ('remat', 'no', "True, False or 'auto'"),
@@ -64,16 +69,16 @@ def test_a_batch_that_does_not_divide_is_called_by_its_name():
   ],
 )
 def test_settings_that_make_no_sense_are_refused(field, value, wanted):
-  settings = devices_lib.ExecutorConfig(**{field: value})
+  settings = layout.ExecutorConfig(**{field: value})
   line = rf'^config\.executor\.{field} is {value!r}; it must be {wanted}$'
   with pytest.raises(errors.UserError, match=line):
     settings.check()
 
 
 def test_no_setting_of_the_executor_is_science():
-  fields = dataclasses.fields(devices_lib.ExecutorConfig)
+  fields = dataclasses.fields(layout.ExecutorConfig)
   assert [field.name for field in fields if field.metadata['science']] == []
-  devices_lib.ExecutorConfig().check()
+  layout.ExecutorConfig().check()
 
 
 @pytest.mark.parametrize('kind', ['pmap', 'fsdp'])
@@ -95,8 +100,58 @@ def test_fsdp_splits_what_divides_over_the_devices():
   assert shapes == jax.tree.map(np.shape, TREE)
 
 
+def a_state():
+  """A training state whose params are `TREE`, as shapes."""
+  params = jax.eval_shape(lambda: TREE)
+  return state_lib.TrainState(
+    step=jax.ShapeDtypeStruct((), jnp.int32),
+    params=params,
+    ema={'halflife_1': params},
+    opt_state=(optax.ScaleByAdamState(None, params, params),),
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'fsdp_devices', 'shares'),
+  # 192 + 512 bytes of what can be split, and 24 that cannot, four times.
+  [
+    ('pmap', 0, (4 * 728 + 4, 728)),
+    ('zero1', 0, (728 + 3 * (88 + 24) + 4, 728)),
+    ('zero1', 2, (728 + 3 * (352 + 24) + 4, 728)),
+    ('fsdp', 0, (4 * (88 + 24) + 4, 88 + 24)),
+    ('fsdp', 4, (4 * (176 + 24) + 4, 176 + 24)),
+  ],
+)
+def test_what_is_counted_without_devices_lies_on_them(
+  kind, fsdp_devices, shares
+):
+  config = layout.ExecutorConfig(kind=kind, fsdp_devices=fsdp_devices)
+  counted = layout.Layout(config, 8)
+  state = a_state()
+  reference = state.params
+  got = (counted.share(state), counted.share(reference, 'reference'))
+  assert got == shares
+  one = executor(kind, fsdp_devices=fsdp_devices)
+  ones = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), state)
+  placed = placing.place_state(one, ones)
+  first = jax.devices()[0]
+  held = 0
+  for leaf in jax.tree.leaves(placed):
+    shards = leaf.addressable_shards
+    held += sum(s.data.nbytes for s in shards if s.device == first)
+  assert held == shares[0]
+
+
+def test_devices_that_share_a_state_divide_the_devices():
+  config = layout.ExecutorConfig(kind='fsdp', fsdp_devices=8)
+  assert layout.Layout(config, 1024).shards == 8
+  line = r'^config\.executor\.fsdp_devices is 8; .* a divisor of the 4 devices$'
+  with pytest.raises(errors.UserError, match=line):
+    layout.Layout(config, 4)
+
+
 def test_fsdp_keeps_small_leaves_whole(monkeypatch):
-  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 128)
+  monkeypatch.setattr(layout, 'SMALLEST_SPLIT', 128)
   placed = placing.place_state(executor('fsdp'), TREE)
   shapes = jax.tree.map(lambda a: a.addressable_shards[0].data.shape, placed)
   whole = {'matrix': (3, 16), 'vector': (5,), 'number': ()}
@@ -108,11 +163,11 @@ def test_checkpoints_move_whichever_leaves_are_split(
   tmp_path, monkeypatch, threshold
 ):
   """From FSDP to another threshold, to pmap, and to fewer devices."""
-  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', threshold)
+  monkeypatch.setattr(layout, 'SMALLEST_SPLIT', threshold)
   checkpoint.save_params(
     tmp_path / 'a', placing.place_state(executor('fsdp'), TREE), {}
   )
-  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 128 // threshold)
+  monkeypatch.setattr(layout, 'SMALLEST_SPLIT', 128 // threshold)
   shapes = jax.eval_shape(lambda: TREE)
   for target in (executor('fsdp'), executor('fsdp', 2), executor('pmap', 1)):
     shardings = target.state_shardings(shapes)

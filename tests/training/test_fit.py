@@ -15,6 +15,7 @@ from ddo_jax import settings
 from ddo_jax.method import negatives
 from ddo_jax.models import toy
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import layout
 from ddo_jax.runtime import memory
 from ddo_jax.samplers import heun
 from ddo_jax.training import fit
@@ -148,7 +149,7 @@ def test_a_step_takes_what_the_compiler_plans():
 
 
 def test_fsdp_splits_what_stands(monkeypatch):
-  monkeypatch.setattr(devices_lib, 'SMALLEST_SPLIT', 1_024)
+  monkeypatch.setattr(layout, 'SMALLEST_SPLIT', 1_024)
   whole = devices_lib.Executor(devices_lib.ExecutorConfig())
   split = devices_lib.Executor(devices_lib.ExecutorConfig(kind='fsdp'))
   parts = [fit.standing(stage(), executor) for executor in (whole, split)]

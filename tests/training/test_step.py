@@ -42,12 +42,15 @@ class Case(NamedTuple):
   label_drop: float = DROP
   normalize: bool = False
   network: str = 'mlp'
+  fsdp_devices: int = 0
 
 
 JIT = Case('jit')
 PMAP = Case('pmap', 8)
 PMAP_ACCUMULATE = Case('pmap', 8, accumulate=2)
 FSDP = Case('fsdp', 8)
+HYBRID = Case('fsdp', 8, accumulate=2, fsdp_devices=4)
+ZERO1 = Case('zero1', 8, accumulate=2)
 EDM2 = [
   Case(kind, n, remat=True, network='edm2')
   for kind, n in (('jit', 1), ('pmap', 8), ('fsdp', 8))
@@ -60,6 +63,8 @@ CASES = [
   PMAP,
   PMAP_ACCUMULATE,
   FSDP,
+  HYBRID,
+  ZERO1,
   Case('pmap', 1, label_drop=0, normalize=True),
   Case('pmap', 8, remat=True, normalize=True, network='unet'),
   NORMALIZED,
@@ -120,7 +125,7 @@ class Bench:
       self.step_fn = jax.jit(functools.partial(self._traced, **static))
       self.reference = jax.tree.map(jnp.copy, self.params)
       return
-    settings = config.Executor(kind=case.kind)
+    settings = config.Executor(kind=case.kind, fsdp_devices=case.fsdp_devices)
     executor = devices_lib.Executor(settings, case.devices)
     self.place, self.place_batch = executor.replicate, executor.place_batch
     self.step_fn = executor.compile_step(self._traced, **static)
@@ -291,9 +296,17 @@ def test_law_2_the_reference_never_changes(case):
 
 @pytest.mark.parametrize(
   ('case', 'bare'),
-  [(PMAP, JIT), (PMAP_ACCUMULATE, JIT), (FSDP, JIT)]
+  [(case, JIT) for case in (PMAP, PMAP_ACCUMULATE, FSDP, HYBRID, ZERO1)]
   + [(case, EDM2[0]) for case in EDM2[1:]],
-  ids=['pmap', 'accumulate', 'fsdp', 'edm2-pmap', 'edm2-fsdp'],
+  ids=[
+    'pmap',
+    'accumulate',
+    'fsdp',
+    'hybrid',
+    'zero1',
+    'edm2-pmap',
+    'edm2-fsdp',
+  ],
 )
 def test_law_3_one_result_on_any_devices(case, bare):
   state, history = ten_steps(case)
