@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import pathlib
 from typing import Any
 
@@ -58,6 +60,51 @@ def of_source(
   return images, labels
 
 
+def param_shapes(kinds: Sequence[str]) -> dict[str, Any]:
+  """Returns the shapes of the networks' weights that features come from.
+
+  Args:
+    kinds: of 'fid', 'sfid', 'fd_dinov2'.
+  """
+  shapes = {}
+  if 'fid' in kinds or 'sfid' in kinds:
+    shapes['inception'] = inception.param_shapes()
+  if 'fd_dinov2' in kinds:
+    shapes['dinov2'] = dinov2.param_shapes()
+  return shapes
+
+
+def apply(
+  params: Mapping[str, Any],
+  images: jax.Array,
+  protocol: protocols.Protocol,
+  kept: Sequence[str],
+) -> dict[str, jax.Array]:
+  """Returns features [B, D] of images by kind.
+
+  Args:
+    params: the networks' weights, by network; see `param_shapes`.
+    images: uint8 [B,H,W,C].
+    protocol: what is measured.
+    kept: the kinds that are returned; beside those that are compared, `LOGITS`.
+  """
+  found = {}
+  top = protocol.pixel_values - 1
+  if top != 255:
+    bright = images.astype(jnp.int32) * 255 // top
+    images = bright.astype(jnp.uint8)
+  if images.shape[-1] == 1:
+    images = jnp.repeat(images, 3, axis=-1)
+  if 'inception' in params:
+    taps = inception.apply(params['inception'], images, protocol.resize)
+    found['fid'] = taps.features
+    found['sfid'] = taps.spatial
+    found[LOGITS] = taps.logits_unbiased
+  if 'dinov2' in params:
+    found['fd_dinov2'] = dinov2.apply(params['dinov2'], images)
+  return {kind: found[kind] for kind in kept}
+
+
 class Extractor:
   """A protocol's feature networks with their weights.
 
@@ -109,25 +156,9 @@ class Extractor:
       self.provenance['dinov2'] = origin
     for kind in self.kinds:
       self._widths[kind] = rows_lib.Kind(fid_stats_lib.WIDTHS[kind])
-    self._apply = jax.jit(self._networks)
-
-  def _networks(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """Returns all features [B, D] of images uint8 [B,H,W,C], by kind."""
-    found = {}
-    top = self.protocol.pixel_values - 1
-    if top != 255:
-      bright = images.astype(jnp.int32) * 255 // top
-      images = bright.astype(jnp.uint8)
-    if images.shape[-1] == 1:
-      images = jnp.repeat(images, 3, axis=-1)
-    if 'inception' in params:
-      taps = inception.apply(params['inception'], images, self.protocol.resize)
-      found['fid'] = taps.features
-      found['sfid'] = taps.spatial
-      found[LOGITS] = taps.logits_unbiased
-    if 'dinov2' in params:
-      found['fd_dinov2'] = dinov2.apply(params['dinov2'], images)
-    return {kind: found[kind] for kind in self._widths}
+    self._apply = jax.jit(
+      functools.partial(apply, protocol=self.protocol, kept=tuple(self._widths))
+    )
 
   def _checked(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for images in chunks:

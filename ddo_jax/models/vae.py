@@ -6,7 +6,9 @@ with an underscore for each dot that comes before a number.
 """
 
 from collections.abc import Sequence
+import functools
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -233,3 +235,16 @@ class AutoencoderKL(nn.Module):
     """
     mean, _ = self.encode_moments(images)
     return self.decode(mean)
+
+
+@functools.cache
+def param_shapes(network: AutoencoderKL | None = None) -> Any:
+  """Returns an autoencoder's params as a tree of `jax.ShapeDtypeStruct`.
+
+  Args:
+    network: None means the one of stabilityai/sd-vae-ft-mse.
+  """
+  network = network or AutoencoderKL()
+  side = 2 ** len(network.widths)
+  images = jnp.zeros((1, side, side, 3))
+  return jax.eval_shape(network.init, jax.random.key(0), images)['params']

@@ -14,7 +14,6 @@ import re
 from typing import Any
 
 from flax import traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,13 +50,8 @@ def _wanted(
   network: vae.AutoencoderKL,
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
   """Returns the Flax path and shape of every tensor, by its official key."""
-  side = 2 ** len(network.widths)
-  images = jnp.zeros((1, side, side, 3))
-  shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
-  return {
-    _key(path): (path, leaf.shape)
-    for path, leaf in traverse_util.flatten_dict(shapes).items()
-  }
+  shapes = traverse_util.flatten_dict(vae.param_shapes(network))
+  return {_key(path): (path, leaf.shape) for path, leaf in shapes.items()}
 
 
 def _to_layout(tensor: np.ndarray, ndim: int) -> np.ndarray:
