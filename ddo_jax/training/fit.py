@@ -82,7 +82,7 @@ def gib(size: float) -> str:
   return f'{size / 2**30:.4g}'
 
 
-def _rows(stage: Stage, model: Any, count: int) -> Any:
+def make_rows(stage: Stage, model: Any, count: int) -> Any:
   """Returns the shapes of a `step.Microbatch` of `count` real rows."""
   shape = model.codec.stored_shape(model.example_shape)
   latents = isinstance(model.codec, codec.Latents)
@@ -102,11 +102,12 @@ def _rows(stage: Stage, model: Any, count: int) -> Any:
   return jax.eval_shape(make)
 
 
-def standing(stage: Stage, layout: layout_lib.Layout) -> int:
+def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
   """Returns the bytes that stand on each device throughout a phase.
 
-  They are those of θ, its averages and moments, the reference and the frozen
-  weights.
+  Returns:
+    Those of 'params' (θ), 'moments' (the optimizer's state and the number of
+    the step), 'averages', 'reference' and 'frozen'.
   """
   model = stage.build(False)
   params = jax.eval_shape(model.init, rng.stream(0))
@@ -116,31 +117,36 @@ def standing(stage: Stage, layout: layout_lib.Layout) -> int:
 
   state = jax.eval_shape(create, params)
   reference = jax.eval_shape(model.rules.reduce, params)
-  return (
-    layout.share(state)
-    + layout.share(reference, 'reference')
-    + layout.share(stage.frozen)
-  )
+  return {
+    'params': layout.share(state.params, 'params'),
+    'moments': layout.share(state.opt_state, 'opt_state')
+    + layout.share(state.step, 'step'),
+    'averages': layout.share(state.ema, 'ema'),
+    'reference': layout.share(reference, 'reference'),
+    'frozen': layout.share(stage.frozen),
+  }
 
 
-def step_bytes(
+def step_parts(
   stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool
-) -> int:
-  """Returns the bytes that a training step takes of each device.
-
-  Beside what stands, there are the gradient, its sum over microbatches, and
-  what the backward pass keeps of a device's rows.
+) -> dict[str, int]:
+  """Returns the bytes that a training step takes of each device, by part.
 
   Args:
     stage: what is trained.
     layout: the devices.
     accumulate: microbatches a step.
     remat: whether the activations inside a block are recomputed.
+
+  Returns:
+    What stands, see `standing`, and beside it the 'gradient', with its sum over
+    microbatches, and the 'activations', all else that computing the gradient of
+    a device's rows holds at once.
   """
   model = stage.build(remat)
   params = jax.eval_shape(model.init, rng.stream(0))
   parts = layout.num_devices * accumulate
-  rows = _rows(stage, model, math.ceil(stage.phase.batch_size / parts))
+  rows = make_rows(stage, model, math.ceil(stage.phase.batch_size / parts))
 
   def gradient(params, reference, frozen, rows):
     _, _, grads = step_lib.gradient_of(
@@ -152,10 +158,20 @@ def step_bytes(
   made = memory.peak(gradient, params, reference, stage.frozen, rows)
   # A gradient is made on every device, and kept as the moments are.
   share = layout.share(params, 'gradient')
-  made += share - memory.size_of(params)
-  if accumulate > 1:
-    made += share
-  return standing(stage, layout) + max(made, share)
+  return standing(stage, layout) | {
+    'gradient': share if accumulate == 1 else 2 * share,
+    'activations': made - memory.size_of(params),
+  }
+
+
+def step_bytes(
+  stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool
+) -> int:
+  """Returns the bytes that a training step takes of each device in all.
+
+  See `step_parts`.
+  """
+  return sum(step_parts(stage, layout, accumulate, remat).values())
 
 
 def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
@@ -300,7 +316,7 @@ def call_size(
   room = layout.room()
   if room is None:
     return _CALL
-  taken = standing(stage, layout)
+  taken = sum(standing(stage, layout).values())
   choices = [_CALL, *(2**k for k in range(9, -1, -1))]
 
   def counted(count):

@@ -24,9 +24,11 @@ from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
+from ddo_jax.models import vae as vae_lib
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import disk
+from ddo_jax.runtime import layout as layout_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import fit as fit_lib
 from ddo_jax.training import loop as loop_lib
@@ -175,10 +177,28 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
 class Run:
   """What the stages of one run share; costly parts are made when needed."""
 
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
-    """Takes the config as it is; `check` says what is wrong with it."""
+  def __init__(
+    self,
+    config: config_lib.Config,
+    workdir: pathlib.Path | None,
+    layout: layout_lib.Layout | None = None,
+  ):
+    """Takes the config as it is; `check` says what is wrong with it.
+
+    Args:
+      config: the run's.
+      workdir: its folder; None for a run that is only planned.
+      layout: devices that need not be there, for a run that is only planned;
+        None takes those at hand.
+    """
     self.config = config
     self.workdir = workdir
+    self._layout = layout
+
+  @property
+  def layout(self) -> layout_lib.Layout:
+    """What fits is counted for these devices."""
+    return self._layout or self.executor
 
   @functools.cached_property
   def executor(self) -> devices_lib.Executor:
@@ -355,7 +375,7 @@ class Run:
       hashes['vae'] = download.sha256_of(self._vae_file)
     return hashes
 
-  def _stage(self, name: str) -> fit_lib.Stage:
+  def stage(self, name: str) -> fit_lib.Stage:
     """Returns what a phase trains, by its name in the config."""
     config = self.config
     phase = config_lib.at_round(getattr(config, name), 0)
@@ -365,6 +385,8 @@ class Run:
     if name != 'tokenizer':
       for part, model in models.items():
         frozen[part] = jax.eval_shape(model.init, rng.stream(0))
+      if config.vae_from:
+        frozen['vae'] = vae_lib.param_shapes()
 
     def build(remat):
       if name == 'tokenizer':
@@ -383,6 +405,16 @@ class Run:
       return self.config.sampler.unguided()
     return None
 
+  @property
+  def phases(self) -> list[str]:
+    """The names in the config of the phases that the run plays."""
+    names = ['ddo']
+    if not self.config.init_from:
+      names.append('pretrain')
+    if 'tokenizer' in self.frozen_models() and not self.config.tokenizer_from:
+      names.append('tokenizer')
+    return names
+
   @functools.cached_property
   def fit(self) -> fit_lib.Fit:
     """How the steps of all phases fit into the devices.
@@ -393,19 +425,13 @@ class Run:
     Raises:
       errors.UserError: see `fit.plan`.
     """
-    config = self.config
-    names = ['ddo']
-    if not config.init_from:
-      names.append('pretrain')
-    if 'tokenizer' in self.frozen_models() and not config.tokenizer_from:
-      names.append('tokenizer')
-    wanted = dataclasses.replace(config.executor)
+    wanted = dataclasses.replace(self.config.executor)
     kept = self._kept_fit
     if kept:
       wanted.accumulate = kept.accumulate
       wanted.remat = kept.remat
     found = fit_lib.plan(
-      [self._stage(name) for name in names], wanted, self.executor
+      [self.stage(name) for name in self.phases], wanted, self.layout
     )
     if found.room:
       _LOGGER.info('%s', found)
@@ -418,7 +444,7 @@ class Run:
   @property
   def _kept_fit(self) -> fit_lib.Fit | None:
     """The fit that an earlier start found on equal devices, if there is one."""
-    if not self._fit_path.exists():
+    if self._layout or not self._fit_path.exists():
       return None
     kept = records.read_json(self._fit_path)
     if kept['settings'] != settings.to_json(self.config.executor):
@@ -449,10 +475,10 @@ class Run:
   def sample_batch(self) -> int:
     """The number of images in a call of the sampler."""
     return fit_lib.call_size(
-      stage=self._stage('ddo'),
+      stage=self.stage('ddo'),
       sampler=self.config.sampler,
       settings=self.config.executor,
-      layout=self.executor,
+      layout=self.layout,
     )
 
   def generator(self, guided: bool = True) -> generate.Generator:

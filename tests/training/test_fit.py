@@ -142,24 +142,64 @@ def test_a_step_takes_what_the_compiler_plans():
   )
   counted = fit.step_bytes(what, executor, accumulate=1, remat=False)
   assert 0.75 < counted / memory.allotted(compiled) < 1.1
-  standing = fit.standing(what, executor)
+  standing = sum(fit.standing(what, executor).values())
   assert standing == 5 * memory.size_of(params) + 12  # and three counters
   halved = fit.step_bytes(what, executor, accumulate=2, remat=False)
   assert standing < halved < 0.8 * counted
+
+
+@pytest.mark.parametrize(
+  'wanted',
+  [
+    {},
+    {'kind': 'zero1'},
+    {'kind': 'fsdp'},
+    {'kind': 'fsdp', 'fsdp_devices': 4},
+  ],
+)
+def test_what_stands_is_counted_to_the_byte(wanted):
+  """Beside the arrays of a device that holds them."""
+  what = stage(16, averages=config_lib.Averages(halflife=(9.0,), width=(0.1,)))
+  executor = devices_lib.Executor(devices_lib.ExecutorConfig(**wanted))
+  model = what.build(False)
+
+  def create(params):
+    return state_lib.at_start(params, model.rules, what.phase)
+
+  params = executor.make_state(model.init, rng.stream(0))
+  state = executor.make_state(create, params)
+
+  def held(tree):
+    return sum(
+      a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree)
+    )
+
+  assert fit.standing(what, executor) == {
+    'params': held(state.params),
+    'moments': held(state.opt_state) + 4,  # the number of the step
+    'averages': held(state.ema),
+    'reference': held(executor.make_state(model.rules.reduce, params)),
+    'frozen': 0,
+  }
+  parts = fit.step_parts(what, executor, accumulate=2, remat=False)
+  assert parts['gradient'] == held(state.opt_state[0].mu) * 2
+  assert parts['activations'] > 0
 
 
 def test_fsdp_splits_what_stands(monkeypatch):
   monkeypatch.setattr(layout, 'SMALLEST_SPLIT', 1_024)
   whole = devices_lib.Executor(devices_lib.ExecutorConfig())
   split = devices_lib.Executor(devices_lib.ExecutorConfig(kind='fsdp'))
-  parts = [fit.standing(stage(), executor) for executor in (whole, split)]
+  parts = [
+    sum(fit.standing(stage(), executor).values()) for executor in (whole, split)
+  ]
   assert parts[1] < 0.4 * parts[0]
 
 
 def test_calls_of_the_sampler(monkeypatch):
   """As large as fits, at most 1,000; what is given is taken."""
   monkeypatch.setattr(fit, 'sample_bytes', lambda stage, sampler, n: n * GIB)
-  monkeypatch.setattr(fit, 'standing', lambda stage, executor: 20 * GIB)
+  monkeypatch.setattr(fit, 'standing', lambda stage, layout: {'all': 20 * GIB})
 
   def size(devices=1, **wanted):
     knobs = devices_lib.ExecutorConfig(**wanted)
