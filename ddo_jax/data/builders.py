@@ -26,6 +26,7 @@ from ddo_jax.assets import table
 from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import encoded
 
+_MOST_UNFOLDED = 2**26  # bytes of an IDX file; the largest here has 47 million
 _CHUNK = 1_024  # Records that are parsed at once for their labels.
 
 # Split name -> (images uint8 [N,H,W,C], labels [N]).
@@ -109,7 +110,8 @@ def _read_idx(path: pathlib.Path, rank: int, sha256: str) -> np.ndarray:
   big-endian uint32, and the bytes of the array.
   """
   try:
-    content = gzip.decompress(path.read_bytes())
+    with gzip.open(path) as file:
+      content = file.read(_MOST_UNFOLDED)
   except (OSError, EOFError, zlib.error) as error:
     raise errors.UserError(
       f'{path} cannot be decompressed ({error}): download it again'

@@ -2,7 +2,8 @@
 
 A row is the content of an image file (PNG, JPEG, …), or of a .npy file that
 holds the latents of an image. `files` and `builders` know where such rows are
-found; this module decodes them and refuses those that do not fit.
+found; this module decodes them and refuses those that do not fit. What a row's
+header says is looked at before the rest of it is decoded.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,10 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import transforms
+from ddo_jax.runtime import reading
 
+_FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP')
+_MOVING = ('GIF', 'PNG', 'WEBP')  # those of them that may be animations
 _AS_IT_IS = transforms.Fit()
 
 
@@ -48,10 +52,22 @@ def user_error(message: str) -> Iterator[None]:
     raise errors.UserError(f'{message} ({error})') from error
 
 
-def decode_image(
+class Opened(NamedTuple):
+  """A row of which only the header was read.
+
+  Attributes:
+    shape: the shape [H,W,C] that it will have.
+    decode: returns it, an array of that shape.
+  """
+
+  shape: tuple[int, ...]
+  decode: Callable[[], np.ndarray]
+
+
+def open_image(
   where: str, content: bytes, fit: transforms.Fit = _AS_IT_IS
-) -> np.ndarray:
-  """Decodes the bytes of an image file to uint8 [H,W,C], with C 1 or 3.
+) -> Opened:
+  """Opens an image file, which decodes to uint8 [H,W,C] with C 1 or 3.
 
   Args:
     where: the place of the image, for errors.
@@ -59,40 +75,59 @@ def decode_image(
     fit: what is done to the image.
 
   Raises:
-    errors.UserError: the image is damaged, or neither 8-bit grey nor RGB.
+    errors.UserError: the image is damaged, very large, an animation, or neither
+      8-bit grey nor RGB; or, from `decode`, it is damaged further on.
   """
   from PIL import Image
 
-  with user_error(f'{where}: the image is damaged or cut off, replace it'):
-    with Image.open(io.BytesIO(content)) as image:
-      image.load()
-  return fit.pixels(where, image)
+  damaged = f'{where}: the image is damaged or cut off, replace it'
+  with user_error(damaged):
+    # Pillow gives other formats, such as PostScript, to other programs.
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    moves = image.format in _MOVING and getattr(image, 'is_animated', False)
+  if moves:
+    raise errors.UserError(
+      f'{where} is an animation; wanted a still image: write one frame of it'
+    )
+  shape = fit.shape(where, image)
+
+  def decode() -> np.ndarray:
+    with user_error(damaged):
+      return fit.pixels(image)
+
+  return Opened(shape, decode)
 
 
-def decode_latents(where: str, content: bytes) -> np.ndarray:
-  """Decodes the bytes of a .npy file of latents to float32 [H,W,2C].
+def open_latents(where: str, content: bytes) -> Opened:
+  """Opens a .npy file of latents, which decodes to float32 [H,W,2C].
 
   The file holds float32 [2C,H,W]: the means of the C latents of an image, then
   their standard deviations.
 
   Raises:
-    errors.UserError: the file is damaged, or holds something else.
+    errors.UserError: the file holds something else; or, from `decode`, it is
+      damaged.
   """
-  with user_error(f'{where} is no whole .npy of plain numbers, write it again'):
-    latents = np.load(io.BytesIO(content), allow_pickle=False)
-    dtype = latents.dtype
-    shape = latents.shape
+  damaged = f'{where} is no whole .npy of plain numbers, write it again'
+  with user_error(damaged):
+    shape, dtype = reading.read_header(io.BytesIO(content))
   fits = dtype == np.float32 and len(shape) == 3 and shape[0] % 2 == 0
-  if not fits or not latents.size:
+  if not fits or min(shape) < 1:
     raise errors.UserError(
       f'{where} is {dtype} {list(shape)}; wanted raw latents, float32 [2C,H,W]:'
       ' C means, then C standard deviations'
     )
-  latents = np.ascontiguousarray(np.moveaxis(latents, 0, -1))
-  fault = fault_of_latents(latents)
-  if fault:
-    raise errors.UserError(f'{where} holds {fault}: encode its image again')
-  return latents
+
+  def decode() -> np.ndarray:
+    with user_error(damaged):
+      planes = np.load(io.BytesIO(content), allow_pickle=False)
+    latents = np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+    fault = fault_of_latents(latents)
+    if fault:
+      raise errors.UserError(f'{where} holds {fault}: encode its image again')
+    return latents
+
+  return Opened((*shape[1:], shape[0]), decode)
 
 
 def fault_of_latents(latents: np.ndarray) -> str:
@@ -116,8 +151,8 @@ class EncodedSource:
     pixel_values: the number of values of a pixel.
     fetch: gives the encoded rows at the given indices; safe in threads.
     fetch_labels: gives the classes of all rows, integers [N].
-    decode: turns (where, content) of a row into an array [H,W,C]. All rows
-      must have the shape of the first.
+    open_row: opens a row, given its (where, content). All rows must have the
+      shape of the first.
     class_names: the names of the classes, by label; () where not known.
   """
 
@@ -127,7 +162,7 @@ class EncodedSource:
   pixel_values: int
   fetch: Callable[[list[int]], list[EncodedRow]]
   fetch_labels: Callable[[], np.ndarray]
-  decode: Callable[[str, bytes], np.ndarray] = decode_image
+  open_row: Callable[[str, bytes], Opened] = open_image
   class_names: tuple[str, ...] = ()
 
   def fitted(self, fit: transforms.Fit) -> 'EncodedSource':
@@ -136,18 +171,18 @@ class EncodedSource:
     Raises:
       errors.UserError: the rows are no images.
     """
-    if self.decode is not decode_image:
+    if self.open_row is not open_image:
       raise errors.UserError(
         f'{self.name} holds latents; only images can be resized, padded or'
         ' converted: set config.data.resize, pad_to and channels to 0'
       )
-    decode = functools.partial(decode_image, fit=fit)
-    return dataclasses.replace(self, decode=decode)
+    open_row = functools.partial(open_image, fit=fit)
+    return dataclasses.replace(self, open_row=open_row)
 
   @functools.cached_property
   def _first(self) -> np.ndarray:
     (row,) = self.fetch([0])
-    return self.decode(row.where, row.content)
+    return self.open_row(row.where, row.content).decode()
 
   @property
   def stored_shape(self) -> tuple[int, int, int]:
@@ -189,14 +224,14 @@ class EncodedSource:
     stored = np.empty((len(index), *shape), self._first.dtype)
     labels = np.empty(len(index), np.int32)
     for i, row in enumerate(self.fetch(index.tolist())):
-      decoded = self.decode(row.where, row.content)
-      if decoded.shape != shape or not 0 <= row.label < num_labels:
+      opened = self.open_row(row.where, row.content)
+      if opened.shape != shape or not 0 <= row.label < num_labels:
         raise errors.UserError(
-          f'{row.where} is {list(decoded.shape)}, label {row.label}; wanted'
+          f'{row.where} is {list(opened.shape)}, label {row.label}; wanted'
           f' {list(shape)} [H,W,C] as the first image, label 0 ..'
           f' {num_labels - 1}: images are made alike with --config.data.resize'
           ' and --config.data.channels'
         )
-      stored[i] = decoded
+      stored[i] = opened.decode()
       labels[i] = row.label
     return stored, labels

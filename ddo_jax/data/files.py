@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import re
+import reprlib
 import threading
 import zipfile
 
@@ -26,11 +27,18 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.data import encoded
 from ddo_jax.data import splits
+from ddo_jax.runtime import reading
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 LATENTS = '.npy'
 _LOGGER = logging.getLogger(__name__)
 _MANIFEST = 'dataset.json'
+MOST_BYTES = 2**28  # in the file of a row
+_MOST_LINKED = 1_000  # folders that are entered again through symlinks
+# A list of labels has so many bytes for an image, beside its name.
+_LISTED_BYTES = 256
+# Gives the file of a name, of at most so many bytes.
+Read = Callable[[str, int], bytes]
 _CHUNKED = re.compile(r'\d{5,}/(img|img-mean-std-)?\d+\.\w+')
 
 
@@ -39,37 +47,47 @@ def _is_hidden(name: str) -> bool:
   return name.startswith('.') or name == '__MACOSX'
 
 
-def walk(
-  folder: str, prefix: str = '', above: tuple[str, ...] = ()
-) -> Iterator[str]:
+def walk(folder: str) -> Iterator[str]:
   """Yields the names of all files below a folder, also through symlinks.
 
   Hidden files and folders are left out.
 
-  Args:
-    folder: where to look.
-    prefix: what stands before the names.
-    above: the real paths of the folders that led here, which a symlink may
-      name again.
+  Raises:
+    OSError: a folder cannot be read, or symlinks lead to the same folders over
+      and over.
   """
-  above = (*above, os.path.realpath(folder))
-  with os.scandir(folder) as entries:
-    for entry in sorted(entries, key=lambda entry: entry.name):
-      if _is_hidden(entry.name):
-        continue
-      if not entry.is_dir():
-        yield prefix + entry.name
-      elif os.path.realpath(entry.path) not in above:
-        yield from walk(entry.path, f'{prefix}{entry.name}/', above)
+  seen: set[str] = set()
+  again = 0
+
+  def below(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+    nonlocal again
+    real = os.path.realpath(folder)
+    if real in above:
+      return
+    again += real in seen
+    if again > _MOST_LINKED:
+      raise OSError(f'symlinks lead to {real} over and over')
+    seen.add(real)
+    with os.scandir(folder) as entries:
+      for entry in sorted(entries, key=lambda entry: entry.name):
+        if _is_hidden(entry.name):
+          continue
+        if entry.is_dir():
+          name = f'{prefix}{entry.name}/'
+          yield from below(entry.path, name, (*above, real))
+        else:
+          yield prefix + entry.name
+
+  return below(folder, '', ())
 
 
-def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
+def opener(path: pathlib.Path) -> tuple[list[str], Read]:
   """Opens a folder or a zip.
 
   Returns:
     The names of the files in it, relative to it, and a function that reads the
-    file of a name and may be called in several threads at once. Hidden files
-    and folders are left out.
+    file of a name, which may have so many bytes, and may be called in several
+    threads at once. Hidden files and folders are left out.
 
   Raises:
     errors.UserError: `path` is neither a folder nor a readable zip.
@@ -78,28 +96,41 @@ def opener(path: pathlib.Path) -> tuple[list[str], Callable[[str], bytes]]:
     with encoded.user_error(f'{path} cannot be read'):
       found = list(walk(str(path)))
 
-    def read_file(name: str) -> bytes:
-      return (path / name).read_bytes()
+    def read_file(name: str, most: int) -> bytes:
+      return reading.read(path / name, most)
 
     return found, read_file
 
   with encoded.user_error(f'{path} is no readable zip, copy it again'):
+    reading.check_regular(path)
     archive = zipfile.ZipFile(path)
+    names = archive.namelist()
+    _check_names(names)
   # All threads share one handle behind a lock. A handle for each would parse
   # the index again, which takes 14 s and 700 MB for a million files, while an
   # image is read in 40 µs.
   lock = threading.Lock()
 
-  def read_member(name: str) -> bytes:
+  def read_member(name: str, most: int) -> bytes:
     with lock:
-      return archive.read(name)
+      return reading.read_member(archive, name, most)
 
   names = [
     name
-    for name in archive.namelist()
+    for name in names
     if not any(_is_hidden(part) for part in name.split('/'))
   ]
   return names, read_member
+
+
+def _check_names(names: list[str]) -> None:
+  """Raises ValueError where a zip's names are no relative ones, each once."""
+  once = set(names)
+  if len(once) < len(names):
+    raise ValueError('it holds two files of one name')
+  for name in names:
+    if name.startswith('/') or '..' in name.split('/'):
+      raise ValueError(f'it holds {reprlib.repr(name)}, which leads out of it')
 
 
 def _parse_labels(where: str, content: bytes, names: list[str]) -> list[int]:
@@ -122,19 +153,22 @@ def _parse_labels(where: str, content: bytes, names: list[str]) -> list[int]:
     if entries is None:
       return []
     class_of = dict(entries)
+    if not all(isinstance(name, str) for name in class_of):
+      raise ValueError('a name that is no text')
   missing = class_of.keys() - set(names)
   unlisted = set(names) - class_of.keys()
   if missing or unlisted or len(entries) != len(class_of):
     raise errors.UserError(
       f'{where} lists {len(entries)} images of {len(names)}; wanted each once;'
-      f' missing files: {sorted(missing)[:3]},'
-      f' not listed: {sorted(unlisted)[:3]}'
+      f' missing files: {reprlib.repr(sorted(missing)[:3])},'
+      f' not listed: {reprlib.repr(sorted(unlisted)[:3])}'
     )
   for name, label in class_of.items():
     # `type` and not `isinstance`, because True is an instance of int.
     if type(label) is not int or not 0 <= label < 2**31 - 1:
       raise errors.UserError(
-        f'{where}: class of {name!r} is {label!r}; wanted an integer, 0 or up'
+        f'{where}: class of {name!r} is {reprlib.repr(label)}; wanted an'
+        ' integer, 0 or up'
       )
   return [class_of[name] for name in names]
 
@@ -170,7 +204,9 @@ def _folder_labels(names: list[str]) -> tuple[list[int], tuple[str, ...]]:
   folder_of = [name.partition('/')[0] for name in below]
   folders = sorted(set(folder_of))
   label_of = {folder: label for label, folder in enumerate(folders)}
-  return [label_of[folder] for folder in folder_of], tuple(folders)
+  # A folder's name may be no UTF-8, which could not be written elsewhere.
+  class_names = [os.fsencode(f).decode(errors='replace') for f in folders]
+  return [label_of[folder] for folder in folder_of], tuple(class_names)
 
 
 def _label(
@@ -248,7 +284,7 @@ def open_files(
     errors.UserError: the set cannot be read, is empty, holds both images and
       latents, or has wrong labels. A damaged row is refused when it is read.
   """
-  names, read_bytes = opener(path)
+  names, read_file = opener(path)
   top = ''
   rows = [n for n in names if n.lower().endswith((*IMAGES, LATENTS))]
   if wanted and _MANIFEST in names:
@@ -266,11 +302,14 @@ def open_files(
     )
   rows = images or latents
 
-  def read(name: str) -> bytes:
+  def read(name: str, most: int) -> bytes:
     with encoded.user_error(f'{path / name} cannot be read, copy it again'):
-      return read_bytes(top + name)
+      return read_file(top + name, most)
 
-  manifest = read(_MANIFEST) if _MANIFEST in names else None
+  manifest = None
+  if _MANIFEST in names:
+    listed = sum(_LISTED_BYTES + 4 * len(name) for name in rows)
+    manifest = read(_MANIFEST, 2**20 + listed)
   nested = [n for n in names if n.endswith(f'/{_MANIFEST}')]
   if nested and manifest is None:
     raise errors.UserError(f'{path / nested[0]} must be at the top: move it up')
@@ -281,7 +320,9 @@ def open_files(
 
   def fetch_row(i: int) -> encoded.EncodedRow:
     name = rows[i]
-    return encoded.EncodedRow(str(path / name), read(name), labels[i])
+    return encoded.EncodedRow(
+      str(path / name), read(name, MOST_BYTES), labels[i]
+    )
 
   def fetch(index: list[int]) -> list[encoded.EncodedRow]:
     return [fetch_row(i) for i in index]
@@ -293,6 +334,6 @@ def open_files(
     pixel_values=256,
     fetch=fetch,
     fetch_labels=functools.partial(np.asarray, labels),
-    decode=encoded.decode_image if images else encoded.decode_latents,
+    open_row=encoded.open_image if images else encoded.open_latents,
     class_names=class_names,
   )

@@ -7,6 +7,7 @@ copied to an Arrow file once. pyarrow comes along with TFDS. `datasets` itself,
 which brings pandas and twenty packages more, is not needed.
 """
 
+from collections.abc import Iterator
 import functools
 import hashlib
 import json
@@ -22,8 +23,11 @@ from ddo_jax.data import classes
 from ddo_jax.data import encoded
 from ddo_jax.data import files
 from ddo_jax.data import splits
+from ddo_jax.runtime import reading
 
 _IN_MEMORY = 2**30  # Parquet files of up to this many bytes are not copied.
+_BATCH = 256  # rows
+_MOST_JSON = 2**26  # bytes
 _PARQUET = '.parquet'
 # Beside the tables that `datasets` saved, and above those of several splits.
 _STATE = 'state.json'
@@ -96,8 +100,9 @@ def is_set(path: pathlib.Path) -> bool:
     return True
   # The first file decides, because a folder of images may hold a million.
   kinds = (_PARQUET, files.LATENTS, *files.IMAGES)
-  found = (n for n in files.walk(str(path)) if n.lower().endswith(kinds))
-  return next(found, '').endswith(_PARQUET)
+  with encoded.user_error(f'{path} cannot be read'):
+    found = (n for n in files.walk(str(path)) if n.lower().endswith(kinds))
+    return next(found, '').endswith(_PARQUET)
 
 
 def _saved(path: pathlib.Path) -> list[pathlib.Path]:
@@ -107,7 +112,7 @@ def _saved(path: pathlib.Path) -> list[pathlib.Path]:
   """
   state = path / _STATE
   with encoded.user_error(f'{state} is damaged, save the set again'):
-    listed = json.loads(state.read_text())['_data_files']
+    listed = json.loads(reading.read(state, _MOST_JSON))['_data_files']
     return [path / pathlib.PurePath(file['filename']).name for file in listed]
 
 
@@ -135,6 +140,23 @@ def _tables(path: pathlib.Path, wanted: splits.Wanted) -> list[pathlib.Path]:
   return [path / name for name in names if split_of[name] == split]
 
 
+def _batches(table: pathlib.Path, columns: list[str]) -> Iterator[Any]:
+  """Yields some columns of a parquet file, a few rows at a time.
+
+  Raises:
+    ValueError: they unfold to many times the file.
+  """
+  pa = _pyarrow()
+  most = max(_IN_MEMORY // 4, 64 * table.stat().st_size)
+  size = 0
+  file = pa.parquet.ParquetFile(table)
+  for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+    size += batch.nbytes
+    if size > most:
+      raise ValueError(f'{table.name} unfolds to more than {most:,} bytes')
+    yield pa.Table.from_batches([batch]).select(columns)
+
+
 def _schema(table: pathlib.Path) -> Any:
   """Returns the schema of a table."""
   pa = _pyarrow()
@@ -157,15 +179,15 @@ def _copied(
     return path
   cache.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(f'.{os.getpid()}.partial')
-  read = [pa.parquet.ParquetFile(table) for table in tables]
-  schema = pa.schema([read[0].schema_arrow.field(name) for name in columns])
+  whole = pa.parquet.read_schema(tables[0])
+  schema = pa.schema([whole.field(name) for name in columns])
   with (
     pa.OSFile(str(partial), 'wb') as sink,
     pa.ipc.new_stream(sink, schema) as writer,
   ):
-    for table in read:
-      for batch in table.iter_batches(batch_size=1_000, columns=columns):
-        writer.write_table(pa.Table.from_batches([batch]).select(columns))
+    for table in tables:
+      for batch in _batches(table, columns):
+        writer.write_table(batch)
   os.replace(partial, path)
   return path
 
@@ -178,7 +200,7 @@ def _read(
   if tables[0].suffix == _PARQUET:
     if sum(table.stat().st_size for table in tables) <= _IN_MEMORY:
       return pa.concat_tables(
-        [pa.parquet.read_table(table, columns=columns) for table in tables]
+        [batch for table in tables for batch in _batches(table, columns)]
       )
     tables = [_copied(tables, columns, cache)]
   mapped = [pa.ipc.open_stream(pa.memory_map(str(table))) for table in tables]
@@ -270,7 +292,7 @@ class _Images:
     if content is None:
       where = f'{self._where}, row {row}'
       with encoded.user_error(f'the image of {where} cannot be read'):
-        content = pathlib.Path(path or '').read_bytes()
+        content = reading.read(pathlib.Path(path or ''), files.MOST_BYTES)
     return content
 
 
@@ -298,11 +320,17 @@ def open_set(
   tables = _tables(path, wanted)
   _pyarrow()
   with encoded.user_error(f'{where} holds no whole table, write it again'):
+    for table in tables:
+      reading.check_regular(table)
     schema = _schema(tables[0])
     written = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
     features = written.get('info', {}).get('features', {})
     # A list of fields is declared as a list.
     features = {k: v for k, v in features.items() if isinstance(v, dict)}
+    names_of = {k: v['names'] for k, v in features.items() if v.get('names')}
+    for words in names_of.values():
+      if not all(isinstance(word, str) for word in words):
+        raise ValueError('classes whose names are no text')
   kinds = {name: about.get('_type') for name, about in features.items()}
   image = _image_column(where, schema, kinds)
   label = _label_column(where, schema, kinds, label_field)
@@ -315,7 +343,7 @@ def open_set(
   num_classes = 0
   names: tuple[str, ...] = ()
   if label:
-    names = tuple(features.get(label, {}).get('names') or ())
+    names = tuple(names_of.get(label, ()))
     labels, num_classes, names = _labels(where, table[label], names)
   images = _Images(where, table[image])
 

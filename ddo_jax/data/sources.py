@@ -8,6 +8,7 @@ from concurrent import futures
 import dataclasses
 import logging
 import pathlib
+import reprlib
 from typing import Any
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from ddo_jax.data import selection
 from ddo_jax.data import splits
 from ddo_jax.data import transforms
 from ddo_jax.runtime import progress
+from ddo_jax.runtime import reading
 
 _LOGGER = logging.getLogger(__name__)
 _IN_MEMORY = 2**30  # A split of up to this many bytes is decoded once.
@@ -232,9 +234,9 @@ class ArraySource:
     return self.stored[index], self.classes[index].astype(np.int32)
 
 
-def _one_of(arrays: Any, names: tuple[str, ...]) -> np.ndarray | None:
-  """Returns the first array that is there of some names."""
-  return next((arrays[name] for name in names if name in arrays), None)
+def _one_of(known: list[str], names: tuple[str, ...]) -> str:
+  """Returns the first of some names that is known; '' if none is."""
+  return next((name for name in names if name in known), '')
 
 
 def open_npz(path: pathlib.Path) -> ArraySource:
@@ -249,16 +251,23 @@ def open_npz(path: pathlib.Path) -> ArraySource:
   name = str(path)
   if not path.is_file():
     raise errors.UserError(f'no file {name}; wanted the path of an .npz')
+  stored = None
+  labels = None
   with encoded.user_error(
     f'{name} is no whole .npz of plain arrays, write it again'
   ):
-    with np.load(path, allow_pickle=False) as file:
-      known = list(file)
-      stored = _one_of(file, ('image', 'images', 'arr_0'))
-      labels = _one_of(file, ('label', 'labels', 'arr_1'))
+    with reading.Npz(path) as file:
+      known = file.names
+      images = _one_of(known, ('image', 'images', 'arr_0'))
+      classes = _one_of(known, ('label', 'labels', 'arr_1'))
+      if images:
+        stored = file.read(images)
+      if images and classes:
+        labels = file.read(classes)
   if stored is None:
     raise errors.UserError(
-      f'{name} has no array `image` (or arr_0), uint8 [N,H,W,C]; it has {known}'
+      f'{name} has no array `image` (or arr_0), uint8 [N,H,W,C]; it has'
+      f' {reprlib.repr(known)}'
     )
   is_planes = stored.ndim == 4 and stored.shape[1] in (1, 3)
   if stored.dtype == np.uint8 and is_planes and stored.shape[3] not in (1, 3):

@@ -8,6 +8,7 @@ import numpy as np
 from ddo_jax import errors
 
 RESIZES = ('lanczos', 'adm')
+_MOST_PIXELS = 2**26  # as 8192×8192 has
 _MODES = {1: 'L', 3: 'RGB'}
 # Pillow's modes of 8 bits a channel, or fewer, that it converts faithfully.
 _CONVERTIBLE = ('1', 'CMYK', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA')
@@ -43,8 +44,10 @@ class Fit:
     """Whether any image may change."""
     return bool(self.channels or self.resize or self.pad_to)
 
-  def pixels(self, where: str, image: Any) -> np.ndarray:
-    """Returns the pixels of a fitted image, uint8 [H,W,C], C 1 or 3.
+  def shape(self, where: str, image: Any) -> tuple[int, int, int]:
+    """Returns the shape [H,W,C] of a fitted image, C 1 or 3.
+
+    Only what its header says is looked at.
 
     Args:
       where: the place of the image, for errors.
@@ -52,23 +55,62 @@ class Fit:
 
     Raises:
       errors.UserError: the image is neither 8-bit grey nor RGB and no
-        conversion is asked for, or it is larger than what it is padded to.
+        conversion is asked for, it is larger than what it is padded to, or so
+        large that it would take gigabytes.
     """
-    if self.channels and image.mode in _CONVERTIBLE:
-      image = image.convert(_MODES[self.channels])
-    if image.mode not in _MODES.values():
+    mode = image.mode
+    if self.channels and mode in _CONVERTIBLE:
+      mode = _MODES[self.channels]
+    if mode not in _MODES.values():
       remedy = 'convert it to 8 bits'
-      if image.mode in _CONVERTIBLE:
+      if mode in _CONVERTIBLE:
         remedy = 'convert, or set --config.data.channels=3 (1: grey)'
       raise errors.UserError(
-        f'{where} is of PIL mode {image.mode!r}; wanted L (8-bit grey) or RGB:'
+        f'{where} is of PIL mode {mode!r}; wanted L (8-bit grey) or RGB:'
         f' {remedy}'
       )
+    self._check_pixels(where, image)
+    width, height = image.size
+    if self.resize:
+      width = self.resize
+      height = self.resize
+    if self.pad_to:
+      if max(width, height) > self.pad_to:
+        raise errors.UserError(
+          f'{where} is {height}×{width}; config.data.pad_to={self.pad_to} pads'
+          f' smaller images: set --config.data.resize={self.pad_to}, or pad_to'
+          ' to 0'
+        )
+      width = self.pad_to
+      height = self.pad_to
+    return height, width, len(mode)
+
+  def _check_pixels(self, where: str, image: Any) -> None:
+    """Raises UserError where an image would take gigabytes to fit."""
+    width, height = image.size
+    pixels = width * height
+    if self.resize and self.method == 'adm':  # all of it is resized, then cut
+      resized = self.resize**2 * max(image.size) // max(min(image.size), 1)
+      pixels = max(pixels, resized)
+    if pixels > _MOST_PIXELS:
+      raise errors.UserError(
+        f'{where} is {height}×{width}; an image may have {_MOST_PIXELS:,}'
+        ' pixels, also while it is resized: make it smaller'
+      )
+
+  def pixels(self, image: Any) -> np.ndarray:
+    """Returns the pixels of a fitted image, uint8 [H,W,C], C 1 or 3.
+
+    Args:
+      image: a PIL image of which `shape` has been asked.
+    """
+    if self.channels:
+      image = image.convert(_MODES[self.channels])
     if self.resize:
       crop = _crop_lanczos if self.method == 'lanczos' else _crop_adm
       image = crop(image, self.resize)
     if self.pad_to:
-      image = _pad(where, image, self.pad_to)
+      image = _pad(image, self.pad_to)
     pixels = np.asarray(image)
     if self.resize and self.pixel_values < 256:
       pixels = np.minimum(pixels, np.uint8(self.pixel_values - 1))
@@ -90,10 +132,10 @@ class Fit:
         ' of 1 or 3 channels can be resized, padded or converted: set'
         ' config.data.resize, pad_to and channels to 0'
       )
-    images = stored[..., 0] if stored.shape[-1] == 1 else stored
-    return np.stack(
-      [self.pixels(where, Image.fromarray(image)) for image in images]
-    )
+    planes = stored[..., 0] if stored.shape[-1] == 1 else stored
+    images = [Image.fromarray(image) for image in planes]
+    self.shape(where, images[0])
+    return np.stack([self.pixels(image) for image in images])
 
 
 def _centre(image: Any, side: int) -> Any:
@@ -123,15 +165,10 @@ def _crop_adm(image: Any, side: int) -> Any:
   return _centre(image.resize(size, Image.Resampling.BICUBIC), side)
 
 
-def _pad(where: str, image: Any, side: int) -> Any:
+def _pad(image: Any, side: int) -> Any:
   """Returns an image in the centre of a black square."""
   from PIL import Image
 
-  if max(image.size) > side:
-    raise errors.UserError(
-      f'{where} is {image.height}×{image.width}; config.data.pad_to={side} pads'
-      f' smaller images: set --config.data.resize={side}, or pad_to to 0'
-    )
   square = Image.new(image.mode, (side, side))
   left = (side - image.width) // 2
   top = (side - image.height) // 2

@@ -121,7 +121,8 @@ def open_images(path: pathlib.Path) -> sources.Source:
   """
   if path.suffix == '.npz':
     return sources.open_npz(path)
-  if not path.is_dir() and not zipfile.is_zipfile(path):
+  is_zip = path.is_file() and zipfile.is_zipfile(path)
+  if not path.is_dir() and not is_zip:
     raise errors.UserError(
       f'no images at {path}; wanted a folder or zip of PNGs, or an .npz'
     )

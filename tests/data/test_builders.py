@@ -75,7 +75,7 @@ def test_labels_are_read_without_decoding_images(data_dir, monkeypatch):
   monkeypatch.setattr(sources, '_IN_MEMORY', 0)
   source = sets.open_set('digits', data_dir=str(data_dir))
   monkeypatch.setattr(builders, '_CHUNK', 1_000)
-  labels = dataclasses.replace(source, decode=None).labels()
+  labels = dataclasses.replace(source, open_row=None).labels()
   np.testing.assert_array_equal(labels, whole.classes)
   assert labels.dtype == np.int32
   wrong = dataclasses.replace(source, num_classes=9)

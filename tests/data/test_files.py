@@ -5,7 +5,6 @@ import io
 import json
 import threading
 import time
-import zipfile
 
 import numpy as np
 from PIL import Image
@@ -14,6 +13,7 @@ import sets
 
 from ddo_jax import errors
 from ddo_jax.data import files as image_files
+from ddo_jax.runtime import reading
 
 
 def refusal(path):
@@ -171,7 +171,7 @@ def test_a_zip_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
   path = sets.write(tmp_path / 'set.zip', sets.edm_files(20))
   source = image_files.open_files(path)
   images, _ = sets.read_all(source)
-  read = zipfile.ZipFile.read
+  read = reading.read_member
   busy = threading.Lock()
 
   def alone(*args):
@@ -180,7 +180,7 @@ def test_a_zip_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
     busy.release()
     return read(*args)
 
-  monkeypatch.setattr(zipfile.ZipFile, 'read', alone)
+  monkeypatch.setattr(reading, 'read_member', alone)
   rows = [np.random.default_rng(i).permutation(20) for i in range(8)]
   with futures.ThreadPoolExecutor(8) as pool:
     for row, (got, _) in zip(rows, pool.map(source.read, rows), strict=True):

@@ -14,7 +14,11 @@ RED = np.full((6, 4, 3), (255, 0, 0), np.uint8)
 
 def fit(pixels, **fields):
   image = Image.fromarray(pixels.squeeze())
-  return transforms.Fit(**fields).pixels('it', image)
+  rule = transforms.Fit(**fields)
+  shape = rule.shape('it', image)
+  fitted = rule.pixels(image)
+  assert fitted.shape == shape
+  return fitted
 
 
 def test_grey_and_rgb():
