@@ -23,6 +23,7 @@ from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective as objective_lib
 from ddo_jax.runtime import devices
 from ddo_jax.samplers import contract
+from ddo_jax.training import bad_numbers
 from ddo_jax.training import state as state_lib
 
 
@@ -57,6 +58,7 @@ def _static(default: Any) -> Any:
 
 # The groups that stand beside their code.
 Averages = state_lib.Averages
+BadNumbers = bad_numbers.BadNumbers
 Data = sources.Data
 Executor = devices.ExecutorConfig
 Evaluation = evaluator_lib.Evaluation
@@ -98,6 +100,7 @@ class Phase:
     images: real rows seen (the paper: 1.5 M on CIFAR-10).
     batch_size: real rows a step; as many second rows go with them.
     label_drop: the share of rows trained without their label.
+    bad_numbers: what becomes of a step whose loss or gradient is not finite.
     rhythm: when the phase is evaluated, saved and logged.
   """
 
@@ -109,6 +112,7 @@ class Phase:
   images: int = _static(1_500_000)
   batch_size: int = _static(512)
   label_drop: float = _static(0.0)
+  bad_numbers: BadNumbers = _static_group(BadNumbers())
   rhythm: Rhythm = _static_group(Rhythm())
 
   @property
@@ -240,7 +244,8 @@ RENAMED = {
 
 def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
   """Gathers what makes no sense in one phase."""
-  for group in ('objective', 'negatives', 'optimizer', 'averages', 'noise'):
+  groups = ('objective', 'negatives', 'optimizer', 'averages', 'noise')
+  for group in (*groups, 'bad_numbers'):
     with problems.gather():
       getattr(phase, group).check(f'{name}.{group}')
   rhythm = phase.rhythm

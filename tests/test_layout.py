@@ -21,7 +21,12 @@ FLOORS = (
   ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),
   ('method',),
   ('models',),
-  ('training.averages', 'training.state', 'training.step'),
+  (
+    'training.averages',
+    'training.bad_numbers',
+    'training.state',
+    'training.step',
+  ),
   ('weights', 'evaluation'),
   ('config',),
   ('report', 'training', 'evaluation.score'),

@@ -120,6 +120,14 @@ def _alerts(run: run_folder.Run) -> list[str]:
     alerts.append(alert)
   for result in run.rounds:
     alerts += [f'Round {result["round"]}: {w}.' for w in result['warnings']]
+  for stage in ('pretrain', *run.stages):
+    log = run.pretrain if stage == 'pretrain' else run.stages[stage]
+    bad = [str(record['step']) for record in log if record['kind'] == 'bad']
+    if bad:
+      alerts.append(
+        f'{stage}: bad numbers at {len(bad)} of the steps, which were left out:'
+        f' {", ".join(bad)}.'
+      )
   return alerts
 
 

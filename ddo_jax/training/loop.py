@@ -33,6 +33,7 @@ from ddo_jax.training import step as step_lib
 
 _LOGGER = logging.getLogger(__name__)
 _TOLERANCE = 1e-3  # of |βΔ| at step 0: what rounding may leave
+_REMEDY = 'lower the learning rate or set clip_norm'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,14 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
 class _Logger:
   """Fetches a step's metrics while the device computes the next one."""
 
-  def __init__(self, job: Job):
+  def __init__(self, job: Job, checkpoints: checkpoint.Checkpoints):
     self._job = job
+    self._checkpoints = checkpoints
     self._pending: tuple[int, step_lib.Metrics, bool] | None = None
+    # What of steps the policy for bad numbers is still to be told.
+    self._unjudged: list[tuple[int, step_lib.Metrics]] = []
+    logged = job.log.read(job.name)
+    self._bad = [log['step'] for log in logged if log['kind'] == 'bad']
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -142,8 +148,13 @@ class _Logger:
     """Takes the metrics of a step just begun; writes those due before it."""
     if self._pending and self._pending[2]:
       self.flush()
+    # Until a step is good θ is θ_ref, which is checked.
+    log = log or step == len(self._bad)
     self._images += self._job.phase.batch_size
     self._pending = (step, metrics, log)
+    if 'bad' in metrics:
+      kept = {name: metrics[name] for name in ('bad', 'loss', 'grad_norm')}
+      self._unjudged.append((step, kept))
 
   def flush(self) -> None:
     """Checks the newest metrics, waiting for the device; logs them if due.
@@ -156,8 +167,11 @@ class _Logger:
       return
     step, metrics, log = self._pending
     self._pending = None
-    metrics = devices_lib.fetch(metrics)
+    metrics, unjudged = devices_lib.fetch((metrics, self._unjudged))
+    self._unjudged = []
     seconds = time.perf_counter() - self._time
+    for judged, numbers in unjudged:
+      self._judge(judged, numbers)
     self._check(step, metrics)
     if not log:
       return
@@ -172,18 +186,56 @@ class _Logger:
     self._job.log.write(record | metrics | rate)
     self.restart_clock()
 
+  def _stop(self, step: int, reason: str, remedy: str) -> NoReturn:
+    """Ends the run for its bad numbers."""
+    self._checkpoints.wait()
+    kept = self._checkpoints.latest_step()
+    good = self._checkpoints.folder / str(kept) if kept else 'none'
+    raise errors.UserError(
+      f'{self._job.name} step {step}: {reason}; last good checkpoint: {good};'
+      f' {remedy}'
+    )
+
+  def _judge(self, step: int, numbers: dict[str, Any]) -> None:
+    """Counts and records a bad step, of which nothing was learned."""
+    if not numbers['bad']:
+      return
+    rule = self._job.phase.bad_numbers
+    reason = rule.reason(numbers['loss'], numbers['grad_norm'])
+    if rule.policy == 'stop':
+      self._stop(step, reason, _REMEDY)
+    self._bad.append(step)
+    count = len(self._bad)
+    _LOGGER.warning(
+      '%s step %d: %s; skipped, %d of at most %d',
+      self._job.name,
+      step,
+      reason,
+      count,
+      rule.limit,
+    )
+    record = {
+      'stage': self._job.name,
+      'kind': 'bad',
+      'step': step,
+      'images': step * self._job.phase.batch_size,
+      'reason': reason,
+      'policy': rule.policy,
+    }
+    self._job.log.write(record)
+    if count >= rule.limit:
+      reason += f', and the number of bad steps, {count}, is at its limit'
+      self._stop(step, reason, f'{_REMEDY}, or raise bad_numbers.limit')
+
   def _check(self, step: int, metrics: dict[str, Any]) -> None:
     where = f'{self._job.name} step {step}'
+    if metrics.get('bad'):
+      return  # judged, and nothing was learned
     for name in ('loss', 'grad_norm'):
       if not np.isfinite(metrics[name]):
-        folder = self._job.folder / 'checkpoints'
-        kept = sorted(int(p.name) for p in folder.glob('[0-9]*'))
-        raise errors.UserError(
-          f'{where}: {name} is {metrics[name]}; last good checkpoint:'
-          f' {folder / str(kept[-1]) if kept else "none"}; lower the learning'
-          ' rate or set clip_norm'
-        )
-    if step == 0 and 'chance_loss' in metrics:
+        remedy = f'{_REMEDY}, or set bad_numbers.policy=skip'
+        self._stop(step, f'{name} is {metrics[name]}', remedy)
+    if step == len(self._bad) and 'chance_loss' in metrics:
       loss = metrics['loss']
       chance = metrics['chance_loss']
       logit = metrics['max_abs_logit']
@@ -332,7 +384,7 @@ def run(job: Job) -> Promotion:
     evaluated = {
       record['step']: record['selection'] for record in _evaluations(job)
     }
-    logger = _Logger(job)
+    logger = _Logger(job, checkpoints)
     bar = progress.follow(
       job.name, steps * batch_size, done=start * batch_size, leave=True
     )

@@ -183,7 +183,9 @@ def warnings(stage_records: list[dict[str, Any]]) -> list[str]:
   train = [
     record
     for record in stage_records
-    if record['kind'] == 'train' and 'accuracy' in record
+    if record['kind'] == 'train'
+    and 'accuracy' in record
+    and not record.get('bad')
   ]
   late = train[len(train) // 2 :]
   if not late:

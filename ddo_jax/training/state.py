@@ -245,6 +245,24 @@ def at_start(
   return create(params, transform, phase.averages)
 
 
+def at_step(state: TrainState, step: jax.Array) -> TrainState:
+  """Returns a state at another time: nothing is learned, the schedule goes on.
+
+  Args:
+    state: the state.
+    step: [] int32, the steps that are to lie behind it.
+  """
+
+  def is_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def put(node):
+    return node._replace(count=step) if is_schedule(node) else node
+
+  opt_state = jax.tree.map(put, state.opt_state, is_leaf=is_schedule)
+  return TrainState(step, state.params, state.ema, opt_state)
+
+
 def apply_gradients(
   state: TrainState,
   grads: Params,

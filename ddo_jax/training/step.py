@@ -235,6 +235,24 @@ def _difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
   return ours - theirs
 
 
+def without_bad(
+  bad: jax.Array, state: state_lib.TrainState, next_state: state_lib.TrainState
+) -> state_lib.TrainState:
+  """Returns the next state; after a bad step it has learned nothing of it.
+
+  Args:
+    bad: [] bool.
+    state: the state before the step.
+    next_state: the state after it.
+  """
+  kept = state_lib.at_step(state, next_state.step)
+
+  def choose(old, new):
+    return jnp.where(bad, old, new)
+
+  return jax.tree.map(choose, kept, next_state)
+
+
 def train_step(
   state: state_lib.TrainState,
   reference: likelihood.Params,
@@ -295,12 +313,20 @@ def train_step(
     rules=model.rules,
     batch_size=phase.batch_size,
   )
+  metrics['grad_norm'] = optax.tree.norm(grads)
+  if phase.bad_numbers.watches:
+    metrics['bad'] = phase.bad_numbers.are_bad(
+      loss=metrics['loss'],
+      grad_norm=metrics['grad_norm'],
+      opt_state=state.opt_state,
+      adam_b2=phase.optimizer.adam_b2,
+    )
+    next_state = without_bad(metrics['bad'], state, next_state)
 
   distance = jax.tree.map(_difference, state.params, reference)
   metrics['learning_rate'] = phase.optimizer.rate(
     state.step, phase.batch_size, phase.images
   )
-  metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['reference_distance'] = optax.tree.norm(distance)
   if results:
     metrics['mle_loss'] = jnp.mean(results['mle_loss'])

@@ -414,12 +414,14 @@ def test_unfinished_run_shows_what_exists(tmp_path, diagnostics):
   (folder / 'summary.json').unlink()
   log = read_log(folder)
   begun = {'stage': 'round_001', 'kind': 'eval', 'step': 0, 'images': 0}
-  write_log(folder, [*log, begun | {'fd_train': 0.3}])
+  bad = {'stage': 'round_000', 'kind': 'bad', 'step': 3, 'images': 768}
+  write_log(folder, [*log, bad, begun | {'fd_train': 0.3}])
   with (folder / 'metrics.jsonl').open('a') as file:
     file.write('{"stage": "round_001", "ki')  # being written
   page = page_of(folder)
   assert 'Unfinished: 1 of 2 rounds done. Last record: round_001, 0 ' in page
   assert 'in 1 round<' in page
+  assert 'round_000: bad numbers at 1 of the steps, which were left' in page
   assert headings(page) == SECTIONS
 
 

@@ -304,6 +304,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job):
   line = str(caught.value)
   assert line.startswith('round_000 step 4: ')
   assert f'last good checkpoint: {job.folder / "checkpoints" / "3"};' in line
+  assert line.endswith(' or set bad_numbers.policy=skip')
 
 
 def test_law_1_a_start_that_is_not_at_chance_stops_the_run(
@@ -313,7 +314,8 @@ def test_law_1_a_start_that_is_not_at_chance_stops_the_run(
   for name, factor in (('loss', 1.01), ('max_abs_logit', 1)):
 
     def changed(tree, name=name, factor=factor):
-      return fetch(tree) | {name: fetch(tree)[name] * factor + 2e-3}
+      metrics, unjudged = fetch(tree)
+      return metrics | {name: metrics[name] * factor + 2e-3}, unjudged
 
     with monkeypatch.context() as patch:
       patch.setattr(devices_lib, 'fetch', changed)
