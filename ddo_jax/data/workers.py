@@ -29,6 +29,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.runtime import interruption
 
 if typing.TYPE_CHECKING:  # a source may be any that can be pickled
@@ -41,13 +42,18 @@ _GONE = (EOFError, ConnectionError)  # What a connection raises at its end.
 Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def count_of(cores: int) -> int:
-  """Returns the number of processes where the settings leave it open.
+def count(setting: settings.OrAuto) -> int:
+  """Returns the number of processes that `config.data.workers` stands for.
 
-  One feeds eight GPUs in most runs (`experiments/results/loader.json`). More
-  are for large images that are resized whenever they are read. On a CPU the
-  step needs the other cores.
+  'auto' is half of the cores that this process may use, and eight at most,
+  which read more than eight GPUs take: `experiments/results/loader.json`.
   """
+  if setting != settings.AUTO:
+    return setting
+  if hasattr(os, 'sched_getaffinity'):
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count() or 1
   return min(8, cores // 2)
 
 
@@ -90,14 +96,15 @@ def _pack(source: 'sources.Source') -> BinaryIO | None:
     return None
   file = _nameless_file()
   file.write(packed)
+  file.flush()
   return file
 
 
 def _nameless_file() -> BinaryIO:
   """Opens a file in memory, which ends with the last process that has it."""
   if hasattr(os, 'memfd_create'):
-    return os.fdopen(os.memfd_create('rows'), 'w+b', buffering=0)
-  return tempfile.TemporaryFile(buffering=0)  # type: ignore[return-value]
+    return os.fdopen(os.memfd_create('rows'), 'w+b')
+  return tempfile.TemporaryFile()
 
 
 def _map(fd: int) -> mmap.mmap:
@@ -166,7 +173,8 @@ def _serve(pipe: connection.Connection, source: Any) -> None:
       pipe.send(str(error))
       continue
     with _nameless_file() as file:
-      file.write(np.ascontiguousarray(stored))
+      file.write(np.ascontiguousarray(stored).data)
+      file.flush()
       pipe.send((labels, stored.dtype, stored.shape))
       reduction.send_handle(pipe, file.fileno(), None)
 

@@ -60,6 +60,7 @@ class Job:
       keeps the last. In the folder a call that is cut off leaves what the next
       one goes on with.
     metric: the score that chooses; lower is better.
+    workers: the processes that read images on disk; 0 reads in threads.
   """
 
   name: str
@@ -78,6 +79,7 @@ class Job:
   log: records.MetricsLog
   evaluate: Callable[..., dict[str, float]] | None
   metric: str
+  workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,7 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
       jax.process_index(),
       jax.process_count(),
       other_label=phase.used_negatives.needs_other_label,
+      workers=job.workers,
     )
     return contextlib.closing(stream)
 
