@@ -1,23 +1,35 @@
 """The only file that knows Orbax: checkpoints of a phase, folders of params."""
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from orbax.checkpoint import v1 as ocp
 
 from ddo_jax import errors
+from ddo_jax.runtime import devices
+from ddo_jax.runtime import disk
+from ddo_jax.runtime import records
 
-# How the operating system, Orbax and TensorStore say that a disk is full.
-_FULL_DISK = ('No space left', 'RESOURCE_EXHAUSTED', 'Disk quota')
+_LOGGER = logging.getLogger(__name__)
+
+
+def _whole(leaf: Any) -> Any:
+  """Returns an array as numpy, also where other processes hold parts of it."""
+  if isinstance(leaf, jax.Array) and not (
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+  ):
+    return devices.fetch(leaf)
+  return jax.device_get(leaf)
 
 
 def tree_hash(params: Any) -> str:
@@ -29,11 +41,52 @@ def tree_hash(params: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = np.ascontiguousarray(jax.device_get(leaf))
+    array = np.ascontiguousarray(_whole(leaf))
     name = jax.tree_util.keystr(path)
     digest.update(f'{name}{array.shape}{array.dtype}'.encode())
     digest.update(array)  # type: ignore[arg-type]
   return digest.hexdigest()
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+  """Returns a checksum of an array's bits, uint32.
+
+  It is computed where the array lies, and is the same however the array is
+  split over devices and processes: the sum, modulo 2³², of a hash of each
+  element's bits and its place. At a place the hash is one to one, so that a
+  change of one element never goes unseen; any other does once in 2³².
+  """
+  size = array.dtype.itemsize
+  if array.dtype == jnp.bool_:
+    bits = array.astype(jnp.uint32)
+  elif size < 4:
+    bits = jax.lax.bitcast_convert_type(array, f'uint{8 * size}')
+    bits = bits.astype(jnp.uint32)
+  else:
+    bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
+  place = jnp.uint32(0)
+  for axis, length in enumerate(bits.shape):
+    index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    place = place * jnp.uint32(length) + index
+  # The finalizer of MurmurHash3.
+  mixed = bits ^ (place * jnp.uint32(0x9E3779B9))
+  mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def _describe(tree: Any) -> dict[str, dict[str, Any]]:
+  """Returns the shape, type and checksum of every leaf under its name."""
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    arrays[name] = {
+      'shape': list(leaf.shape),
+      'dtype': str(leaf.dtype),
+      'checksum': f'{int(_checksum(leaf)):08x}',
+    }
+  return arrays
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -62,8 +115,14 @@ def check_shapes(stored: Any, target: Any, where: pathlib.Path) -> None:
     target: the tree that is wanted.
     where: the file or folder, for the error.
   """
-  stored_shapes = _shapes(stored)
-  wanted_shapes = _shapes(target)
+  _compare_shapes(_shapes(stored), _shapes(target), where)
+
+
+def _compare_shapes(
+  stored_shapes: dict[str, tuple[int, ...]],
+  wanted_shapes: dict[str, tuple[int, ...]],
+  where: pathlib.Path,
+) -> None:
   wrong = []
   for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
     found = stored_shapes.get(name, 'nothing')
@@ -78,19 +137,18 @@ def check_shapes(stored: Any, target: Any, where: pathlib.Path) -> None:
     )
 
 
-def _guarded(
-  folder: pathlib.Path, call: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-  """Makes a call that writes; says what survives where the disk is full."""
-  try:
-    return call(*args, **kwargs)
-  except (OSError, ValueError) as error:
-    if not any(sign in str(error) for sign in _FULL_DISK):
-      raise
-    raise errors.UserError(
-      f'disk full while saving in {folder}; what was saved before is whole:'
-      ' free some space and run the same command again'
-    ) from error
+def _context() -> ocp.Context:
+  """Says to Orbax which of the things side by side are JSON values."""
+  registry = ocp.handlers.local_registry()
+  for name in ('meta', 'record'):
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  return context
+
+
+class DamagedError(Exception):
+  """A checkpoint is not what was saved; says what was found."""
 
 
 class _NewestAndBest:
@@ -102,105 +160,229 @@ class _NewestAndBest:
     self, checkpoints: Sequence[Any], *, context: Any
   ) -> list[bool]:
     del context
-    kept = (checkpoints[-1].step, self.best)
+    kept = (self.best, *[info.step for info in checkpoints[-2:]])
     return [info.step in kept for info in checkpoints]
 
 
 class Checkpoints:
-  """Numbered checkpoints of one phase: the newest, and the best so far.
+  """Numbered checkpoints of one phase: the newest two, and the best so far.
 
   Saves are asynchronous; a save that is cut off leaves the earlier ones whole.
+  Every checkpoint holds a `record`: a checksum of each array and the notes that
+  the caller gave. Checkpoints of earlier versions, without one, are restored
+  unverified. What does not hold is moved to the folder `damaged` beside this
+  one, where it stays until the phase is whole.
   """
 
   def __init__(self, folder: pathlib.Path):
     """Opens or creates `folder`."""
     self.folder = folder.absolute()
+    self._damaged = self.folder.with_name('damaged')
     self._policy = _NewestAndBest()
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=self._policy, cleanup_tmp_directories=True
-    )
-    self._manager = ocp.CheckpointManager(
+    for step in self.steps():
+      try:
+        with _finding_damage(self.folder / str(step)), _context():
+          ocp.checkpointables_metadata(self.folder / str(step))
+      except DamagedError as damage:
+        # Orbax opens none of the checkpoints where one's metadata is damaged.
+        self._move_aside(step, damage)
+    self._checkpointer = ocp.training.Checkpointer(
       self.folder,
-      options=options,
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'ema': ocp.StandardCheckpointHandler(),
-      },
+      context=_context(),
+      preservation_policy=self._policy,
+      cleanup_tmp_directories=True,
     )
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    _guarded(self.folder, self._manager.close)
+    with disk.guarded(self.folder):
+      self._checkpointer.close()
 
-  def latest_step(self) -> int | None:
-    """Returns the newest complete step, or None."""
-    return self._manager.latest_step()
+  def steps(self) -> list[int]:
+    """Returns the steps that are whole on disk, in order."""
+    names = [path.name for path in self.folder.glob('*')]
+    # Orbax gives a checkpoint its name when all of it is written.
+    return sorted(int(name) for name in names if name.isdigit())
 
-  def save(self, state: Any, step: int, best: int | None = None) -> None:
+  def save(
+    self,
+    state: Any,
+    step: int,
+    notes: Any = None,
+    best: int | None = None,
+  ) -> None:
     """Starts to save a TrainState; earlier ones are removed when it is whole.
 
     Args:
       state: the TrainState; it may be donated as soon as this returns.
       step: its number.
+      notes: a JSON value that comes back with the state.
       best: the step of an earlier checkpoint that is kept; None: there is none.
     """
     self._policy.best = best
-    items = {'state': ocp.args.StandardSave(_without_ema(state))}
-    if state.ema:
-      items['ema'] = ocp.args.StandardSave(state.ema)
-    _guarded(
-      self.folder,
-      self._manager.save,
-      step,
-      args=ocp.args.Composite(**items),
-      force=True,
-    )
+    items = _items(state)
+    record = {'step': step, 'arrays': _describe(items), 'notes': notes}
+    with disk.guarded(self.folder):
+      self._checkpointer.save_checkpointables_async(
+        step, items | {'record': records.sealed(record)}, force=True
+      )
 
   def wait(self) -> None:
     """Blocks until the saves under way are whole on disk."""
-    _guarded(self.folder, self._manager.wait_until_finished)
+    with disk.guarded(self.folder):
+      self._checkpointer.wait()
 
-  def restore(self, step: int, target: Any) -> Any:
-    """Returns the TrainState of a step.
+  def restore(self, step: int, target: Any) -> tuple[Any, Any]:
+    """Returns the TrainState of a step and its notes, both verified.
 
     Args:
-      step: a step that is on disk.
+      step: its number.
       target: a TrainState of `abstract` leaves.
 
+    Returns:
+      (state, notes). The notes are None where an earlier version made the
+      checkpoint.
+
     Raises:
-      errors.UserError: the checkpoint is of another architecture.
+      DamagedError: it is not there, or not what was saved.
+      errors.UserError: it is of another architecture, or may not be read.
     """
-    wanted = {'state': _without_ema(target)}
-    if target.ema:
-      wanted['ema'] = target.ema
-    metadata = self._manager.item_metadata(step)
-    arguments = {}
-    for name, tree in wanted.items():
-      # Compared as saved: Orbax stores tuples and dataclasses as dicts.
-      skeleton = ocp.utils.serialize_tree(tree, keep_empty_nodes=True)
-      check_shapes(metadata[name].tree, skeleton, self.folder / str(step))
-      arguments[name] = ocp.args.StandardRestore(tree)
-    restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+    folder = self.folder / str(step)
+    wanted = _items(target)
+    if not folder.exists():
+      raise DamagedError('it is not there')
+    with _finding_damage(folder):
+      record = self._record(step)
+      self._check_architecture(step, record, wanted)
+      restored = self._checkpointer.load_checkpointables(step, wanted)
+      if record is not None:
+        _verify(restored, record['arrays'])
     ema = restored['ema'] if target.ema else {}
-    return target.replace(ema=ema, **restored['state'])
+    state = target.replace(ema=ema, **restored['state'])
+    return state, record and record['notes']
+
+  def _record(self, step: int) -> dict[str, Any] | None:
+    """Returns what `save` wrote beside the arrays; None: an earlier version."""
+    if not (self.folder / str(step) / 'record').exists():
+      return None
+    loaded = self._checkpointer.load_checkpointables(step, {'record': None})
+    record = records.unsealed(loaded['record'])
+    if record['step'] != step:
+      raise DamagedError(f'it is the checkpoint of step {record["step"]}')
+    return record
+
+  def _check_architecture(
+    self, step: int, record: dict[str, Any] | None, wanted: dict[str, Any]
+  ) -> None:
+    """Raises UserError where the arrays of a checkpoint do not fit."""
+    where = self.folder / str(step)
+    if record is None:
+      stored = self._checkpointer.checkpointables_metadata(step).metadata
+      for name, tree in wanted.items():
+        check_shapes(stored[name], tree, where)
+      return
+    shapes = {}
+    for name, array in record['arrays'].items():
+      shapes[name] = tuple(array['shape'])
+    _compare_shapes(shapes, _shapes(wanted), where)
+
+  def restore_newest(self, target: Any) -> tuple[int, Any, Any] | None:
+    """Returns the newest checkpoint that holds; those that do not are named.
+
+    Args:
+      target: a TrainState of `abstract` leaves.
+
+    Returns:
+      (step, state, notes), see `restore`; None: there is none.
+
+    Raises:
+      errors.UserError: see `restore`.
+    """
+    damaged = False
+    for step in reversed(self.steps()):
+      try:
+        return step, *self.restore(step, target)
+      except DamagedError as damage:
+        self.set_aside(step, damage)
+        damaged = True
+    if damaged:
+      _LOGGER.warning('%s: none is left; it begins again', self.folder)
+    return None
+
+  def set_aside(self, step: int, damage: DamagedError) -> None:
+    """Moves a damaged checkpoint out of the way and says so."""
+    self._move_aside(step, damage)
+    self._checkpointer.reload()
+
+  def _move_aside(self, step: int, damage: DamagedError) -> None:
+    source = self.folder / str(step)
+    place = self._damaged / str(step)
+    if jax.process_index() == 0 and source.exists():
+      with disk.guarded(self._damaged):
+        shutil.rmtree(place, ignore_errors=True)
+        self._damaged.mkdir(exist_ok=True)
+        os.replace(source, place)
+    _LOGGER.warning(
+      '%s is damaged (%s); it was moved to %s', source, damage, place
+    )
+
+  def drop_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps, which will be made again."""
+    for later in reversed(self.steps()):
+      if later > step and jax.process_index() == 0:
+        with disk.guarded(self.folder):
+          shutil.rmtree(self.folder / str(later))
+    self._checkpointer.reload()
+
+  def forget_damaged(self) -> None:
+    """Removes what `set_aside` kept, once there is something in its place."""
+    if jax.process_index() == 0:
+      shutil.rmtree(self._damaged, ignore_errors=True)
 
 
-def _without_ema(state: Any) -> dict[str, Any]:
-  """The part of a TrainState that every checkpoint has."""
-  return {
+def _items(state: Any) -> dict[str, Any]:
+  """The parts of a TrainState that are stored side by side."""
+  trained = {
     'step': state.step,
     'params': state.params,
     'opt_state': state.opt_state,
   }
-
-
-def _checkpointer() -> ocp.Checkpointer:
-  handler = ocp.CompositeCheckpointHandler(
-    params=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+  return (
+    {'state': trained, 'ema': state.ema} if state.ema else {'state': trained}
   )
-  return ocp.Checkpointer(handler)
+
+
+def _verify(items: dict[str, Any], arrays: dict[str, Any]) -> None:
+  """Raises DamagedError unless restored arrays have their checksums."""
+  found = _describe(items)
+  for name, array in arrays.items():
+    if found[name] != array:
+      raise DamagedError(f'{name} does not match its checksum')
+
+
+def _reason(error: Exception) -> str:
+  """What an exception says, on one line."""
+  words = ' '.join(str(error).split()) or type(error).__name__
+  return words[:200]
+
+
+@contextlib.contextmanager
+def _finding_damage(folder: pathlib.Path) -> Iterator[None]:
+  """Takes whatever Orbax raises over a checkpoint's files for damage."""
+  try:
+    yield
+  except (errors.UserError, DamagedError, jax.errors.JaxRuntimeError):
+    raise  # the line is there already, or the devices are at fault
+  except Exception as error:  # a damaged file makes Orbax raise no less
+    reason = _reason(error)
+    if 'permission' in reason.lower():
+      raise errors.UserError(
+        f'the checkpoint {folder} may not be read ({reason}); make it readable'
+        ' and run the same command again'
+      ) from error
+    raise DamagedError(f'it cannot be read: {reason}') from error
 
 
 @contextlib.contextmanager
@@ -211,9 +393,9 @@ def _reading(folder: pathlib.Path) -> Iterator[None]:
   except (errors.UserError, jax.errors.JaxRuntimeError):
     raise  # already a line of ours, or the devices are at fault
   except Exception as error:  # a damaged file makes Orbax raise no less
-    reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise errors.UserError(
-      f'the params in {folder} cannot be read ({reason[:200]}); copy them again'
+      f'the params in {folder} cannot be read ({_reason(error)});'
+      ' copy them again'
     ) from error
 
 
@@ -231,13 +413,11 @@ def save_params(
   Raises:
     errors.UserError: the disk is full.
   """
-  folder = folder.absolute()
   meta = meta | {'sha256': tree_hash(params)}
-  items = ocp.args.Composite(
-    params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
-  )
-  with _checkpointer() as writer:
-    _guarded(folder, writer.save, folder, args=items, force=True)
+  with disk.guarded(folder), _context():
+    ocp.save_checkpointables(
+      folder.absolute(), {'params': params, 'meta': meta}, overwrite=True
+    )
 
 
 def load_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -251,9 +431,8 @@ def load_meta(folder: pathlib.Path) -> dict[str, Any]:
       f'no params in {folder}; name a folder such as <workdir>/pretrain/params'
       ' or <workdir>/round_000/promoted'
     )
-  with _reading(folder), _checkpointer() as reader:
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return reader.restore(folder.absolute(), args=args).meta
+  with _reading(folder), _context():
+    return ocp.load_checkpointables(folder.absolute(), {'meta': None})['meta']
 
 
 def check_params(folder: pathlib.Path, target: Any) -> None:
@@ -268,9 +447,9 @@ def check_params(folder: pathlib.Path, target: Any) -> None:
       architecture.
   """
   load_meta(folder)
-  with _reading(folder), _checkpointer() as reader:
-    stored = reader.metadata(folder.absolute()).item_metadata
-    check_shapes(stored['params'].tree, target, folder)
+  with _reading(folder), _context():
+    stored = ocp.checkpointables_metadata(folder.absolute()).metadata
+    check_shapes(stored['params'], target, folder)
 
 
 def load_params(
@@ -288,12 +467,11 @@ def load_params(
     errors.UserError: the folder holds no params, those of another
       architecture, or damaged ones.
   """
+  check_params(folder, target)
   meta = load_meta(folder)
-  with _reading(folder), _checkpointer() as reader:
-    stored = reader.metadata(folder.absolute()).item_metadata
-    check_shapes(stored['params'].tree, target, folder)
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-    params = reader.restore(folder.absolute(), args=args).params
+  with _reading(folder), _context():
+    loaded = ocp.load_checkpointables(folder.absolute(), {'params': target})
+  params = loaded['params']
   if verify and tree_hash(params) != meta['sha256']:
     raise errors.UserError(
       f'the params in {folder} do not match their sha256; copy them again'
@@ -326,7 +504,8 @@ def copy_params(
   params, meta = load_params(source, target)
   partial = folder.with_name(folder.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)  # of a copy that was cut off
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  _guarded(folder.parent, shutil.copytree, source, partial)
-  os.replace(partial, folder)
+  with disk.guarded(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, partial)
+    os.replace(partial, folder)
   return params, meta

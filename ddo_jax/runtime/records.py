@@ -1,7 +1,9 @@
 """The records of a run that people read: JSON files and metrics.jsonl."""
 
 import contextlib
+import hashlib
 import json
+import logging
 import math
 import pathlib
 import time
@@ -9,6 +11,8 @@ from typing import Any
 
 from ddo_jax import errors
 from ddo_jax.runtime import disk
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -32,6 +36,31 @@ def read_json(path: pathlib.Path) -> Any:
     ) from error
 
 
+def _digest(value: dict[str, Any]) -> str:
+  """The sha256 of a JSON object, whatever the order of its names."""
+  content = json.dumps(value, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(content.encode()).hexdigest()
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object with its own sha256, which `unsealed` verifies."""
+  return value | {'sha256': _digest(value)}
+
+
+def unsealed(value: Any) -> dict[str, Any]:
+  """Returns the object that `sealed` was given.
+
+  Raises:
+    ValueError: it is another one.
+  """
+  if not isinstance(value, dict):
+    raise ValueError('the record is no JSON object')
+  content = {name: item for name, item in value.items() if name != 'sha256'}
+  if value.get('sha256') != _digest(content):
+    raise ValueError('the record does not match its sha256')
+  return content
+
+
 def _plain(value: Any) -> Any:
   """Returns a JSON value for an array or a number; null for NaN and Inf."""
   if hasattr(value, 'tolist'):
@@ -43,27 +72,56 @@ def _plain(value: Any) -> Any:
   return value
 
 
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+  """Returns a record of numbers, text and vectors as JSON has it."""
+  return {name: _plain(value) for name, value in record.items()}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+  """Returns the record of a line of metrics.jsonl; None: it is damaged."""
+  try:
+    record = json.loads(line.decode('ascii'))
+    if isinstance(record['stage'] + record['kind'], str):
+      int(record['step'])
+      return record
+  except (ValueError, TypeError, KeyError):
+    pass
+  return None
+
+
+def _read_lines(
+  path: pathlib.Path,
+) -> list[tuple[bytes, dict[str, Any] | None]]:
+  """Returns each line of metrics.jsonl with its record; names the damaged."""
+  if not path.exists():
+    return []
+  *lines, rest = path.read_bytes().split(b'\n')
+  # The rest is a line that was cut off while it was written.
+  read = [(line, _parse(line)) for line in lines]
+  if _parse(rest):
+    read.append((rest, _parse(rest)))
+  for number, (_, record) in enumerate(read, 1):
+    if record is None:
+      _LOGGER.warning('%s: line %d is damaged and left out', path, number)
+  return read
+
+
 def read_log(
   workdir: pathlib.Path, stage: str | None = None
 ) -> list[dict[str, Any]]:
   """Returns the records of metrics.jsonl, in order.
 
+  A damaged line is named and left out.
+
   Args:
     workdir: the run's folder.
     stage: the stage whose records are wanted; None: all.
   """
-  path = workdir / 'metrics.jsonl'
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text().splitlines():
-    try:
-      record = json.loads(line)
-    except ValueError:
-      break  # it was cut off while it was written, and will be made again
-    if stage in (None, record['stage']):
-      records.append(record)
-  return records
+  found = []
+  for _, record in _read_lines(workdir / 'metrics.jsonl'):
+    if record and stage in (None, record['stage']):
+      found.append(record)
+  return found
 
 
 class MetricsLog:
@@ -87,32 +145,45 @@ class MetricsLog:
     """Returns the records, as `read_log` does."""
     return read_log(self.path.parent, stage)
 
-  def rewind(self, stage: str, step: int) -> None:
-    """Drops the records that a stage which resumes at `step` writes again."""
+  def rewind(
+    self, stage: str, step: int, evaluations: list[dict[str, Any]]
+  ) -> None:
+    """Drops the records that a stage which resumes at `step` writes again.
 
-    def is_kept(record):
-      if record['stage'] != stage:
-        return True
-      if record['kind'] == 'eval':
-        return record['step'] <= step  # of a state that is saved
-      return record['step'] < step
-
-    kept = []
-    for record in self.read():
-      if is_kept(record):
-        kept.append(json.dumps(record) + '\n')
+    Args:
+      stage: its name.
+      step: the step that it goes on from.
+      evaluations: the records of its evaluations that stand. Those that the log
+        lacks are written, others are dropped.
+    """
+    lines = []
+    own = list(evaluations)
+    place = None
+    for line, record in _read_lines(self.path):
+      if record is None or record['stage'] != stage:
+        lines.append(line)  # a damaged one, too: what it says may matter
+        continue
+      if place is None:
+        place = len(lines)
+      if record['kind'] != 'eval' and record['step'] < step:
+        own.append(record)
+    # A state is evaluated before it is trained on.
+    own.sort(key=lambda record: (record['step'], record['kind'] != 'eval'))
+    if place is None:
+      place = len(lines)
+    lines[place:place] = [json.dumps(record).encode() for record in own]
     with disk.whole(self.path) as file:
-      file.write(''.join(kept).encode())
+      file.writelines(line + b'\n' for line in lines)
 
   def write(self, record: dict[str, Any]) -> None:
     """Appends a record of numbers, text and vectors."""
-    plain = {name: _plain(value) for name, value in record.items()}
-    line = json.dumps(plain, allow_nan=False) + '\n'
+    record = plain(record)
+    line = json.dumps(record, allow_nan=False) + '\n'
     with disk.guarded(self.path), self.path.open('a') as file:
       file.write(line)
     if self._board:
       with disk.guarded(self.path.parent / 'tensorboard'):
-        self._board.write(plain)
+        self._board.write(record)
 
 
 class _Board:

@@ -41,7 +41,7 @@ from ddo_jax.training import state as state_lib
 from ddo_jax.training import workspace
 from ddo_jax.weights import released
 
-_KEPT = 2  # checkpoints of a stage that stay: its newest, and its best
+_KEPT = 3  # checkpoints of a stage that stay: its newest two, and its best
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ddo_jax.runtime import disk
 from ddo_jax.runtime import interruption
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
+from ddo_jax.training import evaluations as evaluations_lib
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
@@ -60,7 +61,6 @@ class Job:
       keeps the last. In the folder a call that is cut off leaves what the next
       one goes on with.
     metric: the score that chooses; lower is better.
-    workers: the processes that read images on disk; 0 reads in threads.
   """
 
   name: str
@@ -79,7 +79,6 @@ class Job:
   log: records.MetricsLog
   evaluate: Callable[..., dict[str, float]] | None
   metric: str
-  workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,6 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
       jax.process_index(),
       jax.process_count(),
       other_label=phase.used_negatives.needs_other_label,
-      workers=job.workers,
     )
     return contextlib.closing(stream)
 
@@ -192,8 +190,8 @@ class _Logger:
   def _stop(self, step: int, reason: str, remedy: str) -> NoReturn:
     """Ends the run for its bad numbers."""
     self._checkpoints.wait()
-    kept = self._checkpoints.latest_step()
-    good = self._checkpoints.folder / str(kept) if kept else 'none'
+    kept = self._checkpoints.steps()
+    good = self._checkpoints.folder / str(kept[-1]) if kept else 'none'
     raise errors.UserError(
       f'{self._job.name} step {step}: {reason}; last good checkpoint: {good};'
       f' {remedy}'
@@ -255,7 +253,7 @@ class _Logger:
 def _evaluate(
   job: Job, state: state_lib.TrainState, step: int
 ) -> dict[str, Any]:
-  """Scores every candidate; logs and returns the best one's record."""
+  """Scores every candidate; returns the best one's record."""
   best: dict[str, Any] | None = None
   folder = _evaluation_folder(job, step)
   for profile, params in state.candidates().items():
@@ -269,9 +267,7 @@ def _evaluate(
       best = {'profile': profile, 'selection': selection} | scores
   images = step * job.phase.batch_size
   record = {'stage': job.name, 'kind': 'eval', 'step': step, 'images': images}
-  job.log.write(record | best)
-  shutil.rmtree(folder.parent, ignore_errors=True)
-  return best
+  return records.plain(record | best)
 
 
 def _evaluation_folder(job: Job, step: int) -> pathlib.Path:
@@ -291,32 +287,42 @@ def _forget_evaluations(job: Job, start: int) -> None:
         shutil.rmtree(folder)
 
 
-def _evaluations(job: Job) -> list[dict[str, Any]]:
-  """Returns the records of the phase's evaluations so far."""
-  return [log for log in job.log.read(job.name) if log['kind'] == 'eval']
-
-
 def _due(step: int, images: int, batch: int) -> bool:
   """Whether a multiple of `images` falls on this step; 0 is never."""
   return images > 0 and step % max(1, round(images / batch)) == 0
 
 
 def _promote(
-  job: Job, checkpoints: checkpoint.Checkpoints, target: Any, last: int
-) -> Promotion:
-  """The best evaluated checkpoint, step 0 included, else the last one."""
-  if job.evaluate is None:
-    candidates = checkpoints.restore(last, target).candidates()
-    profile, params = next(iter(candidates.items()))
-    return Promotion(params, last, profile, None)
-  best = min(_evaluations(job), key=lambda record: record['selection'])
-  step = best['step']
-  profile = best['profile']
-  if step == 0:
+  job: Job,
+  checkpoints: checkpoint.Checkpoints,
+  evaluations: evaluations_lib.Evaluations,
+  target: Any,
+) -> Promotion | None:
+  """The best evaluated checkpoint, step 0 included, else the last one.
+
+  Nothing else is promoted in the place of one that is damaged: the phase goes
+  back to the state before it, and makes it again.
+
+  Returns:
+    None where the phase is to be trained again.
+  """
+  best = evaluations.best()
+  if best and best['step'] == 0:
     return Promotion(job.start(), 0, 'params', best['selection'])
-  state = checkpoints.restore(step, target)
-  params = state.candidates()[profile]
-  return Promotion(params, step, profile, best['selection'])
+  step = best['step'] if best else job.phase.steps()
+  try:
+    state, _ = checkpoints.restore(step, target)
+  except checkpoint.DamagedError as damage:
+    checkpoints.set_aside(step, damage)
+    checkpoints.drop_after(step)
+    _LOGGER.warning(
+      '%s: step %d is to be promoted and is made again', job.name, step
+    )
+    return None
+  candidates = state.candidates()
+  profile = best['profile'] if best else next(iter(candidates))
+  selection = best['selection'] if best else None
+  return Promotion(candidates[profile], step, profile, selection)
 
 
 def _abstract_state(job: Job) -> Any:
@@ -351,6 +357,118 @@ def _leave(job: Job, signum: int, step: int) -> NoReturn:
   interruption.leave(signum)
 
 
+def _compile_step(job: Job) -> Callable[..., Any]:
+  """Returns (state, real, fake) -> (state, metrics)."""
+  executor = job.executor
+  step_fn = executor.compile_step(
+    step_lib.train_step, sampler=job.sampler, accumulate=job.accumulate
+  )
+  # What is traced goes to the devices once: the numbers of the round.
+  numbers = jax.tree.map(jnp.float32, (job.model, job.phase))
+  key = rng.stream(job.seed, 'train', job.name)
+  model, phase, key = executor.replicate((*numbers, key))
+
+  def step(state, real, fake):
+    frozen = (job.reference, job.frozen)
+    return step_fn(state, *frozen, real, fake, model, phase, key)
+
+  return step
+
+
+def _resume(
+  job: Job,
+  checkpoints: checkpoint.Checkpoints,
+  evaluations: evaluations_lib.Evaluations,
+  target: Any,
+) -> tuple[int, state_lib.TrainState]:
+  """Returns the step to go on from, with its state; the records go back."""
+  newest = checkpoints.restore_newest(target)
+  if newest is None:
+    start = 0
+    carried = []
+    state = _fresh_state(job)
+  else:
+    start, state, carried = newest
+  if carried is None:  # earlier versions kept them in the log alone
+    logged = job.log.read(job.name)
+    carried = [record for record in logged if record['kind'] == 'eval']
+  evaluations.resume(start, carried)
+  job.log.rewind(job.name, start, evaluations.all())
+  _forget_evaluations(job, start)
+  _LOGGER.info('%s: from step %d of %d', job.name, start, job.phase.steps())
+  return start, state
+
+
+def _train(
+  job: Job,
+  step_fn: Callable[..., Any],
+  checkpoints: checkpoint.Checkpoints,
+  evaluations: evaluations_lib.Evaluations,
+  target: Any,
+) -> None:
+  """Trains to the end, so that the last step is saved and evaluated."""
+  phase = job.phase
+  rhythm = phase.rhythm
+  batch_size = phase.batch_size
+  steps = phase.steps()
+  start, state = _resume(job, checkpoints, evaluations, target)
+  logger = _Logger(job, checkpoints)
+  bar = progress.follow(
+    job.name, steps * batch_size, done=start * batch_size, leave=True
+  )
+  rows = batches(job, start)
+  saved_at = time.monotonic()
+  with bar, contextlib.closing(rows), interruption.deferred() as deferral:
+    for step in range(start, steps + 1):
+      last = step == steps
+      evaluate = last or _due(step, rhythm.eval_images, batch_size)
+      evaluate = job.evaluate and evaluate and step not in evaluations
+
+      # Save.
+      # Several processes, which no command starts, would have to agree on
+      # these two, as they agree on all that goes by the step.
+      signum = deferral.signum
+      overdue = 0 < 60 * rhythm.save_minutes <= time.monotonic() - saved_at
+      save = last or _due(step, rhythm.save_images, batch_size)
+      if (save or overdue or evaluate or signum) and step > start:
+        logger.flush()
+        best = evaluations.best()
+        checkpoints.save(
+          state,
+          step,
+          notes=evaluations.all(),
+          best=best['step'] if best else None,
+        )
+        saved_at = time.monotonic()
+        logger.restart_clock()
+      if signum:
+        checkpoints.wait()
+        _leave(job, signum, step)
+
+      # Evaluate what is saved, so that this may be cut off.
+      if evaluate:
+        with deferral.saved():
+          record = _evaluate(job, state, step)
+          evaluations.add(record)
+          job.log.write(record)
+          rows_seen = _evaluation_folder(job, step).parent
+          shutil.rmtree(rows_seen, ignore_errors=True)
+        bar.set_postfix_str(f'{job.metric} {record["selection"]:.4g}')
+        saved_at = time.monotonic()  # nothing was trained since
+        logger.restart_clock()
+      if last:
+        break
+
+      # Train.
+      with job.executor.no_implicit_transfers():
+        real, fake = next(rows)
+        state, metrics = step_fn(state, real, fake)
+      log = _due(step, rhythm.log_images, batch_size)
+      logger.push(step, metrics, log)
+      bar.update(batch_size)
+  checkpoints.wait()
+
+
 def run(job: Job) -> Promotion:
   """Trains a phase to its end, resuming where an earlier call stopped.
 
@@ -361,87 +479,18 @@ def run(job: Job) -> Promotion:
     errors.UserError: a loss or gradient is not finite, step 0 of a round is not
       at chance, or the data is at fault.
   """
-  phase = job.phase
-  rhythm = phase.rhythm
-  executor = job.executor
-  batch_size = phase.batch_size
-  steps = phase.steps()
-  executor.check_batch(batch_size, job.accumulate)
-  step_fn = executor.compile_step(
-    step_lib.train_step, sampler=job.sampler, accumulate=job.accumulate
-  )
-  # What is traced goes to the devices once: the numbers of the round.
-  numbers = jax.tree.map(jnp.float32, (job.model, phase))
-  key = rng.stream(job.seed, 'train', job.name)
-  model, traced_phase, key = executor.replicate((*numbers, key))
+  job.executor.check_batch(job.phase.batch_size, job.accumulate)
+  step_fn = _compile_step(job)
   target = _abstract_state(job)
+  evaluations = evaluations_lib.Evaluations(job.folder, job.name)
   with checkpoint.Checkpoints(job.folder / 'checkpoints') as checkpoints:
-    start = checkpoints.latest_step() or 0
-    if start:
-      state = checkpoints.restore(start, target)
-    else:
-      state = _fresh_state(job)
-    _LOGGER.info('%s: from step %d of %d', job.name, start, steps)
-    job.log.rewind(job.name, start)
-    _forget_evaluations(job, start)
-    evaluated = {
-      record['step']: record['selection'] for record in _evaluations(job)
-    }
-    logger = _Logger(job, checkpoints)
-    bar = progress.follow(
-      job.name, steps * batch_size, done=start * batch_size, leave=True
-    )
-    rows = batches(job, start)
-    saved_at = time.monotonic()
-    with bar, contextlib.closing(rows), interruption.deferred() as deferral:
-      for step in range(start, steps + 1):
-        last = step == steps
-        evaluate = last or _due(step, rhythm.eval_images, batch_size)
-        evaluate = job.evaluate and evaluate and step not in evaluated
-
-        # Save.
-        # Several processes, which no command starts, would have to agree on
-        # these two, as they agree on all that goes by the step.
-        signum = deferral.signum
-        overdue = 0 < 60 * rhythm.save_minutes <= time.monotonic() - saved_at
-        save = last or _due(step, rhythm.save_images, batch_size)
-        if (save or overdue or evaluate or signum) and step > start:
-          logger.flush()
-          # Of equal scores the first one is kept.
-          best = min(evaluated, key=evaluated.__getitem__, default=None)
-          checkpoints.save(state, step, best)
-          saved_at = time.monotonic()
-          logger.restart_clock()
-        if signum:
-          checkpoints.wait()
-          _leave(job, signum, step)
-
-        # Evaluate what is saved, so that this may be cut off.
-        if evaluate:
-          with deferral.saved():
-            metric = _evaluate(job, state, step)['selection']
-          evaluated[step] = metric
-          bar.set_postfix_str(f'{job.metric} {metric:.4g}')
-          saved_at = time.monotonic()  # nothing was trained since
-          logger.restart_clock()
-        if last:
-          break
-
-        # Train.
-        with executor.no_implicit_transfers():
-          real, fake = next(rows)
-          state, metrics = step_fn(
-            state,
-            job.reference,
-            job.frozen,
-            real,
-            fake,
-            model,
-            traced_phase,
-            key,
-          )
-        log = _due(step, rhythm.log_images, batch_size)
-        logger.push(step, metrics, log)
-        bar.update(batch_size)
-    checkpoints.wait()
-    return _promote(job, checkpoints, target, steps)
+    for _ in range(2):
+      _train(job, step_fn, checkpoints, evaluations, target)
+      promotion = _promote(job, checkpoints, evaluations, target)
+      if promotion is not None:
+        checkpoints.forget_damaged()
+        return promotion
+  raise errors.UserError(
+    f'{job.name}: a checkpoint was damaged soon after it was saved in'
+    f' {checkpoints.folder}, twice; see whether that disk keeps what is written'
+  )

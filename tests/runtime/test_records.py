@@ -80,7 +80,7 @@ def test_a_line_cut_off_is_gone_after_rewind(log):
   log.write(record('pretrain', 'train', 0))
   with log.path.open('a') as file:
     file.write('{"stage": "pretr')
-  log.rewind('pretrain', 1)
+  log.rewind('pretrain', 1, [])
   log.write(record('pretrain', 'train', 1))
   assert [r['step'] for r in log.read()] == [0, 1]
 
@@ -97,7 +97,7 @@ def test_rewind_drops_what_will_be_written_again(log):
   for value in written:
     log.write(value)
   # At step 4 the evaluation came before the save, training after it.
-  log.rewind('round_000', 4)
+  log.rewind('round_000', 4, [written[1], written[3]])
   assert log.read() == written[:4]
   for line in log.path.read_text().splitlines():
     json.loads(line)
@@ -111,5 +111,5 @@ def test_numbers_go_to_tensorboard_at_once(log):
 
 
 def test_rewind_of_a_fresh_run_is_no_error(log):
-  log.rewind('pretrain', 0)
+  log.rewind('pretrain', 0, [])
   assert log.read() == []

@@ -199,7 +199,7 @@ def test_law_4_signals_save_first(make_job, tmp_path, monkeypatch, capfd):
     at_step(patch, 4, interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
       loop_lib.run(make())
-  assert kept(job) == [3]
+  assert kept(job) == [1, 3]
   assert 'SIGINT: saving before leaving; Ctrl-C again' in capfd.readouterr().err
   # An evaluation ends at once, for its state is saved, and so are its rows.
   found = []
@@ -212,7 +212,7 @@ def test_law_4_signals_save_first(make_job, tmp_path, monkeypatch, capfd):
 
   with pytest.raises(SystemExit):
     loop_lib.run(dataclasses.replace(job, evaluate=cut_off))
-  assert kept(job) == [6]
+  assert kept(job) == [3, 6]
   (rows,) = found
   assert str(rows) == 'selection/6/halflife_30'
   (job.folder / 'selection' / '5').mkdir()  # of a state that was not saved
@@ -229,7 +229,7 @@ def test_law_4_signals_save_first(make_job, tmp_path, monkeypatch, capfd):
       loop_lib.run(dataclasses.replace(job, evaluate=resumed))
   assert kept(job) == [6, 9]
   promotion = loop_lib.run(make(5.0, 6.0))
-  assert kept(job) == [6, 12]
+  assert kept(job) == [6, 9, 12]
   assert not (job.folder / 'selection').exists()
   assert (promotion.step, promotion.profile) == (12, 'halflife_30')
   again, expected = (checkpoint.tree_hash(p.params) for p in (promotion, whole))
@@ -259,9 +259,9 @@ def by_the_clock(job, minutes):
     clock.now += 60 * 60
     return judge(params, folder)
 
-  def counted(checkpoints, state, step, best):
+  def counted(checkpoints, state, step, **kept):
     steps.append(step)
-    save(checkpoints, state, step, best)
+    save(checkpoints, state, step, **kept)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop_lib, 'time', clock)
@@ -279,10 +279,12 @@ def test_saves_by_the_clock_change_nothing(make_job, tmp_path):
     job = elsewhere(make_job(judge), tmp_path / str(minutes))
     promotion, steps = by_the_clock(job, minutes)
     sha256 = checkpoint.tree_hash(promotion.params)
-    outcomes.append((kept(job), promotion.step, promotion.profile, sha256))
+    best, _, newest = kept(job)
+    outcomes.append((best, newest, promotion.profile, sha256))
+    assert promotion.step == best
     saves.append(steps)
   assert outcomes[0] == outcomes[1]
-  assert outcomes[0][:2] == ([6, 12], 6)
+  assert outcomes[0][:2] == (6, 12)
   assert saves[0] == [3, 6, 9, 12]
   # Twelve minutes of training after a save there is another one.
   assert saves[1] == [2, 3, 5, 6, 8, 9, 11, 12]

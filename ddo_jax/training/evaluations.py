@@ -1,0 +1,96 @@
+"""The evaluations of a phase, by which a checkpoint is promoted."""
+
+from collections.abc import Iterable
+import logging
+import pathlib
+from typing import Any
+
+from ddo_jax import errors
+from ddo_jax.runtime import records
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Evaluations:
+  """What the evaluations of a phase found, by step.
+
+  Every checkpoint carries what was found before it was saved. What is found
+  after that stands in evaluations.json, until the next checkpoint carries it.
+  The log repeats all of it for people, and nothing is decided by the log.
+  """
+
+  def __init__(self, folder: pathlib.Path, stage: str):
+    """Of no state yet; see `resume`.
+
+    Args:
+      folder: the stage's folder.
+      stage: its name, which must be in the file.
+    """
+    self._path = folder / 'evaluations.json'
+    self._stage = stage
+    self._by_step: dict[int, dict[str, Any]] = {}
+
+  def resume(self, step: int, carried: Iterable[dict[str, Any]]) -> None:
+    """Takes what is known of the states up to the one that the phase goes on.
+
+    Later ones will be made again, and so will be their evaluations.
+
+    Args:
+      step: where the phase goes on; 0: from its start.
+      carried: what the checkpoint of that step carries; it is right where the
+        file says something else.
+    """
+    found = {record['step']: record for record in self._read()}
+    found |= {record['step']: record for record in carried}
+    self._by_step = {at: found[at] for at in sorted(found) if at <= step}
+    if found.keys() != self._by_step.keys():
+      self._write()
+
+  def add(self, record: dict[str, Any]) -> None:
+    """Keeps what an evaluation found.
+
+    Args:
+      record: `step`, `profile`, `selection`, and scores: JSON values.
+    """
+    self._by_step[record['step']] = record
+    self._write()
+
+  def __contains__(self, step: int) -> bool:
+    return step in self._by_step
+
+  def all(self) -> list[dict[str, Any]]:
+    """Returns the records, in the order of their steps."""
+    return list(self._by_step.values())
+
+  def best(self) -> dict[str, Any] | None:
+    """Returns the record of the lowest selection; of equal ones the first."""
+    found = self.all()
+    return min(found, key=lambda record: record['selection'], default=None)
+
+  def _write(self) -> None:
+    content = {'stage': self._stage, 'evaluations': self.all()}
+    records.write_json(self._path, records.sealed(content))
+
+  def _read(self) -> list[dict[str, Any]]:
+    """Returns what the file holds; nothing where it is damaged."""
+    if not self._path.exists():
+      return []
+    try:
+      content = records.unsealed(records.read_json(self._path))
+    except (errors.UserError, ValueError) as error:
+      _LOGGER.warning(
+        '%s is damaged (%s): what the newest checkpoint does not carry is'
+        ' evaluated again',
+        self._path,
+        str(error).partition(';')[0],
+      )
+      return []
+    if content['stage'] != self._stage:
+      _LOGGER.warning(
+        '%s is of %s and is not used: what the newest checkpoint does not carry'
+        ' is evaluated again',
+        self._path,
+        content['stage'],
+      )
+      return []
+    return content['evaluations']
