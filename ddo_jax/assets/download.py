@@ -9,12 +9,16 @@ meantime.
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import datetime
+import email.utils
 import errno
 import hashlib
 import http.client
 import logging
 import pathlib
 import re
+import shutil
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,7 +26,9 @@ import urllib.request
 import filelock
 
 from ddo_jax import errors
+from ddo_jax.assets import wholeness
 from ddo_jax.runtime import progress
+from ddo_jax.runtime import reading
 
 _LOGGER = logging.getLogger(__name__)
 _CACHE = pathlib.Path('~/.cache/ddo_jax/files')
@@ -31,11 +37,21 @@ _FILE_NAME = re.compile(r'\w[\w .+-]*')
 _DIGEST = re.compile(r'[0-9a-f]{64}')
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 2**20  # bytes
+_BUSY = (429, 500, 502, 503, 504)  # answers that pass
+_WAITS = (2, 4, 8, 16, 32)  # seconds before a busy server is asked again
+_LONGEST_WAIT = 600  # seconds; a server may ask for more, which is told
+_MOST_BREAKS = 20  # connections that may break in one download
+_VERSION = re.compile(r'[\x20-\x7e]{1,500}')
 _BY_HAND = 'or fetch it elsewhere and give its path'
 
 
 def sha256_of(path: pathlib.Path) -> str:
-  """Returns the sha256 of a file's bytes, as hex."""
+  """Returns the sha256 of a file's bytes, as hex.
+
+  Raises:
+    OSError: it cannot be read, or is no regular file.
+  """
+  reading.check_regular(path)
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
@@ -82,12 +98,15 @@ def fetch(
 
 def _check_local(path: pathlib.Path, sha256: str | None) -> pathlib.Path:
   """Returns the path of a file that is here and has the given sha256."""
-  if not path.is_file():
+  try:
+    reading.check_regular(path)
+    found = '' if sha256 is None else sha256_of(path)
+  except OSError as error:
     raise errors.UserError(
-      f'no file {path}; wanted a path, http(s):// or hf://owner/name/file'
-    )
+      f'no file {path} ({error.strerror or error}); wanted a path, http(s)://'
+      ' or hf://owner/name/file'
+    ) from error
   if sha256 is not None:
-    found = sha256_of(path)
     _check_digest(path, found, sha256, 'correct the sha256 or remove it')
   return path
 
@@ -134,6 +153,28 @@ def _fetch_from_hub(source: str, cache: pathlib.Path | None) -> pathlib.Path:
   return pathlib.Path(path)
 
 
+def _split(url: str) -> urllib.parse.SplitResult:
+  """Returns the parts of an address.
+
+  Raises:
+    errors.UserError: it is none.
+  """
+  try:
+    parts = urllib.parse.urlsplit(url)
+    parts.port  # noqa: B018 - looked at, it may be refused
+  except ValueError as error:
+    raise errors.UserError(
+      f'{_short(url)} is no address ({error}); wanted http(s)://host/file'
+    ) from error
+  odd = [sign for sign in url if not '!' <= sign <= '~']
+  if odd:
+    raise errors.UserError(
+      f'{_short(url)} holds {odd[0]!r}, which no address does; wanted'
+      f' {urllib.parse.quote(odd[0])} for it, as browsers copy addresses'
+    )
+  return parts
+
+
 def _fetch_address(
   url: str, sha256: str | None, cache: pathlib.Path
 ) -> pathlib.Path:
@@ -141,7 +182,7 @@ def _fetch_address(
 
   Beside it stands '<name>.sha256', what it hashed to when it came.
   """
-  decoded = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+  decoded = urllib.parse.unquote(_split(url).path)
   name = pathlib.PurePosixPath(decoded).name
   if not _FILE_NAME.fullmatch(name):
     raise errors.UserError(f'{url} names no file; wanted http(s)://.../file')
@@ -157,7 +198,8 @@ def _fetch_address(
   with alone(path):
     if path.exists() and record.exists():
       found = sha256_of(path)
-      if found == record.read_text().split()[0]:
+      recorded = record.read_text(errors='replace').partition(' ')[0]
+      if found == recorded and not wholeness.fault(path, name):
         remedy = 'correct the sha256, or remove the file to fetch it again'
         _check_digest(path, found, sha256, remedy)
         return path
@@ -211,11 +253,17 @@ def to_path(
     errors.UserError: there is no network, the server refuses, the download was
       cut off, or what came is a web page or was refused by `check`.
   """
+  _split(url)
   partial = path.with_name(f'{path.name}.partial')
-  with _failing_in_one_line(url, path.parent):
+  with _failing_in_one_line(url, partial):
     _download(url, partial)
     try:
-      _check_no_page(url, partial)
+      fault = wholeness.fault(partial, path.name)
+      if fault:
+        raise errors.UserError(
+          f'what {url} gave was thrown away, for {fault}: run the same command'
+          f' again, {_BY_HAND}'
+        )
       check(partial)
     except errors.UserError:
       partial.unlink()
@@ -223,22 +271,8 @@ def to_path(
     partial.replace(path)
 
 
-def _check_no_page(url: str, came: pathlib.Path) -> None:
-  """Raises UserError where a web page came in place of a file.
-
-  Proxies and log-in pages answer so, and say that all is well.
-  """
-  with came.open('rb') as file:
-    start = file.read(256).lstrip().lower()
-  if start.startswith((b'<!doctype html', b'<html')):
-    raise errors.UserError(
-      f'{url} gave a web page (HTML) in place of the file, as a log-in or a'
-      f' proxy does: open the address in a browser, {_BY_HAND}'
-    )
-
-
 @contextlib.contextmanager
-def _failing_in_one_line(url: str, folder: pathlib.Path) -> Iterator[None]:
+def _failing_in_one_line(url: str, partial: pathlib.Path) -> Iterator[None]:
   """Turns the failures of a download into one line."""
   try:
     yield
@@ -246,27 +280,97 @@ def _failing_in_one_line(url: str, folder: pathlib.Path) -> Iterator[None]:
     raise
   except urllib.error.HTTPError as error:
     raise errors.UserError(
-      f'{url}: the server answers {error.code} ({error.reason}); check the'
-      f' address, {_BY_HAND}'
+      f'{url}: the server answers {error.code} ({_short(error.reason)}); check'
+      f' the address, {_BY_HAND}'
     ) from error
   except urllib.error.URLError as error:
     raise errors.UserError(
-      f'no network to {url} ({error.reason}): run the same command again,'
-      f' {_BY_HAND}'
+      f'no network to {url} ({_short(error.reason)}): run the same command'
+      f' again, {_BY_HAND}'
     ) from error
-  except (OSError, http.client.HTTPException) as error:
+  except (OSError, ValueError, http.client.HTTPException) as error:
     if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+      partial.unlink(missing_ok=True)
+      partial.with_suffix('.version').unlink(missing_ok=True)
       raise errors.UserError(
-        f'disk full while fetching {url} to {folder}; free some space and run'
-        ' the same command again to go on'
+        f'disk full while fetching {url} to {partial.parent}; what came was'
+        ' removed: free some space and run the same command again'
       ) from error
     raise errors.UserError(
-      f'{url} was cut off ({error or type(error).__name__}); run the same'
-      f' command again, {_BY_HAND}'
+      f'{url} was cut off ({_short(error)}); run the same command again,'
+      f' {_BY_HAND}'
     ) from error
+
+
+def _short(reason: object) -> str:
+  """Returns what a server or a library says, as a part of one line."""
+  text = ' '.join(str(reason).split())[:200] or type(reason).__name__
+  return ''.join(sign if sign.isprintable() else '?' for sign in text)
 
 
 def _download(url: str, partial: pathlib.Path) -> None:
+  """Downloads a file to `partial`, or the rest of what is there, with patience.
+
+  A server that is busy is asked again after a pause, and a connection that
+  broke is made again where that brought more of the file.
+  """
+  refused = 0
+  breaks = 0
+  while True:
+    before = _size(partial)
+    try:
+      return _attempt(url, partial)
+    except urllib.error.HTTPError as error:
+      if error.code not in _BUSY or refused == len(_WAITS):
+        raise
+      pause = _pause(url, error, _WAITS[refused])
+      refused += 1
+      _LOGGER.info(
+        '%s: the server answers %d; asking again in %d s (%d of %d)',
+        url,
+        error.code,
+        pause,
+        refused,
+        len(_WAITS),
+      )
+      time.sleep(pause)
+    except (ConnectionError, TimeoutError, http.client.HTTPException) as error:
+      breaks += 1
+      if breaks > _MOST_BREAKS or _size(partial) <= before:
+        raise
+      _LOGGER.info('%s was cut off (%s): going on', url, _short(error))
+
+
+def _size(partial: pathlib.Path) -> int:
+  """Returns how many bytes came of a file that can be gone on with."""
+  if partial.exists() and partial.with_suffix('.version').exists():
+    return partial.stat().st_size
+  return 0
+
+
+def _pause(url: str, error: urllib.error.HTTPError, default: int) -> int:
+  """Returns how many seconds to wait, as a busy server asks.
+
+  Raises:
+    errors.UserError: it asks for very long.
+  """
+  asked = error.headers.get('Retry-After', '').strip()
+  seconds: float = default
+  if re.fullmatch(r'[0-9]{1,9}', asked):
+    seconds = int(asked)
+  elif asked:
+    with contextlib.suppress(ValueError, OverflowError):
+      until = email.utils.parsedate_to_datetime(asked)
+      seconds = until.timestamp() - datetime.datetime.now().timestamp()
+  if seconds > _LONGEST_WAIT:
+    raise errors.UserError(
+      f'{url}: the server answers {error.code} and asks to wait'
+      f' {seconds:,.0f} s: run the same command again then, {_BY_HAND}'
+    )
+  return max(round(seconds), 0)
+
+
+def _attempt(url: str, partial: pathlib.Path) -> None:
   """Downloads a file to `partial`, or the rest of what is there.
 
   Beside a partial file stands the version that the server gave it. It is
@@ -274,9 +378,7 @@ def _download(url: str, partial: pathlib.Path) -> None:
   sends the whole file, and what was there is overwritten.
   """
   version = partial.with_suffix('.version')
-  have = 0
-  if partial.exists() and version.exists():
-    have = partial.stat().st_size
+  have = _size(partial)
   request = urllib.request.Request(url, headers={'User-Agent': 'ddo_jax'})
   if have:
     request.add_header('Range', f'bytes={have}-')
@@ -286,7 +388,7 @@ def _download(url: str, partial: pathlib.Path) -> None:
   except urllib.error.HTTPError as error:
     if have and error.code == 416:  # there is nothing behind what is here
       partial.unlink()
-      return _download(url, partial)
+      return _attempt(url, partial)
     raise
   with response:
     span = response.headers.get('Content-Range', '')
@@ -309,16 +411,24 @@ def _receive(
 
   Raises:
     http.client.HTTPException: the connection ended before the file did.
+    errors.UserError: the disk has no room for it.
   """
   tag = response.headers.get('ETag', '')
   if not tag or tag.startswith('W/'):  # a weak tag does not speak of bytes
     tag = response.headers.get('Last-Modified', '')
-  length = response.headers.get('Content-Length')
-  total = None if length is None else have + int(length)
+  # None where the server does not say it, or says no number.
+  length = response.length
+  total = None if length is None else have + length
+  free = shutil.disk_usage(partial.parent).free
+  if length is not None and length > free:
+    raise errors.UserError(
+      f'{partial.stem} takes {length:,} bytes more, as its server says;'
+      f' {partial.parent} has room for {free:,}: free some space'
+    )
   bar = progress.follow(partial.stem, total, unit='B', done=have)
   version.unlink(missing_ok=True)
   with partial.open('ab' if have else 'wb') as file, bar:
-    if tag:
+    if _VERSION.fullmatch(tag):
       version.write_text(tag)
     while chunk := response.read(_CHUNK):
       file.write(chunk)

@@ -27,6 +27,7 @@ import urllib.parse
 from ddo_jax import errors
 from ddo_jax.assets import download
 from ddo_jax.assets import table
+from ddo_jax.assets import wholeness
 
 VARIABLE = 'DDO_JAX_ASSETS'
 _CACHE = pathlib.Path('~/.cache/ddo_jax')
@@ -81,6 +82,11 @@ def place(asset: table.Asset) -> pathlib.Path:
   return folder(asset.kind) / asset.file
 
 
+def is_fetched(path: pathlib.Path) -> bool:
+  """Returns whether a file lies in the cache, and comes again if deleted."""
+  return path.absolute().is_relative_to(_CACHE.expanduser())
+
+
 def is_here(asset: table.Asset) -> bool:
   """Returns whether a file is on this machine; it is not read."""
   named = _named_folder()
@@ -95,13 +101,21 @@ def _fault(asset: table.Asset, path: pathlib.Path, found: str) -> str:
     return f'it has {size:,} bytes, the published file {asset.size:,}'
   if not found.startswith(asset.sha256):
     return f'its sha256 is {found}, that of the published file {asset.sha256}'
-  return ''
+  return wholeness.fault(path, asset.file)
 
 
 def _record(asset: table.Asset) -> pathlib.Path:
   """Returns the path of what was recorded when a file first came."""
   path = place(asset)
   return path.with_name(f'{path.name}.json')
+
+
+def _recorded(record: pathlib.Path) -> str:
+  """Returns the sha256 that was recorded; '' where the record is damaged."""
+  try:
+    return str(json.loads(record.read_text())['sha256'])
+  except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    return ''
 
 
 def _hold(asset: table.Asset, path: pathlib.Path, source: str) -> str:
@@ -121,13 +135,14 @@ def _hold(asset: table.Asset, path: pathlib.Path, source: str) -> str:
     return fault
   record = _record(asset)
   if record.is_file():
-    recorded = json.loads(record.read_text())['sha256']
-    if recorded != found:
+    recorded = _recorded(record)
+    if recorded not in ('', found):
       return (
         f'its sha256 is {found}, and was {recorded} when it first came, as'
         f' {record} says: remove that record if its publisher replaced it'
       )
-    return ''
+    if recorded:
+      return ''
   content = {
     'file': asset.file,
     'sha256': found,
@@ -136,8 +151,14 @@ def _hold(asset: table.Asset, path: pathlib.Path, source: str) -> str:
     'licence': asset.licence,
     'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
   }
-  record.parent.mkdir(parents=True, exist_ok=True)
-  record.write_text(json.dumps(content, indent=2) + '\n')
+  try:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(content, indent=2) + '\n')
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write {record} ({error.strerror or error}); wanted a folder that'
+      ' may be written, with room for it'
+    ) from error
   return ''
 
 
@@ -174,6 +195,10 @@ def fetch(asset: table.Asset, setting: str) -> pathlib.Path:
       if not fault:
         return path
       _LOGGER.warning('%s is damaged or replaced: %s', path, fault)
+      record = _record(asset)
+      if record.is_file() and _recorded(record) == download.sha256_of(path):
+        # It was no whole file already when it came and was recorded.
+        record.unlink()
     return _bring(asset, path, setting)
 
 

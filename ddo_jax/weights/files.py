@@ -12,6 +12,8 @@ import zipfile
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax.assets import store
+from ddo_jax.runtime import reading
 
 MAX_KEY = 500  # characters of a tensor's name; released ones have 50
 
@@ -50,9 +52,12 @@ def refusing(path: pathlib.Path, wanted: str) -> Iterator[None]:
     ) from error
   except _REFUSALS as error:
     reason = ' '.join(str(error).split())[:240] or type(error).__name__
+    remedy = 'get the file again from its publisher'
+    if store.is_fetched(path):
+      remedy = 'delete it, and the same command fetches it again'
     raise errors.UserError(
       f'{path} is refused: {reason}; wanted {wanted}; nothing in it was run:'
-      ' get the file again from its publisher'
+      f' {remedy}'
     ) from error
 
 
@@ -69,7 +74,13 @@ def check_state(state: Any) -> None:
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:
-  """Maps a file's bytes, read-only; arrays that view them keep them alive."""
+  """Maps a file's bytes, read-only; arrays that view them keep them alive.
+
+  Raises:
+    OSError: it cannot be read, or is no regular file.
+    ValueError: it is empty.
+  """
+  reading.check_regular(path)
   with path.open('rb') as file:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -4,24 +4,44 @@ The server is on the loopback interface; nothing goes further.
 """
 
 from concurrent import futures
+import email.utils
 import errno
+import gzip
 import hashlib
+import io
 import os
 import pathlib
+import struct
 import subprocess
 import sys
+import time
+import types
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 import loopback
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from ddo_jax import errors
 from ddo_jax.assets import download
 
-BODY = bytes(range(256)) * 40
+# As pickles begin and end; nothing else of them is looked at.
+MIDDLE = (bytes(range(256)) * 40)[:10_237]
+BODY = b'\x80\5' + MIDDLE + b'.'
+OTHER_BODY = b'\x80\5' + MIDDLE[::-1] + b'.'
 DIGEST = hashlib.sha256(BODY).hexdigest()
 OTHER = hashlib.sha256(b'').hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+  """The seconds that downloads waited; nobody does."""
+  waited = []
+  clock = types.SimpleNamespace(sleep=waited.append)
+  monkeypatch.setattr(download, 'time', clock)
+  return waited
 
 
 @pytest.fixture
@@ -63,13 +83,13 @@ def test_a_download_that_is_cut_off_goes_on(site, tmp_path, header):
     line := refusal(site.url, None, tmp_path)
   )
   assert 'run the same command again' in line
-  site.cut = 7000
-  assert '7000 of 10240' in refusal(site.url, DIGEST, tmp_path)
+  site.cuts = [7000]
   site.cut = None
   path = download.fetch(site.url, DIGEST, tmp_path)
   assert path.read_bytes() == BODY
   assert site.asked == [
     (None, None),
+    ('bytes=3000-', '"one"'),  # at once, which brought nothing
     ('bytes=3000-', '"one"'),
     ('bytes=7000-', '"one"'),
   ]
@@ -79,8 +99,8 @@ def test_a_download_that_is_cut_off_goes_on(site, tmp_path, header):
 @pytest.mark.parametrize(
   'change',
   [
-    {'version': '"two"', 'body': BODY[::-1]},  # the file was replaced
-    {'ranges': False, 'body': BODY[::-1]},  # the server knows no ranges
+    {'version': '"two"', 'body': OTHER_BODY},  # the file was replaced
+    {'ranges': False, 'body': OTHER_BODY},  # the server knows no ranges
   ],
 )
 def test_a_download_that_cannot_go_on_starts_again(site, tmp_path, change):
@@ -89,8 +109,8 @@ def test_a_download_that_cannot_go_on_starts_again(site, tmp_path, change):
   site.cut = None
   vars(site).update(change)
   path = download.fetch(site.url, cache=tmp_path)
-  assert path.read_bytes() == BODY[::-1]
-  assert site.asked[1] == ('bytes=3000-', '"one"')
+  assert path.read_bytes() == OTHER_BODY
+  assert site.asked[-1] == ('bytes=3000-', '"one"')
 
 
 @pytest.mark.parametrize('version', ['', 'W/"weak"'])
@@ -118,7 +138,7 @@ def test_what_came_whole_but_unfinished_is_asked_again(site, tmp_path):
   partial.write_bytes(BODY)  # stopped before it was put in its place
   site.cut = None
   assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
-  assert site.asked[1:] == [('bytes=10240-', '"one"'), (None, None)]
+  assert site.asked[2:] == [('bytes=10240-', '"one"'), (None, None)]
 
 
 def test_a_length_need_not_be_known(site, tmp_path):
@@ -145,7 +165,7 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(site, tmp_path):
 @pytest.mark.parametrize('page', [b'\n<!DOCTYPE html><p>', b'<HTML>log in'])
 def test_a_web_page_in_place_of_a_file(site, tmp_path, page):
   site.body = page
-  assert 'gave a web page (HTML)' in refusal(site.url, None, tmp_path)
+  assert 'it is a web page (HTML)' in refusal(site.url, None, tmp_path)
   assert names(tmp_path) == []
 
 
@@ -157,11 +177,174 @@ def test_two_processes_fetch_a_file_once(site, tmp_path):
   assert len(set(found)) == len(site.asked) == 1
 
 
-@pytest.mark.parametrize('status', [401, 404, 416, 503])
-def test_what_the_server_refuses(site, tmp_path, status):
+@pytest.mark.parametrize('status', [401, 404, 416, 501])
+def test_what_the_server_refuses(site, tmp_path, status, waits):
   site.status = status
   assert f'the server answers {status}' in refusal(site.url, None, tmp_path)
+  assert names(tmp_path) == [] and not waits
+
+
+@pytest.mark.parametrize('status', [429, 500, 502, 503, 504])
+def test_a_busy_server_is_asked_again(site, tmp_path, status, waits, caplog):
+  site.answers = [status, status]
+  with caplog.at_level('INFO'):
+    assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
+  assert waits == [2, 4] and len(site.asked) == 3
+  assert f'answers {status}; asking again in 4 s (2 of 5)' in caplog.text
+
+
+def test_patience_ends(site, tmp_path, waits):
+  site.status = 503
+  assert 'the server answers 503' in refusal(site.url, None, tmp_path)
+  assert waits == [2, 4, 8, 16, 32]
+
+
+def in_seconds(seconds):
+  return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+  ('after', 'seconds'),
+  [
+    ('7', 7),
+    (in_seconds(100), 100),
+    (in_seconds(-100), 0),
+    ('soon', 2),
+    ('', 2),
+    ('-5', 2),
+    ('Mon, 99 Foo 2999', 2),
+  ],
+)
+def test_what_a_busy_server_asks(site, tmp_path, waits, after, seconds):
+  site.answers = [503]
+  site.headers = {'Retry-After': after}
+  assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
+  assert abs(waits[0] - seconds) < 50 and (seconds > 10 or waits == [seconds])
+
+
+@pytest.mark.parametrize('after', ['86400', '9' * 9, in_seconds(10**6)])
+def test_a_server_that_asks_for_too_much(site, tmp_path, waits, after):
+  site.status = 429
+  site.headers = {'Retry-After': after}
+  assert 'asks to wait' in refusal(site.url, None, tmp_path) and not waits
+
+
+def test_a_connection_that_is_reset(site, tmp_path):
+  site.resets = True
+  site.cuts = [3000, 7000]
+  assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
+  assert len(site.asked) == 3
+
+
+@pytest.mark.parametrize('length', ['abc', '-5', '1e9', '0x10', ''])
+def test_a_length_that_is_no_number(site, tmp_path, length):
+  site.length = length
+  assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
+
+
+def test_a_length_without_end(site, tmp_path):
+  site.length = str(10**18)
+  line = refusal(site.url, None, tmp_path)
+  assert 'takes 1,000,000,000,000,000,000 bytes' in line and 'has room' in line
   assert names(tmp_path) == []
+
+
+def npz():
+  file = io.BytesIO()
+  np.savez_compressed(file, mu=np.zeros(5_000))
+  return file.getvalue()
+
+
+WHOLE = {
+  'x.pkl': BODY,
+  'x.npz': npz(),
+  'x.zip': npz(),
+  'x.pth': npz(),
+  'x.safetensors': safetensors.numpy.save(
+    {'a': np.zeros(999), 'b': np.ones(9)}
+  ),
+  'x.gz': gzip.compress(bytes(5_000)),
+  'x.pb': b'\x0a\xac\x02' + bytes(300) + b'\x18\x05' + b'\x22\x03abc',
+}
+
+
+@pytest.mark.parametrize('name', WHOLE)
+def test_a_body_that_is_cut_off_without_a_length(site, tmp_path, name):
+  """It is not kept, and the next call asks again."""
+  body = WHOLE[name]
+  url = f'{site.url.partition("/edm")[0]}/{name}'
+  site.length = False
+  for wrong in (
+    *(body[: len(body) * k // 7] for k in range(7)),
+    body[:-1],
+    b'<!doctype html>',
+    b'{"error": "busy"}',
+    b'ok',
+    bytes(500),
+    b'[' * 100_000,
+    struct.pack('<Q', 2**63) + bytes(99),
+    struct.pack('<Q', 99_999) + b'[' * 99_999,
+  ):
+    site.body = wrong
+    line = refusal(url, None, tmp_path)
+    assert 'was thrown away, for it is' in line and 'run the same' in line
+    assert names(tmp_path) == []
+  site.body = body
+  assert download.fetch(url, None, tmp_path).read_bytes() == body
+
+
+def test_what_was_kept_before_it_was_looked_at(site, tmp_path):
+  """A file that an earlier version kept, cut off, with its hash."""
+  path = download.fetch(site.url, None, tmp_path)
+  path.write_bytes(BODY[:99])
+  digest = hashlib.sha256(BODY[:99]).hexdigest()
+  path.with_name('edm-x.pkl.sha256').write_text(f'{digest}  edm-x.pkl\n')
+  assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
+  path.with_name('edm-x.pkl.sha256').write_text('')
+  assert download.fetch(site.url, None, tmp_path).read_bytes() == BODY
+  assert len(site.asked) == 3
+
+
+@pytest.mark.parametrize(
+  ('url', 'words'),
+  [
+    ('http://[::1/x.pkl', 'is no address'),
+    ('http://[::1]]/x.pkl', ''),
+    ('http://host:port/x.pkl', 'is no address'),
+    ('http://host:99999/x.pkl', 'is no address'),
+    ('http://h\u00f6st/x.pkl', "holds 'ö'"),
+    ('http://host/gr\u00f6\u00dfe.pkl', 'wanted %C3%B6 for it'),
+    ('http://host/a b/x.pkl', 'wanted %20 for it'),
+    ('http://host/a\r\nX: y/x.pkl', 'wanted %0D for it'),
+    (f'http://{"a" * 100}.b/x.pkl', ''),
+    ('http:///x.pkl', ''),
+    ('http://\u2100/x.pkl', 'is no address'),
+  ],
+)
+def test_what_is_no_address(tmp_path, url, words):
+  line = refusal(url, None, tmp_path)
+  assert words in line
+
+
+@pytest.mark.parametrize('header', ['Location', 'Nothing'])
+def test_a_redirection_without_an_end(site, tmp_path, header):
+  site.status = 302
+  site.headers = {header: '/x.pkl'}
+  assert 'the server answers 302' in refusal(site.url, None, tmp_path)
+
+
+def test_a_redirection_to_a_file_of_this_machine(site, tmp_path):
+  site.status = 302
+  site.headers = {'Location': 'file:///etc/passwd'}
+  assert 'the server answers 302' in refusal(site.url, None, tmp_path)
+
+
+def test_a_version_that_would_be_refused_ever_after(site, tmp_path):
+  site.version = '"one\r\n two"'
+  site.cut = 3000
+  refusal(site.url, None, tmp_path)
+  site.cut = None
+  assert download.fetch(site.url, DIGEST, tmp_path).read_bytes() == BODY
 
 
 def test_no_network(tmp_path, site):
@@ -174,8 +357,12 @@ def test_a_full_disk(site, tmp_path, monkeypatch):
   def full(*_):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
+  site.cut = 3000
+  refusal(site.url, None, tmp_path)
+  assert len(names(tmp_path)) == 2
   monkeypatch.setattr(download, '_receive', full)
   assert 'disk full while fetching' in refusal(site.url, None, tmp_path)
+  assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(

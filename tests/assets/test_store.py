@@ -12,8 +12,12 @@ import pytest
 from ddo_jax import errors
 from ddo_jax.assets import store
 from ddo_jax.assets import table
+from ddo_jax.weights import pickle_reader
 
-BODY = bytes(range(256)) * 40
+# As pickles begin and end; nothing else of them is looked at.
+MIDDLE = (bytes(range(256)) * 40)[:10_237]
+BODY = b'\x80\5' + MIDDLE + b'.'
+OTHER_BODY = b'\x80\5' + MIDDLE[::-1] + b'.'
 DIGEST = hashlib.sha256(BODY).hexdigest()
 NAME = 'edm-cifar10-32x32-cond-vp'
 FILE = f'{NAME}.pkl'
@@ -82,7 +86,7 @@ def test_an_interrupted_fetch_goes_on(site):
   assert '3000 of 10240 bytes came' in refusal()
   site.cut = None
   assert store.resolve(NAME, SETTING).read_bytes() == BODY
-  assert site.asked[1] == ('bytes=3000-', '"one"')
+  assert site.asked[-1] == ('bytes=3000-', '"one"')
 
 
 @pytest.mark.parametrize('sha256', ['0' * 64, '0' * 8])
@@ -100,12 +104,12 @@ def test_another_file_than_the_published_is_refused(site, monkeypatch, sha256):
 def test_a_damaged_file_is_named_and_fetched_again(site, caplog):
   """Also where its hash is known from its first coming alone."""
   store.resolve(NAME, SETTING)
-  place().write_bytes(BODY[:-1])
+  place().write_bytes(OTHER_BODY)
   assert store.resolve(NAME, SETTING).read_bytes() == BODY
   assert f'{place()} is damaged or replaced: its sha256 is' in caplog.text
   # What its publisher replaces is not taken in silence.
   place().unlink()
-  site.files[FILE] = BODY[::-1]
+  site.files[FILE] = OTHER_BODY
   line = refusal()
   assert f'was {DIGEST} when it first came' in line and '.pkl.json' in line
   assert not place().exists()
@@ -116,9 +120,9 @@ def test_what_the_user_put_into_the_cache_is_held_to_as_well(site):
   place().write_bytes(BODY)
   assert store.resolve(NAME, SETTING) == place()
   assert not site.asked
-  place().write_bytes(BODY[::-1])
-  site.status = 503
-  assert 'the server answers 503' in refusal()
+  place().write_bytes(OTHER_BODY)
+  site.status = 501
+  assert 'the server answers 501' in refusal()
 
 
 def test_a_mirror(site, monkeypatch):
@@ -168,3 +172,34 @@ def test_a_path_goes_before_a_name(site, monkeypatch, tmp_path):
   line = refusal('edm-cifar10-32x32-con-vp')
   assert 'no file edm-cifar10-32x32-con-vp' in line
   assert f'did you mean {NAME}' in line
+
+
+def test_what_was_kept_before_it_was_looked_at(site):
+  """A file that an earlier version kept and recorded, cut off."""
+  path = store.resolve(NAME, SETTING)
+  record = path.with_name(f'{FILE}.json')
+  path.write_bytes(BODY[:99])
+  about = json.loads(record.read_text())
+  about['sha256'] = hashlib.sha256(BODY[:99]).hexdigest()
+  record.write_text(json.dumps(about))
+  assert store.resolve(NAME, SETTING).read_bytes() == BODY
+  assert json.loads(record.read_text())['sha256'] == DIGEST
+  assert len(site.asked) == 2
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '[' * 9999])
+def test_a_damaged_record_is_made_anew(site, content):
+  path = store.resolve(NAME, SETTING)
+  record = path.with_name(f'{FILE}.json')
+  record.write_text(content)
+  assert store.resolve(NAME, SETTING) == path
+  assert json.loads(record.read_text())['sha256'] == DIGEST
+  assert len(site.asked) == 1
+
+
+def test_a_file_in_the_cache_that_turns_out_bad(site):
+  """It is whole, as far as its end tells, and still no network."""
+  path = store.resolve(NAME, SETTING)
+  with pytest.raises(errors.UserError) as caught:
+    pickle_reader.read_network(path)
+  assert 'delete it, and the same command fetches it again' in str(caught.value)

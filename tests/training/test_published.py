@@ -161,7 +161,8 @@ def mirror(tmp_path, monkeypatch):
   return {
     f'{NAME}.pkl': (tmp_path / 'released.pkl').read_bytes(),
     tiny.fid_stats: (tmp_path / 'fid.npz').read_bytes(),
-    asset.file: b'its weights',
+    # It is looked at as a zip, and then not read.
+    asset.file: (tmp_path / 'fid.npz').read_bytes(),
   }
 
 
