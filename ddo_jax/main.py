@@ -59,6 +59,7 @@ from ddo_jax.method import noise
 from ddo_jax.method import objective
 from ddo_jax.report import page
 from ddo_jax.runtime import interruption
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
 from ddo_jax.training import check as check_lib
@@ -189,6 +190,19 @@ _SOURCE = flags.DEFINE_string(
 )
 _SHA256 = flags.DEFINE_string(
   'sha256', None, 'convert: what the source must hash to.'
+)
+
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'Several processes: host:port of process 0. Under SLURM, Open MPI, Kubernetes'
+  ' and on TPU pods this flag and the next two are found out.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Several processes: how many; 1 looks for no others.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, "Several processes: this one's number, from 0."
 )
 
 _LOGGER = logging.getLogger('ddo_jax.main')  # also as __main__
@@ -563,16 +577,23 @@ def _main(argv: Sequence[str]) -> None:
   _check_flags(argv)
   # Orbax speaks through absl, we through the logger below, jax has its own.
   absl_logging.set_verbosity(absl_logging.ERROR)
-  logging.getLogger('ddo_jax').setLevel(logging.INFO)
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     cache = pathlib.Path('~/.cache/ddo_jax/xla').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache))
-  with interruption.handled():
-    try:
-      _print(_mode().run())
-    except errors.UserError as error:
-      lines = str(error).splitlines()
-      sys.exit('\n'.join(f'FATAL {line}' for line in lines))
+  try:
+    processes.initialize(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+    # Of several processes, one speaks.
+    level = logging.INFO if processes.is_main() else logging.ERROR
+    logging.getLogger('ddo_jax').setLevel(level)
+    with processes.ending_together(), interruption.handled():
+      result = _mode().run()
+      if processes.is_main():
+        _print(result)
+  except errors.UserError as error:
+    lines = str(error).splitlines()
+    sys.exit('\n'.join(f'FATAL {line}' for line in lines))
 
 
 if __name__ == '__main__':

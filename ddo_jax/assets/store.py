@@ -28,6 +28,7 @@ from ddo_jax import errors
 from ddo_jax.assets import download
 from ddo_jax.assets import table
 from ddo_jax.assets import wholeness
+from ddo_jax.runtime import processes
 
 VARIABLE = 'DDO_JAX_ASSETS'
 _CACHE = pathlib.Path('~/.cache/ddo_jax')
@@ -189,7 +190,7 @@ def fetch(asset: table.Asset, setting: str) -> pathlib.Path:
       )
     return path
   path = place(asset)
-  with download.alone(path):
+  with processes.main_first('fetch'), download.alone(path):
     if path.is_file():
       fault = _hold(asset, path, source='')
       if not fault:
@@ -279,7 +280,8 @@ def resolve(name: str, setting: str, sha256: str | None = None) -> pathlib.Path:
       ' name of a published file'
       f'{errors.near_miss(name, table.ASSETS, most=3)}'
     )
-  return download.fetch(name, sha256)
+  with processes.main_first('fetch'):
+    return download.fetch(name, sha256)
 
 
 def wanted(named: Mapping[str, str]) -> list[Wanted]:
@@ -295,9 +297,10 @@ def wanted(named: Mapping[str, str]) -> list[Wanted]:
 def fetch_all(wanted: Sequence[Wanted]) -> list[str]:
   """Fetches files that are not here; returns a line for each that cannot be."""
   lines = []
-  for asset, setting in wanted:
-    try:
-      fetch(asset, setting)
-    except errors.UserError as error:
-      lines.append(str(error))
+  with processes.main_first('fetch all'):
+    for asset, setting in wanted:
+      try:
+        fetch(asset, setting)
+      except errors.UserError as error:
+        lines.append(str(error))
   return lines

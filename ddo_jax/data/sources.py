@@ -23,6 +23,7 @@ from ddo_jax.data import hugging_face
 from ddo_jax.data import selection
 from ddo_jax.data import splits
 from ddo_jax.data import transforms
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import reading
 
@@ -405,6 +406,13 @@ def open_source(data: Data, split: str) -> Source:
       has no such split, or the settings do not suit it.
   """
   data.check()
+  # What is fetched or prepared on the way is so by one process.
+  with processes.main_first(f'open {split}'):
+    return _open(data, split)
+
+
+def _open(data: Data, split: str) -> Source:
+  """Opens a split; see `open_source`."""
   wanted = splits.Wanted(
     name=split,
     train=data.train_split,

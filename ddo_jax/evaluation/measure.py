@@ -17,6 +17,7 @@ from ddo_jax.evaluation import fidelity
 from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
+from ddo_jax.runtime import processes
 
 # Rows of a set of images, and their labels [N]; None without labels.
 Measured = tuple[rows_lib.Rows, np.ndarray | None]
@@ -145,7 +146,21 @@ def selection_scores(
   key = rng.stream(seed, 'select')
   ids = evaluator.ids(0, settings.selection_samples)
   rows, labels = draw(evaluator, generator, params, key, ids, folder)
-  return evaluator.scores(rows, labels)
+  return scores(evaluator, rows, labels)
+
+
+def scores(
+  evaluator: evaluator_lib.Evaluator,
+  rows: rows_lib.Rows,
+  labels: np.ndarray | None,
+  from_file: bool = False,
+) -> evaluator_lib.Scores:
+  """Returns an evaluator's scores of rows, which process 0 has, on all."""
+
+  def compute():
+    return evaluator.scores(rows, labels, from_file)
+
+  return processes.decide('scores', compute)
 
 
 def report_blocks(
@@ -194,7 +209,7 @@ def report_scores(
 ) -> dict[str, Any]:
   """Returns the summary of a report's scores; see `report_blocks`."""
   blocks = [
-    evaluator.scores(rows, labels)
+    scores(evaluator, rows, labels)
     for rows, labels in report_blocks(
       evaluator, generator, params, settings, seed, folder
     )

@@ -16,7 +16,9 @@ import zlib
 import numpy as np
 
 from ddo_jax.evaluation.metrics import frechet
+from ddo_jax.runtime import devices
 from ddo_jax.runtime import disk
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 
 # What was measured, by kind: [N, D] floats, row i for image i.
@@ -30,6 +32,9 @@ Take = Callable[[np.ndarray], np.ndarray]
 
 # Takes images in the order of the ids [B]; yields some ids and their rows.
 Embed = Callable[[Take, np.ndarray], Iterator[tuple[np.ndarray, Rows]]]
+
+# Ids that a process embeds at a time, of several: whole blocks of `extract`.
+_SHARE = 1_024
 
 
 class Kind(NamedTuple):
@@ -49,6 +54,9 @@ def gather(
 ) -> Rows:
   """Makes the rows of images 0 .. count−1 in one pass.
 
+  Of several processes each embeds a share of the images, and process 0 gets
+  all rows; what the others return holds no more than zeros.
+
   Args:
     embed: makes rows of images.
     kinds: what a row holds, by name.
@@ -66,15 +74,20 @@ def gather(
   missing = np.zeros(count, bool)
   for kind, (width, dtype) in kinds.items():
     rows[kind] = np.zeros((count, width), dtype)
-    if folder:
+    if folder and processes.is_main():
       kept.append(_Kept(folder / f'{kind}.rows', rows[kind]))
       missing |= kept[-1].missing
     else:
       missing[:] = True
-  ids = np.flatnonzero(missing)
-  take = _Buffer(images(ids))
+  ids = np.flatnonzero(_of_main(missing))
+  if processes.count() == 1:
+    parts = embed(_Buffer(images(ids)), ids)
+  else:
+    parts = _embed_together(embed, kinds, images(ids), ids)
   with progress.follow(name, count, done=count - len(ids)) as bar:
-    for mine, found in embed(take, ids):
+    for mine, found in parts:
+      if not processes.is_main():
+        continue
       for kind, array in rows.items():
         array[mine] = frechet.check_features(kind, found[kind])
       for file in kept:
@@ -83,19 +96,83 @@ def gather(
   return rows
 
 
+def _of_main(mask: np.ndarray) -> np.ndarray:
+  """Returns process 0's bool mask [N] on all processes."""
+
+  def as_text():
+    return np.packbits(mask).tobytes().hex()
+
+  text = processes.decide('missing rows', as_text)
+  packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+  return np.unpackbits(packed, count=len(mask)).astype(bool)
+
+
+def _embed_together(
+  embed: Embed,
+  kinds: Mapping[str, Kind],
+  chunks: Iterable[np.ndarray],
+  ids: np.ndarray,
+) -> Iterator[tuple[np.ndarray, Rows]]:
+  """Embeds images of ids [B] by all processes; yields ids and their rows.
+
+  The processes take turns at blocks of `_SHARE` ids. All of them draw all
+  images together, so each takes them all from the stream before the rows are
+  exchanged.
+  """
+  turn = _SHARE * processes.count()
+  own = ids // _SHARE % processes.count() == processes.index()
+  take = _Buffer(chunks, own)
+  for number in np.unique(ids // turn):
+    now = ids // turn == number
+    found = {
+      kind: np.zeros((_SHARE, width), dtype)
+      for kind, (width, dtype) in kinds.items()
+    }
+    if (now & own).any():
+      for mine, rows in embed(take, ids[now & own]):
+        for kind, array in found.items():
+          array[mine % _SHARE] = rows[kind]
+    take.read_to(np.flatnonzero(now)[-1] + 1)
+    every = devices.exchange(found)
+    places = ids[now] % turn
+    yield ids[now], {kind: array[places] for kind, array in every.items()}
+
+
 class _Buffer:
   """Hands out a stream of chunks in the portions that are asked for."""
 
-  def __init__(self, chunks: Iterable[np.ndarray]):
+  def __init__(
+    self, chunks: Iterable[np.ndarray], wanted: np.ndarray | None = None
+  ):
+    """Reads nothing yet.
+
+    Args:
+      chunks: the images.
+      wanted: [B] bool, those of them that will be asked for; None: all.
+    """
     self._chunks = iter(chunks)
+    self._wanted = wanted
+    self._read = 0
     self._parts = []
     self._held = 0
 
+  def _read_chunk(self) -> None:
+    part = next(self._chunks)
+    span = slice(self._read, self._read + len(part))
+    self._read += len(part)
+    if self._wanted is not None:
+      part = part[self._wanted[span]]
+    self._parts.append(part)
+    self._held += len(part)
+
+  def read_to(self, place: int) -> None:
+    """Reads the stream up to a place in it, at least."""
+    while self._read < place:
+      self._read_chunk()
+
   def __call__(self, ids: np.ndarray) -> np.ndarray:
     while self._held < len(ids):
-      part = next(self._chunks)
-      self._parts.append(part)
-      self._held += len(part)
+      self._read_chunk()
     held = np.concatenate(self._parts)
     rest = held[len(ids) :]
     self._parts = [rest]

@@ -21,6 +21,7 @@ from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.training import workspace
 from ddo_jax.weights import fid_stats
@@ -66,7 +67,9 @@ def score_params(
     'labels': run.label_rule,
   } | evaluator.identity()
   kept = output / f'features_{_digest(run, about)}'
-  writer = image_writer.ImageWriter(save_images) if save_images else None
+  writer = None
+  if save_images and processes.is_main():
+    writer = image_writer.ImageWriter(save_images)
   blocks = []
   uncertainty = {}
   for rows, labels in measure.report_blocks(
@@ -75,11 +78,11 @@ def score_params(
     weights,
     settings,
     config.seed,
-    folder=None if writer else kept,
+    folder=None if save_images else kept,
     keep=writer.add if writer else None,
   ):
-    blocks.append(evaluator.scores(rows, labels))
-    if not uncertainty:
+    blocks.append(measure.scores(evaluator, rows, labels))
+    if not uncertainty and processes.is_main():
       uncertainty = evaluator.uncertainty(rows)
   if writer:
     writer.close()
@@ -92,7 +95,8 @@ def score_params(
     'environment': devices_lib.environment(),
   }
   records.write_json(output / 'eval.json', result)
-  shutil.rmtree(kept, ignore_errors=True)
+  if processes.is_main():
+    shutil.rmtree(kept, ignore_errors=True)
   return result
 
 
@@ -167,7 +171,9 @@ def score_images(
 
   evaluator = measure.open_evaluator(settings, seed, train, open_test)
   rows, labels = measure.read(evaluator, source)
-  scores = evaluator.scores(rows, labels, from_file=True)
+  scores = measure.scores(evaluator, rows, labels, from_file=True)
+  if not processes.is_main():  # it has no rows to say more of
+    return {'scores': scores}
   result = evaluator.identity() | {
     'images': str(path),
     'samples': len(source),
@@ -260,6 +266,8 @@ def write_fid_stats(
   origin = {'data': source.name, 'resize': extractor.protocol.resize}
   for network, provenance in extractor.provenance.items():
     origin[f'{network}_sha256'] = provenance['sha256']
+  if not processes.is_main():  # it has no rows
+    return output
   for kind in extractor.kinds:
     sums = frechet.Statistics.of(rows[kind])
     moments = statistics.Moments.of(sums, origin)

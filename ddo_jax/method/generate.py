@@ -12,6 +12,7 @@ from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 
 _RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
@@ -149,7 +150,7 @@ class Generator:
       key: the stream's key.
       shares: how often each class is drawn.
     """
-    missing = pool.missing()
+    missing = processes.decide(f'missing in {pool.folder}', pool.missing)
     done = pool.size - sum(len(pool.ids(shard)) for shard in missing)
     with progress.follow('fake pool', pool.size, done=done) as bar:
       for shard in missing:

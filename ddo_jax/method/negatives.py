@@ -21,6 +21,7 @@ from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.method import likelihood
 from ddo_jax.runtime import disk
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 
 Stored = dict[str, jax.Array]  # 'stored' [B,...], 'label' [B], and others
@@ -200,15 +201,20 @@ class FakePool:
     """
     self.folder = folder
     self.size = size
-    self.shard_size = shard_size
     identity = {**identity, 'size': size}
-    path = folder / 'pool.json'
-    if path.exists():
-      recorded = records.read_json(path)
-      self._check(recorded, identity)
-      self.shard_size = recorded['shard_size']
-    else:
+    self.shard_size = processes.decide(
+      f'open {folder}', lambda: self._open(identity, shard_size)
+    )
+
+  def _open(self, identity: dict[str, Any], shard_size: int) -> int:
+    """Compares the identities, or begins a pool; returns its shards' size."""
+    path = self.folder / 'pool.json'
+    if not path.exists():
       records.write_json(path, {**identity, 'shard_size': shard_size})
+      return shard_size
+    recorded = records.read_json(path)
+    self._check(recorded, identity)
+    return recorded['shard_size']
 
   def _check(self, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises UserError where the recorded identity is not the given one."""
@@ -259,7 +265,7 @@ class FakePool:
     Raises:
       errors.UserError: a shard is missing or cannot be read.
     """
-    missing = self.missing()
+    missing = processes.decide(f'missing in {self.folder}', self.missing)
     if missing:
       raise errors.UserError(
         f'the fake pool in {self.folder} lacks {len(missing)} shards;'

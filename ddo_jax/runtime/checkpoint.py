@@ -18,18 +18,10 @@ from orbax.checkpoint import v1 as ocp
 from ddo_jax import errors
 from ddo_jax.runtime import devices
 from ddo_jax.runtime import disk
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def _whole(leaf: Any) -> Any:
-  """Returns an array as numpy, also where other processes hold parts of it."""
-  if isinstance(leaf, jax.Array) and not (
-    leaf.is_fully_addressable or leaf.is_fully_replicated
-  ):
-    return devices.fetch(leaf)
-  return jax.device_get(leaf)
 
 
 def tree_hash(params: Any) -> str:
@@ -41,7 +33,7 @@ def tree_hash(params: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = np.ascontiguousarray(_whole(leaf))
+    array = np.ascontiguousarray(jax.device_get(devices.gathered(leaf)))
     name = jax.tree_util.keystr(path)
     digest.update(f'{name}{array.shape}{array.dtype}'.encode())
     digest.update(array)  # type: ignore[arg-type]
@@ -144,6 +136,11 @@ def _context() -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
   context = ocp.Context()
   context.checkpointables.registry = registry
+  if processes.is_by_itself():
+    me = jax.process_index()
+    context.multiprocessing.primary_host = me
+    context.multiprocessing.active_processes = {me}
+    context.multiprocessing.barrier_sync_key_prefix = f'by_{me}'
   return context
 
 
@@ -202,9 +199,13 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps that are whole on disk, in order."""
-    names = [path.name for path in self.folder.glob('*')]
-    # Orbax gives a checkpoint its name when all of it is written.
-    return sorted(int(name) for name in names if name.isdigit())
+
+    def read():
+      names = [path.name for path in self.folder.glob('*')]
+      # Orbax gives a checkpoint its name when all of it is written.
+      return sorted(int(name) for name in names if name.isdigit())
+
+    return processes.decide(f'steps in {self.folder}', read)
 
   def save(
     self,
@@ -319,7 +320,7 @@ class Checkpoints:
   def _move_aside(self, step: int, damage: DamagedError) -> None:
     source = self.folder / str(step)
     place = self._damaged / str(step)
-    if jax.process_index() == 0 and source.exists():
+    if processes.is_main() and source.exists():
       with disk.guarded(self._damaged):
         shutil.rmtree(place, ignore_errors=True)
         self._damaged.mkdir(exist_ok=True)
@@ -331,14 +332,14 @@ class Checkpoints:
   def drop_after(self, step: int) -> None:
     """Removes the checkpoints of later steps, which will be made again."""
     for later in reversed(self.steps()):
-      if later > step and jax.process_index() == 0:
+      if later > step and processes.is_main():
         with disk.guarded(self.folder):
           shutil.rmtree(self.folder / str(later))
     self._checkpointer.reload()
 
   def forget_damaged(self) -> None:
     """Removes what `set_aside` kept, once there is something in its place."""
-    if jax.process_index() == 0:
+    if processes.is_main():
       shutil.rmtree(self._damaged, ignore_errors=True)
 
 
@@ -414,6 +415,8 @@ def save_params(
     errors.UserError: the disk is full.
   """
   meta = meta | {'sha256': tree_hash(params)}
+  if processes.is_by_itself():
+    params = jax.device_get(params)  # arrays on devices are of all processes
   with disk.guarded(folder), _context():
     ocp.save_checkpointables(
       folder.absolute(), {'params': params, 'meta': meta}, overwrite=True
@@ -499,13 +502,17 @@ def copy_params(
   Raises:
     errors.UserError: see `load_params`; or the disk is full.
   """
-  if folder.exists():
+  if processes.decide(f'is there {folder}', folder.exists):
     return load_params(folder, target)
   params, meta = load_params(source, target)
-  partial = folder.with_name(folder.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of a copy that was cut off
-  with disk.guarded(folder):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial)
-    os.replace(partial, folder)
+
+  def copy():
+    partial = folder.with_name(folder.name + '.partial')
+    shutil.rmtree(partial, ignore_errors=True)  # of a copy that was cut off
+    with disk.guarded(folder):
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copytree(source, partial)
+      os.replace(partial, folder)
+
+  processes.decide(f'copy {folder}', copy)
   return params, meta

@@ -1,25 +1,31 @@
 """The only file that knows devices: meshes, pmap, shardings, processes."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import functools
 import math
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
 from ddo_jax.runtime import layout
+from ddo_jax.runtime import processes
 
 # The name of the devices' axis under pmap.
 AXIS = 'batch'
 
 # The settings stand beside what they set.
 ExecutorConfig = layout.ExecutorConfig
+
+_LAG = 2  # steps between a process's wish and the answer to it
 
 
 class Executor(layout.Layout):
@@ -71,7 +77,8 @@ class Executor(layout.Layout):
     if stated is not None:
       return stated
     stats = self._mesh.local_devices[0].memory_stats() or {}
-    return stats.get('bytes_limit')
+    limit = stats.get('bytes_limit')
+    return processes.decide('room', functools.partial(int, limit or 0)) or None
 
   def make_state(self, make: Callable[..., Any], *args: Any) -> Any:
     """Computes `make(*args)`, a state or params, where it is to lie."""
@@ -79,8 +86,10 @@ class Executor(layout.Layout):
     return jax.jit(make, out_shardings=shardings)(*args)
 
   def replicate(self, tree: Any) -> Any:
-    """Puts small arrays whole on every device."""
-    return jax.device_put(tree, self._whole)
+    """Puts small arrays, equal on all processes, whole on every device."""
+    if processes.count() == 1:
+      return jax.device_put(tree, self._whole)
+    return jax.jit(_identity, out_shardings=self._whole)(tree)
 
   def place_batch(self, rows: Any) -> Any:
     """Puts this process's rows on its devices, split along their first axis.
@@ -89,22 +98,53 @@ class Executor(layout.Layout):
       rows: a tree of numpy arrays [b,...], where b is the process's share.
 
     Returns:
-      A tree of arrays: [B,...] under FSDP, [devices,B/devices,...] under pmap.
+      A tree of arrays: [B,...], or under pmap [devices,B/devices,...] where
+      there is one process.
     """
-    own_devices = self.num_devices // jax.process_count()
 
     def stack(leaf):
-      return leaf.reshape(own_devices, -1, *leaf.shape[1:])
+      return leaf.reshape(self.num_devices, -1, *leaf.shape[1:])
 
     def distribute(leaf):
       return jax.make_array_from_process_local_data(self._split, leaf)
 
+    if processes.count() > 1:
+      # It counts as implicit, unlike device_put, and is not.
+      with jax.transfer_guard_host_to_device('allow'):
+        return jax.tree.map(distribute, rows)
     if self.kind == 'pmap':
       rows = jax.tree.map(stack, rows)
-    if jax.process_count() == 1:
-      # One call for all leaves takes half the time.
+    # One call for all leaves takes half the time.
+    return jax.device_put(rows, self._split)
+
+  def _place_whole_batch(self, rows: Any) -> Any:
+    """Puts rows that every process has on all devices, split among them."""
+    if processes.count() == 1:
       return jax.device_put(rows, self._split)
-    return jax.tree.map(distribute, rows)
+
+    def place(leaf):
+      return jax.make_array_from_callback(
+        leaf.shape, self._split, leaf.__getitem__
+      )
+
+    return jax.tree.map(place, rows)
+
+  def largest(self, numbers: Sequence[int]) -> jax.Array:
+    """Returns the largest of each number [N] over all processes."""
+    own = self.num_devices // processes.count()
+    rows = np.tile(np.asarray(numbers, np.int32), (own, 1))
+    result = self._largest(
+      jax.make_array_from_process_local_data(self._split, rows)
+    )
+    self._wait_if_simulated(result)
+    return result
+
+  @functools.cached_property
+  def _largest(self) -> Callable[[jax.Array], jax.Array]:
+    def largest(rows):
+      return rows.max(axis=0)
+
+    return jax.jit(largest, out_shardings=self._whole)
 
   def no_implicit_transfers(self) -> contextlib.AbstractContextManager:
     """Inside, an array that nobody placed on the devices is an error."""
@@ -130,12 +170,8 @@ class Executor(layout.Layout):
     self, step: Callable[..., Any], static: dict[str, Any]
   ) -> Callable:
     if self.kind == 'pmap':
-      call = jax.pmap(
-        functools.partial(step, axis_name=AXIS, **static),
-        axis_name=AXIS,
-        in_axes=(None, None, None, 0, 0, None, None, None),
-        out_axes=None,
-        donate_argnums=0,
+      call = self._compile_pmap(
+        functools.partial(step, axis_name=AXIS, **static)
       )
     else:
       call = self._compile_jit(functools.partial(step, **static))
@@ -146,6 +182,28 @@ class Executor(layout.Layout):
       return state, metrics
 
     return run
+
+  def _compile_pmap(self, step: Callable[..., Any]) -> Callable:
+    if processes.count() == 1:
+      return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, None, None, 0, 0, None, None, None),
+        out_axes=None,
+        donate_argnums=0,
+      )
+    # What pmap is made of. It would hand out each process's part of an array,
+    # and Orbax saves whole ones.
+    whole = PartitionSpec()
+    split = PartitionSpec(AXIS)
+    mapped = jax.shard_map(
+      step,
+      mesh=self._mesh,
+      in_specs=(whole, whole, whole, split, split, whole, whole, whole),
+      out_specs=whole,
+      check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0)
 
   def _compile_jit(self, step: Callable[..., Any]) -> Callable:
     def sharded(state, *args):
@@ -192,13 +250,42 @@ class Executor(layout.Layout):
       # The last call repeats the last row, so that all calls are of one size.
       index = np.minimum(np.arange(start, start + batch), total - 1)
       part = jax.tree.map(lambda leaf, index=index: leaf[index], rows)
-      result = fn(params, jax.device_put(part, self._split))
+      result = fn(params, self._place_whole_batch(part))
       self._wait_if_simulated(result)
       if pending is not None:
         yield fetch(pending)
       pending = result
     if pending is not None:
       yield fetch(pending)[: total - start]
+
+
+class Agreement:
+  """What processes wish, known to all of them at the same call.
+
+  A wish goes over the devices between two steps. It is read some calls later,
+  so that no step waits for it.
+  """
+
+  def __init__(self, executor: Executor):
+    """Nobody wishes for anything yet."""
+    self._executor = executor
+    self._pending: collections.deque[jax.Array] = collections.deque()
+
+  def __call__(self, *wishes: int) -> tuple[int, ...]:
+    """Returns the largest of each wish, of all processes, `_LAG` calls ago.
+
+    Of a single process it returns the wishes themselves.
+
+    Args:
+      *wishes: small whole numbers, 0 for nothing; all processes make the same
+        number of calls.
+    """
+    if processes.count() == 1:
+      return wishes
+    self._pending.append(self._executor.largest(wishes))
+    if len(self._pending) <= _LAG:
+      return (0,) * len(wishes)
+    return tuple(fetch(self._pending.popleft()).tolist())
 
 
 def environment() -> dict[str, str]:
@@ -209,8 +296,37 @@ def environment() -> dict[str, str]:
 
 def fetch(tree: Any) -> Any:
   """Copies global arrays to numpy, on every process."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
+  return jax.device_get(gathered(tree))
 
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.device_get(tree)
+
+def gathered(tree: Any) -> Any:
+  """Returns arrays, brought here from other processes where they are split."""
+
+  def gather(leaf):
+    here = not isinstance(leaf, jax.Array)
+    here = here or leaf.is_fully_addressable or leaf.is_fully_replicated
+    if here:
+      return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.tree.map(gather, tree) if processes.count() > 1 else tree
+
+
+def exchange(tree: Any) -> Any:
+  """Returns every process's numpy rows [n,...], one's after the other's.
+
+  Args:
+    tree: arrays of equal shapes on all processes; any bits are kept.
+  """
+
+  def gather(leaf):
+    # As words, for jax would make float32 of float64.
+    words = np.ascontiguousarray(leaf).view(np.uint32)
+    gathered = multihost_utils.process_allgather(words, tiled=True)
+    return np.ascontiguousarray(gathered).view(leaf.dtype)
+
+  return jax.tree.map(gather, tree)
+
+
+def _identity(tree: Any) -> Any:
+  return tree

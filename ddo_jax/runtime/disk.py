@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 import contextlib
 import errno
+import io
 import os
 import pathlib
 from typing import BinaryIO
 
 from ddo_jax import errors
+from ddo_jax.runtime import processes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Libraries that write for us may say so in words.
@@ -50,7 +52,8 @@ def whole(path: pathlib.Path) -> Iterator[BinaryIO]:
   """Opens a file that takes the place of `path` when the body has ended.
 
   However the writing ends, `path` is as it was before or whole: what is being
-  written has the name '<name>.partial' until the disk has all of it.
+  written has the name '<name>.partial' until the disk has all of it. Of several
+  processes, process 0 writes; what the others write goes nowhere.
 
   Args:
     path: the file; its folder is made where it is missing.
@@ -58,6 +61,9 @@ def whole(path: pathlib.Path) -> Iterator[BinaryIO]:
   Raises:
     errors.UserError: see `guarded`.
   """
+  if not processes.is_main():
+    yield io.BytesIO()
+    return
   partial = path.with_name(f'{path.name}.partial')
   with guarded(path):
     path.parent.mkdir(parents=True, exist_ok=True)

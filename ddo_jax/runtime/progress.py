@@ -10,6 +10,8 @@ from typing import Self
 
 import tqdm
 
+from ddo_jax.runtime import processes
+
 _LOGGER = logging.getLogger(__name__)
 _PAUSE = 60.0  # seconds between lines
 _WINDOW = 10  # lines that a rate looks back on
@@ -47,6 +49,8 @@ def follow(
     done: how much was done before.
     leave: whether a finished bar stays on the terminal.
   """
+  if not processes.is_main():
+    return _Silence()
   if not sys.stderr.isatty():
     return _Lines(name, total, unit, done)
   return tqdm.tqdm(
@@ -57,6 +61,22 @@ def follow(
     unit_scale=True,
     leave=leave,
   )
+
+
+class _Silence:
+  """Says nothing: of several processes, one speaks."""
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    pass
+
+  def update(self, count: int) -> None:
+    pass
+
+  def set_postfix_str(self, text: str) -> None:
+    pass
 
 
 class _Lines:

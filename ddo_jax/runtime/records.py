@@ -11,6 +11,7 @@ from typing import Any
 
 from ddo_jax import errors
 from ddo_jax.runtime import disk
+from ddo_jax.runtime import processes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ class MetricsLog:
       workdir.mkdir(parents=True, exist_ok=True)
     self.path = workdir / 'metrics.jsonl'
     self._board = None
+    if not processes.is_main():
+      return
     with contextlib.suppress(ImportError), disk.guarded(workdir):
       self._board = _Board(workdir / 'tensorboard')
 
@@ -156,6 +159,8 @@ class MetricsLog:
       evaluations: the records of its evaluations that stand. Those that the log
         lacks are written, others are dropped.
     """
+    if not processes.is_main():
+      return
     lines = []
     own = list(evaluations)
     place = None
@@ -176,7 +181,9 @@ class MetricsLog:
       file.writelines(line + b'\n' for line in lines)
 
   def write(self, record: dict[str, Any]) -> None:
-    """Appends a record of numbers, text and vectors."""
+    """Appends a record of numbers, text and vectors; process 0 alone does."""
+    if not processes.is_main():
+      return
     record = plain(record)
     line = json.dumps(record, allow_nan=False) + '\n'
     with disk.guarded(self.path), self.path.open('a') as file:

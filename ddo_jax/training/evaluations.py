@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 
 _LOGGER = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Evaluations:
       carried: what the checkpoint of that step carries; it is right where the
         file says something else.
     """
-    found = {record['step']: record for record in self._read()}
+    read = processes.decide('evaluations', self._read)
+    found = {record['step']: record for record in read}
     found |= {record['step']: record for record in carried}
     self._by_step = {at: found[at] for at in sorted(found) if at <= step}
     if found.keys() != self._by_step.keys():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Generator
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import disk
 from ddo_jax.runtime import interruption
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import evaluations as evaluations_lib
@@ -109,8 +111,8 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
       phase.batch_size,
       start,
       phase.steps(),
-      jax.process_index(),
-      jax.process_count(),
+      processes.index(),
+      processes.count(),
       other_label=phase.used_negatives.needs_other_label,
     )
     return contextlib.closing(stream)
@@ -136,7 +138,7 @@ class _Logger:
     self._pending: tuple[int, step_lib.Metrics, bool] | None = None
     # What of steps the policy for bad numbers is still to be told.
     self._unjudged: list[tuple[int, step_lib.Metrics]] = []
-    logged = job.log.read(job.name)
+    logged = processes.decide('log', functools.partial(job.log.read, job.name))
     self._bad = [log['step'] for log in logged if log['kind'] == 'bad']
     self.restart_clock()
 
@@ -280,6 +282,8 @@ def _forget_evaluations(job: Job, start: int) -> None:
 
   On some devices the state of a step does not come again to the bit.
   """
+  if not processes.is_main():
+    return
   kept = _evaluation_folder(job, start)
   for folder in kept.parent.glob('*'):
     if folder != kept:
@@ -418,6 +422,7 @@ def _train(
   )
   rows = batches(job, start)
   saved_at = time.monotonic()
+  agree = devices_lib.Agreement(job.executor)
   with bar, contextlib.closing(rows), interruption.deferred() as deferral:
     for step in range(start, steps + 1):
       last = step == steps
@@ -425,12 +430,10 @@ def _train(
       evaluate = job.evaluate and evaluate and step not in evaluations
 
       # Save.
-      # Several processes, which no command starts, would have to agree on
-      # these two, as they agree on all that goes by the step.
-      signum = deferral.signum
       overdue = 0 < 60 * rhythm.save_minutes <= time.monotonic() - saved_at
+      signum, must_save = agree(deferral.signum or 0, overdue)
       save = last or _due(step, rhythm.save_images, batch_size)
-      if (save or overdue or evaluate or signum) and step > start:
+      if (save or must_save or evaluate or signum) and step > start:
         logger.flush()
         best = evaluations.best()
         checkpoints.save(
@@ -451,8 +454,9 @@ def _train(
           record = _evaluate(job, state, step)
           evaluations.add(record)
           job.log.write(record)
-          rows_seen = _evaluation_folder(job, step).parent
-          shutil.rmtree(rows_seen, ignore_errors=True)
+          if processes.is_main():
+            rows_seen = _evaluation_folder(job, step).parent
+            shutil.rmtree(rows_seen, ignore_errors=True)
         bar.set_postfix_str(f'{job.metric} {record["selection"]:.4g}')
         saved_at = time.monotonic()  # nothing was trained since
         logger.restart_clock()

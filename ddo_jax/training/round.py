@@ -25,6 +25,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.report import gallery
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
@@ -169,7 +170,8 @@ def _report_scores(
     'sheets': _draw_sheets(run, folder, weights, count),
   }
   records.write_json(folder / 'eval.json', result)
-  shutil.rmtree(kept, ignore_errors=True)
+  if processes.is_main():
+    shutil.rmtree(kept, ignore_errors=True)
   return result
 
 
@@ -245,8 +247,8 @@ def play_round(
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
-  if done.exists():
-    return records.read_json(done)
+  if processes.decide(f'is there {done}', done.exists):
+    return processes.decide(f'read {done}', lambda: records.read_json(done))
   phase = config_lib.at_round(run.config.ddo, index)
   model = run.training_model(phase.noise)
   clock = [time.perf_counter()]
@@ -296,7 +298,10 @@ def play_round(
     'environment': devices_lib.environment(),
     **scores,
     'seconds': dict(zip(parts, np.diff(clock).tolist(), strict=True)),
-    'warnings': warnings(run.log.read(folder.name)),
+    'warnings': processes.decide(
+      f'warnings of {folder.name}',
+      lambda: warnings(run.log.read(folder.name)),
+    ),
   }
   for warning in result['warnings']:
     _LOGGER.warning('%s: %s', folder.name, warning)

@@ -19,6 +19,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.report import cost
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.training import check
 from ddo_jax.training import loop as loop_lib
@@ -39,7 +40,7 @@ def _learn(
   folder = run.workdir / name
   params_folder = folder / 'params'
   done = folder / 'done.json'
-  if done.exists():
+  if processes.decide(f'is there {done}', done.exists):
     return params_folder
   begin = time.perf_counter()
   key = rng.stream(run.config.seed, 'init')
@@ -93,8 +94,8 @@ def pretrain(run: workspace.Run) -> pathlib.Path:
   """
   for line in check.training(run, rounds=False):
     _LOGGER.info('%s', line)
-  workspace.claim_workdir(run.config, run.workdir)
-  return _pretrain(run)
+  with workspace.claimed(run.config, run.workdir):
+    return _pretrain(run)
 
 
 def _seconds(
@@ -144,7 +145,14 @@ def play(
   run = workspace.Run(config, workdir)
   for line in check.training(run):
     _LOGGER.info('%s', line)
-  workspace.claim_workdir(config, workdir)
+  with workspace.claimed(config, workdir):
+    return _play(run, command)
+
+
+def _play(run: workspace.Run, command: str) -> dict[str, Any]:
+  """Plays what `play` has checked; writes and returns the summary."""
+  config = run.config
+  workdir = run.workdir
   metric = config.evaluation.metric
   origin = _pretrain(run)
   previous = None
@@ -165,11 +173,14 @@ def play(
   summary = {
     'name': config.name,
     'rounds': rounds,
-    'seconds': _seconds(workdir, rounds),
+    'seconds': processes.decide(
+      'seconds', functools.partial(_seconds, workdir, rounds)
+    ),
     'model': _cost(run),
     'command': command,
     'changed': settings.changed(config, config_lib.Config()),
   }
   records.write_json(workdir / 'summary.json', summary)
-  page.write(workdir)
+  if processes.is_main():
+    page.write(workdir)
   return summary

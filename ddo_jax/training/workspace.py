@@ -1,6 +1,8 @@
 """What the stages of one run share: its folder, data, devices and weights."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -29,6 +31,8 @@ from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import disk
 from ddo_jax.runtime import layout as layout_lib
+from ddo_jax.runtime import lock
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.training import fit as fit_lib
 from ddo_jax.training import loop as loop_lib
@@ -112,6 +116,23 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
           shutil.rmtree(folder)
       (workdir / 'metrics.jsonl').unlink(missing_ok=True)
   records.write_json(workdir / 'config.json', settings.to_json(config))
+
+
+@contextlib.contextmanager
+def claimed(config: config_lib.Config, workdir: pathlib.Path) -> Iterator[None]:
+  """Inside, the folder is this config's, and no other run works in it.
+
+  Raises:
+    errors.UserError: see `claim_workdir`; or another run works in it.
+  """
+
+  def claim():
+    held.enter_context(lock.held(workdir))
+    claim_workdir(config, workdir)
+
+  with contextlib.ExitStack() as held:
+    processes.decide(f'claim {workdir}', claim)
+    yield
 
 
 def build_model(
@@ -444,9 +465,16 @@ class Run:
   @property
   def _kept_fit(self) -> fit_lib.Fit | None:
     """The fit that an earlier start found on equal devices, if there is one."""
-    if self._layout or not self._fit_path.exists():
+    if self._layout:
       return None
-    kept = records.read_json(self._fit_path)
+
+    def read():
+      there = self._fit_path.exists()
+      return records.read_json(self._fit_path) if there else None
+
+    kept = processes.decide('executor.json', read)
+    if kept is None:
+      return None
     if kept['settings'] != settings.to_json(self.config.executor):
       return None
     if kept['devices'] != devices_lib.environment()['devices']:

@@ -26,6 +26,7 @@ from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.weights import edm_configs
 from ddo_jax.weights import edm_names
@@ -276,14 +277,15 @@ def folder_of(
     errors.UserError: there is no such file and none can be fetched, or it is
       refused.
   """
-  there = found(name, folder)
-  if there is not None:
-    return there
-  if jax.process_count() > 1:
-    raise errors.UserError(
-      f'{setting} is {name}, which one process must convert before several'
-      ' begin: run --mode=convert, and name the folder that it writes'
-    )
+  with processes.main_first(f'convert {name}'):
+    there = found(name, folder)
+    return there or _convert(name, folder, setting, config)
+
+
+def _convert(
+  name: str, folder: pathlib.Path, setting: str, config: Any
+) -> pathlib.Path:
+  """Converts what is not there yet; see `folder_of`."""
   asset = store.asset_of(name)
   source = asset.address if asset else name
   weights = read(store.resolve(name, setting), source, config)
