@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Imports go downward, from a floor to lower ones; the members of a floor and of
 # a folder may import each other, which Python keeps free of cycles.
 FLOORS = (
-  ('errors', 'recipes', 'rng', 'settings'),
+  ('errors', 'precision', 'recipes', 'rng', 'settings'),
   ('runtime',),
   ('assets',),
   ('data', 'samplers', 'evaluation.metrics', 'evaluation.networks'),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
+from ddo_jax import precision as precision_lib
 from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
@@ -48,6 +49,8 @@ class Diffusion:
     num_bins: the number of noise bins in the diagnostics.
     guide: the guide's module, with the denoiser's signature; None where the
       guide is built as the denoiser is.
+    precision: that of the network's products in training, see `precision`. θ
+      and θ_ref share it; samples have that of their sampler.
   """
 
   offers: ClassVar[str] = 'denoise'
@@ -61,6 +64,7 @@ class Diffusion:
   rules: likelihood.WeightRules = _static(default=likelihood.WeightRules())
   num_bins: int = _static(default=8)
   guide: nn.Module | None = _static(default=None)
+  precision: str = _static(default='highest')
 
   def init(self, key: jax.Array) -> Params:
     """Returns fresh parameters, projected."""
@@ -73,8 +77,7 @@ class Diffusion:
     self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
   ) -> jax.Array:
     """Returns D(x; σ), the posterior mean of the clean image, shaped as x."""
-    # A difference of two nearly equal networks: TF32 or bfloat16 drowns it.
-    with jax.default_matmul_precision('highest'):
+    with precision_lib.of(self.precision):
       return self.denoiser.apply({'params': params}, x, sigma, label)
 
   def _noisy(
@@ -154,17 +157,20 @@ class Diffusion:
     guide (classifier-free guidance).
 
     Raises:
-      errors.UserError: guidance is asked for and there is nothing to guide.
+      errors.UserError: guidance is asked for and there is nothing to guide, or
+        the sampler's precision has no such name.
     """
     chex.assert_equal_shape([label, keys])
+    precision_lib.check('sampler.precision', sampler.precision)
+    model = dataclasses.replace(self, precision=sampler.precision)
 
     def denoise(x, sigma):
-      return self.denoise(params, x, sigma, label)
+      return model.denoise(params, x, sigma, label)
 
     if sampler.guidance != 1:
       denoise = guidance.guided(
         denoise,
-        self._guide(params, frozen, label),
+        model._guide(params, frozen, label),
         sampler.guidance,
         sampler.guidance_min,
         sampler.guidance_max,

@@ -218,8 +218,9 @@ class FakePool:
 
   def _check(self, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises UserError where the recorded identity is not the given one."""
-    # Earlier versions drew every class equally often, and did not say so.
-    recorded = {'labels': labels_lib.EQUAL} | recorded
+    # Earlier versions drew every class equally often, and at the highest
+    # precision, and did not say so.
+    recorded = {'labels': labels_lib.EQUAL, 'precision': 'highest'} | recorded
     for name, wanted in identity.items():
       got = recorded.get(name)
       if got != wanted:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
+from ddo_jax import precision as precision_lib
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.data import augmentation
@@ -291,6 +292,8 @@ class EdmConfig(likelihood.ModelConfig):
     augment: the probability of each augmentation in MLE training; 0 is off.
     sigma_data: σ_d, the standard deviation of the data in [−1, 1] units.
     pixel_values: the number of values of a pixel, 0 … pixel_values−1.
+    precision: that of the network's products in training, 'highest', 'high' or
+      'default'; see `precision`.
   """
 
   network: str = 'ddpmpp'
@@ -307,11 +310,13 @@ class EdmConfig(likelihood.ModelConfig):
   augment: float = settings.at_most(1, 0.12)
   sigma_data: float = 0.5
   pixel_values: int = 256
+  precision: str = 'highest'
 
   def build(
     self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
   ) -> 'Edm':
     """Returns the model under its preconditioning and EDM's weight."""
+    precision_lib.check('model.precision', self.precision)
     return Edm(
       denoiser=denoiser(self, remat),
       example_shape=self.image_shape,
@@ -319,6 +324,7 @@ class EdmConfig(likelihood.ModelConfig):
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=codec.Pixels(self.pixel_values),
       noise=noise,
+      precision=self.precision,
       augment=self.augment,
     )
 
@@ -353,6 +359,7 @@ class Edm(diffusion.Diffusion):
       params,
       rng.split_rows(keys, 'dropout'),
       {'x': noisy, 'sigma': sigma, **rows},
+      self.precision,
     )
     return weight * jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
+from ddo_jax import precision as precision_lib
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.data import codec as codec_lib
@@ -176,6 +177,8 @@ class Edm2Config(likelihood.ModelConfig):
     sigma_data: σ_d, the standard deviation of the data in model units.
     latents: whether the data are latents and not pixels. A stored row then has
       twice the channels, the mean and the deviation of a latent.
+    precision: that of the network's products in training, 'highest', 'high' or
+      'default'; see `precision`.
   """
 
   image_shape: tuple[int, int, int] = settings.at_most(4096, (64, 64, 3))
@@ -189,6 +192,7 @@ class Edm2Config(likelihood.ModelConfig):
   logvar_channels: int = 128
   sigma_data: float = 0.5
   latents: bool = False
+  precision: str = 'highest'
 
   def codec(self) -> codec_lib.Codec:
     """Returns the codec of pixels, or of Stable Diffusion's latents.
@@ -210,6 +214,7 @@ class Edm2Config(likelihood.ModelConfig):
     self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
   ) -> 'Edm2':
     """Returns the model under its preconditioning and EDM's weight."""
+    precision_lib.check('model.precision', self.precision)
     layers.check_levels(self.image_shape, self.channel_mult)
     network = UNet(
       num_classes=self.num_classes,
@@ -228,6 +233,7 @@ class Edm2Config(likelihood.ModelConfig):
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=self.codec(),
       noise=noise,
+      precision=self.precision,
       rules=SphereRules(),
     )
 
@@ -271,6 +277,7 @@ class Edm2(diffusion.Diffusion):
       params,
       rng.split_rows(keys, 'dropout'),
       {'x': noisy, 'sigma': sigma, 'label': batch.label},
+      self.precision,
     )
     logvar = self.denoiser.apply(
       {'params': params}, sigma, method='log_variance'

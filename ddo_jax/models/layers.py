@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import precision as precision_lib
 
 
 class FourierEmbedding(nn.Module):
@@ -162,6 +163,7 @@ def apply_training(
   params: Any,
   keys: jax.Array,
   rows: dict[str, jax.Array],
+  precision: str,
 ) -> jax.Array:
   """Applies a module in training mode; every row has a dropout key of its own.
 
@@ -174,6 +176,7 @@ def apply_training(
     params: the module's params.
     keys: the rows' keys, [B].
     rows: the module's arguments by name, arrays [B,...].
+    precision: that of its products, see `precision`.
 
   Returns:
     The module's output, [B,...].
@@ -186,7 +189,7 @@ def apply_training(
     )
     return output[0]
 
-  with jax.default_matmul_precision('highest'):
+  with precision_lib.of(precision):
     return jax.vmap(apply_row)(keys, rows)
 
 

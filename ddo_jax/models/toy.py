@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddo_jax import errors
+from ddo_jax import precision as precision_lib
 from ddo_jax import settings
 from ddo_jax.data import codec
 from ddo_jax.method import diffusion
@@ -34,6 +35,8 @@ class ToyConfig(likelihood.ModelConfig):
     num_classes: the number of classes; 0 for an unconditional model.
     sigma_data: σ_d, the standard deviation of the data in [−1, 1] units.
     pixel_values: the number of values of a pixel, 0 … pixel_values−1.
+    precision: that of the network's products in training, 'highest', 'high' or
+      'default'; see `precision`.
   """
 
   network: str = 'mlp'
@@ -43,6 +46,7 @@ class ToyConfig(likelihood.ModelConfig):
   num_classes: int = 10
   sigma_data: float = 0.752
   pixel_values: int = 17
+  precision: str = 'highest'
 
   def build(
     self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
@@ -59,6 +63,7 @@ class ToyConfig(likelihood.ModelConfig):
       'unet': functools.partial(SmallUNet, remat=remat),
     }
     errors.require_choice('model.network', self.network, networks)
+    precision_lib.check('model.precision', self.precision)
     height, width, _ = self.image_shape
     errors.require(
       self.network == 'mlp' or (height % 2 == 0 and width % 2 == 0),
@@ -80,6 +85,7 @@ class ToyConfig(likelihood.ModelConfig):
       weight=noise_lib.EdmWeight(self.sigma_data),
       codec=codec.Pixels(self.pixel_values),
       noise=noise,
+      precision=self.precision,
     )
 
 

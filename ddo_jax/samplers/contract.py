@@ -143,6 +143,8 @@ class DenoiseSampler(Sampler, abc.ABC):
     guidance: the weight of guidance, see `guidance.guided`; 1 is none.
     guidance_min: noise levels up to this one are not guided.
     guidance_max: the largest noise level that is guided.
+    precision: that of the network's products while it draws, 'highest', 'high'
+      or 'default'; see `precision`.
   """
 
   drives: ClassVar[str] = 'denoise'
@@ -150,6 +152,7 @@ class DenoiseSampler(Sampler, abc.ABC):
   guidance: float = 1.0
   guidance_min: float = 0.0
   guidance_max: float = 1e9
+  precision: str = 'highest'
 
   @abc.abstractmethod
   def __call__(

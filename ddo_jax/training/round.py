@@ -63,10 +63,13 @@ def _fake_pool(
 ) -> sources.Source:
   """Returns the round's fake pool, drawing what is missing of it."""
   generator = run.generator(guided=False)
+  sampler = dataclasses.asdict(generator.sampler)
+  precision = sampler.pop('precision', 'highest')
   identity = {
     'reference': meta['sha256'],
     'provenance': meta.get('provenance', {}),
-    'sampler': dataclasses.asdict(generator.sampler),
+    'sampler': sampler,
+    'precision': precision,
     'stream': [run.config.seed, folder.name],
     'labels': str(run.shares),
   }
