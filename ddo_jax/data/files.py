@@ -12,6 +12,7 @@ splits of a set, and folders of five digits or more that hold numbered images
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import dataclasses
 import functools
 import json
 import logging
@@ -20,6 +21,7 @@ import pathlib
 import re
 import reprlib
 import threading
+from typing import Any
 import zipfile
 
 import numpy as np
@@ -81,13 +83,48 @@ def walk(folder: str) -> Iterator[str]:
   return below(folder, '', ())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+  """Reads the files of a folder."""
+
+  path: pathlib.Path
+
+  def __call__(self, name: str, most: int) -> bytes:
+    return reading.read(self.path / name, most)
+
+
+class _Zip:
+  """Reads the files of a zip; another process opens it anew.
+
+  All threads share one handle behind a lock. A handle for each would parse the
+  index again, which takes 14 s and 700 MB for a million files, while an image
+  is read in 40 µs.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._archive = zipfile.ZipFile(path)
+    self._lock = threading.Lock()
+
+  def __reduce__(self) -> Any:
+    return _Zip, (self._path,)
+
+  def names(self) -> list[str]:
+    return self._archive.namelist()
+
+  def __call__(self, name: str, most: int) -> bytes:
+    with self._lock:
+      return reading.read_member(self._archive, name, most)
+
+
 def opener(path: pathlib.Path) -> tuple[list[str], Read]:
   """Opens a folder or a zip.
 
   Returns:
     The names of the files in it, relative to it, and a function that reads the
     file of a name, which may have so many bytes, and may be called in several
-    threads at once. Hidden files and folders are left out.
+    threads at once and sent to other processes. Hidden files and folders are
+    left out.
 
   Raises:
     errors.UserError: `path` is neither a folder nor a readable zip.
@@ -95,32 +132,19 @@ def opener(path: pathlib.Path) -> tuple[list[str], Read]:
   if path.is_dir():
     with encoded.user_error(f'{path} cannot be read'):
       found = list(walk(str(path)))
-
-    def read_file(name: str, most: int) -> bytes:
-      return reading.read(path / name, most)
-
-    return found, read_file
+    return found, _Folder(path)
 
   with encoded.user_error(f'{path} is no readable zip, copy it again'):
     reading.check_regular(path)
-    archive = zipfile.ZipFile(path)
-    names = archive.namelist()
+    archive = _Zip(path)
+    names = archive.names()
     _check_names(names)
-  # All threads share one handle behind a lock. A handle for each would parse
-  # the index again, which takes 14 s and 700 MB for a million files, while an
-  # image is read in 40 µs.
-  lock = threading.Lock()
-
-  def read_member(name: str, most: int) -> bytes:
-    with lock:
-      return reading.read_member(archive, name, most)
-
   names = [
     name
     for name in names
     if not any(_is_hidden(part) for part in name.split('/'))
   ]
-  return names, read_member
+  return names, archive
 
 
 def _check_names(names: list[str]) -> None:
@@ -266,6 +290,39 @@ def _folder_of_split(
   return wanted.choose(str(path), [])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Fetches rows that are files; may be sent to another process.
+
+  Attributes:
+    path: the set, or the folder of a split in it, for errors.
+    top: what stands before the names in the set.
+    read_file: what `opener` returns.
+    names: the rows' files.
+    labels: their classes.
+  """
+
+  path: pathlib.Path
+  top: str
+  read_file: Read
+  names: list[str]
+  labels: list[int]
+
+  def __call__(self, index: list[int]) -> list[encoded.EncodedRow]:
+    return [self._row(i) for i in index]
+
+  def _row(self, i: int) -> encoded.EncodedRow:
+    where = f'{self.path}/{self.names[i]}'
+    content = _read(where, self.read_file, self.top + self.names[i], MOST_BYTES)
+    return encoded.EncodedRow(where, content, self.labels[i])
+
+
+def _read(where: str, read_file: Read, name: str, most: int) -> bytes:
+  """Reads a file; says where it is if that fails."""
+  with encoded.user_error(f'{where} cannot be read, copy it again'):
+    return read_file(name, most)
+
+
 def open_files(
   path: pathlib.Path, wanted: splits.Wanted | None = None
 ) -> encoded.EncodedSource:
@@ -302,14 +359,11 @@ def open_files(
     )
   rows = images or latents
 
-  def read(name: str, most: int) -> bytes:
-    with encoded.user_error(f'{path / name} cannot be read, copy it again'):
-      return read_file(top + name, most)
-
   manifest = None
   if _MANIFEST in names:
     listed = sum(_LISTED_BYTES + 4 * len(name) for name in rows)
-    manifest = read(_MANIFEST, 2**20 + listed)
+    where = str(path / _MANIFEST)
+    manifest = _read(where, read_file, top + _MANIFEST, 2**20 + listed)
   nested = [n for n in names if n.endswith(f'/{_MANIFEST}')]
   if nested and manifest is None:
     raise errors.UserError(f'{path / nested[0]} must be at the top: move it up')
@@ -318,21 +372,12 @@ def open_files(
   if not labels:
     labels = [0] * len(rows)
 
-  def fetch_row(i: int) -> encoded.EncodedRow:
-    name = rows[i]
-    return encoded.EncodedRow(
-      str(path / name), read(name, MOST_BYTES), labels[i]
-    )
-
-  def fetch(index: list[int]) -> list[encoded.EncodedRow]:
-    return [fetch_row(i) for i in index]
-
   return encoded.EncodedSource(
     name=str(path),
     length=len(rows),
     num_classes=num_classes,
     pixel_values=256,
-    fetch=fetch,
+    fetch=_Rows(path, top, read_file, rows, labels),
     fetch_labels=functools.partial(np.asarray, labels),
     open_row=encoded.open_image if images else encoded.open_latents,
     class_names=class_names,

@@ -20,12 +20,13 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.data import sources
+from ddo_jax.data import workers as workers_lib
 
 # The rows of a step: 'stored' [b,H,W,C], 'label' [b], 'id' [b] and, if asked
 # for, 'other_label' [b].
 Stored = dict[str, np.ndarray]
 
-_AHEAD = 4  # Batches that are read before they are asked for, a thread each.
+_AHEAD = 4  # Batches that are read before they are asked for, at least.
 
 
 @functools.lru_cache(maxsize=4)
@@ -56,20 +57,32 @@ def order(seed: int, positions: np.ndarray, length: int) -> np.ndarray:
 
 
 def _read_ahead(
-  read_step: Callable[[int], Stored], steps: range
+  source: sources.Source,
+  workers: int,
+  read_step: Callable[[workers_lib.Read, int], Stored],
+  steps: range,
 ) -> Iterator[Stored]:
-  """Yields read_step(step) for each step in order, read ahead in threads."""
-  pool = futures.ThreadPoolExecutor(_AHEAD)
+  """Yields read_step(read, step) for each step in order, read ahead.
+
+  Args:
+    source: what `read` reads.
+    workers: the number of processes; 0 reads in threads.
+    read_step: returns the rows of a step.
+    steps: the steps.
+  """
+  ahead = max(_AHEAD, workers)
   pending: collections.deque[futures.Future[Stored]] = collections.deque()
-  try:
-    for step in steps:
-      pending.append(pool.submit(read_step, step))
-      if len(pending) > _AHEAD:
+  with workers_lib.reading(source, workers) as read:
+    pool = futures.ThreadPoolExecutor(ahead)
+    try:
+      for step in steps:
+        pending.append(pool.submit(read_step, read, step))
+        if len(pending) > ahead:
+          yield pending.popleft().result()
+      while pending:
         yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
-  finally:  # Also where the iterator is closed early, or a read fails.
-    pool.shutdown(cancel_futures=True)
+    finally:  # Also where the iterator is closed early, or a read fails.
+      pool.shutdown(cancel_futures=True)
 
 
 def batches(
@@ -81,11 +94,12 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   other_label: bool = False,
+  workers: int = 0,
 ) -> Iterator[Stored]:
   """Returns an iterator over this process's rows of each training step.
 
-  Images on disk are read ahead in threads, which end with the iterator or when
-  it is closed.
+  Images on disk are read ahead, in threads or in processes, which end with the
+  iterator or when it is closed.
 
   Args:
     source: the images.
@@ -98,6 +112,8 @@ def batches(
     process_count: the number of processes.
     other_label: whether to give each row the label of the row that follows it
       in the step, too. The last row of the step gets the label of the first.
+    workers: the number of processes that read images on disk; 0 reads them in
+      threads. The batches are the same.
 
   Returns:
     An iterator over dicts of 'stored' [b,H,W,C] as the source stores them,
@@ -112,16 +128,13 @@ def batches(
     raise errors.UserError(
       f'batch_size {batch_size} must be a multiple of {process_count} processes'
     )
-  rows = batch_size // process_count
-  in_step = process_index * rows + np.arange(rows, dtype=np.int64)
+  share = batch_size // process_count
+  in_step = process_index * share + np.arange(share, dtype=np.int64)
 
-  def read_at(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return source.read(order(seed, positions, len(source)))
-
-  def read_step(step: int) -> Stored:
+  def read_step(read: workers_lib.Read, step: int) -> Stored:
     positions = step * batch_size + in_step
-    stored, label = read_at(positions)
-    read = {
+    stored, label = read(order(seed, positions, len(source)))
+    rows = {
       'stored': stored,
       'label': label,
       'id': (positions % 2**32).astype(np.uint32),
@@ -129,11 +142,11 @@ def batches(
     if other_label:
       # The row after this process's last belongs to the next process.
       after = step * batch_size + (in_step[-1:] + 1) % batch_size
-      _, label_after = read_at(after)
-      read['other_label'] = np.append(label[1:], label_after)
-    return read
+      _, label_after = read(order(seed, after, len(source)))
+      rows['other_label'] = np.append(label[1:], label_after)
+    return rows
 
   steps = range(start_step, stop_step)
   if isinstance(source, sources.ArraySource):
-    return (read_step(step) for step in steps)
-  return _read_ahead(read_step, steps)
+    return (read_step(source.read, step) for step in steps)
+  return _read_ahead(source, workers, read_step, steps)

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.data import builders
 from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import encoded
@@ -75,6 +76,9 @@ class Data:
   # Folder of the published files that a builder reads (fashion_mnist: the
   # four *-ubyte.gz; cifar10: cifar-10-binary.tar.gz); '' fetches them.
   raw_dir: str = _not_science('')
+  # Processes that read a set too large for memory; 0 reads it in threads, and
+  # 'auto' is half of the cores, eight at most.
+  workers: settings.OrAuto = _not_science(settings.AUTO)
 
   def check(self) -> None:
     """Raises UserError, naming the field, where a value makes no sense."""
@@ -108,6 +112,13 @@ class Data:
     for name in ('resize', 'pad_to', 'first_label'):
       value = getattr(self, name)
       errors.require(value >= 0, f'data.{name}', value, '0 or more')
+    whole = isinstance(self.workers, int) and not isinstance(self.workers, bool)
+    errors.require(
+      self.workers == settings.AUTO or (whole and self.workers >= 0),
+      'data.workers',
+      self.workers,
+      "0 or more, or 'auto'",
+    )
 
 
 class Source(Protocol):

@@ -60,6 +60,19 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unheard() -> Iterator[None]:
+  """Inside, processes are started that never hear the signals.
+
+  Those that come to this process meanwhile are answered at the end.
+  """
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def handled() -> Iterator[None]:
   """Inside, a signal ends the program: with a line, and without a traceback.
 

@@ -21,6 +21,7 @@ from ddo_jax.assets import store
 from ddo_jax.data import classes as classes_lib
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
+from ddo_jax.data import workers
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
@@ -557,4 +558,5 @@ class Run:
       log=self.log,
       evaluate=score,
       metric=self.config.evaluation.metric,
+      workers=workers.count(self.config.data.workers),
     )
