@@ -63,6 +63,7 @@ class Job:
       keeps the last. In the folder a call that is cut off leaves what the next
       one goes on with.
     metric: the score that chooses; lower is better.
+    workers: the processes that read images on disk; 0 reads in threads.
   """
 
   name: str
@@ -81,6 +82,7 @@ class Job:
   log: records.MetricsLog
   evaluate: Callable[..., dict[str, float]] | None
   metric: str
+  workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,7 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
       processes.index(),
       processes.count(),
       other_label=phase.used_negatives.needs_other_label,
+      workers=job.workers,
     )
     return contextlib.closing(stream)
 
