@@ -24,14 +24,18 @@ import sys
 import threading
 import time
 import traceback
+import typing
 from typing import Any
 from typing import NoReturn
 
-import jax
-from jax._src import distributed  # its key-value store has no public name
-
 from ddo_jax import errors
 from ddo_jax.runtime import interruption
+
+if (
+  typing.TYPE_CHECKING
+):  # else `initialize` does, for who only reads needs none
+  import jax
+  from jax._src import distributed  # its key-value store has no public name
 
 _JOINING = 300  # seconds in which all processes must have come
 _HEARTBEAT = 60  # seconds of silence after which a process counts as dead
@@ -45,6 +49,7 @@ _LOST = (
 # How the transports say that a peer is gone.
 _SIGNS_OF_LOSS = ('Gloo', 'UNAVAILABLE', 'Connection reset', 'Socket closed')
 
+_joined = False  # whether `initialize` found others
 _alone = 0  # how many calls deep this process works by itself
 _asked: collections.Counter[str] = collections.Counter()
 _ending = threading.Lock()
@@ -52,7 +57,7 @@ _ending = threading.Lock()
 
 def count() -> int:
   """Returns the number of processes that now work together."""
-  if _alone or not jax.distributed.is_initialized():
+  if _alone or not _joined:
     return 1
   return jax.process_count()
 
@@ -69,7 +74,7 @@ def is_main() -> bool:
 
 def is_by_itself() -> bool:
   """Whether there are others, which this process now does without."""
-  return _alone > 0 and jax.distributed.is_initialized()
+  return _alone > 0 and _joined
 
 
 def name() -> str:
@@ -196,6 +201,10 @@ def initialize(
   _check(coordinator, num_processes, process_id)
   if num_processes == 1 or (num_processes is None and _launched_alone()):
     return
+  global jax, distributed, _joined
+  import jax
+  from jax._src import distributed
+
   # It would take SIGTERM, which the loop hears itself.
   jax.config.update('jax_enable_preemption_service', False)
   wait = 'the processes did not find each other'
@@ -222,6 +231,7 @@ def initialize(
       return  # no launcher
     reason = str(error).strip().partition('\n')[0]
     raise errors.UserError(f'{wait} ({reason})') from error
+  _joined = True
   _say_at_abort(_LOST)
   if jax.process_count() == 1:
     return
