@@ -193,6 +193,37 @@ def add_one(state, rows):
   return state + 1, rows.sum()
 
 
+class Layers(nn.Module):
+  """Three wide layers."""
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(3):
+      x = nn.gelu(nn.Dense(256)(x))
+    return x
+
+
+def test_activations_stay_with_their_rows():
+  """Weights, split by channels, come to the rows; no row goes to them."""
+  network = Layers()
+
+  def step(state, reference, frozen, real):
+    del reference, frozen
+
+    def loss(params):
+      return jnp.sum(network.apply(params, real) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(state)
+    return jax.tree.map(jnp.subtract, state, grads), value
+
+  one = executor('fsdp')
+  rows = one.place_batch(np.ones((64, 256), np.float32))
+  state = one.make_state(network.init, rng.stream(0), rows)
+  program = one.traceable_step(step).lower(state, None, None, rows).compile()
+  assert ' all-gather(' in program.as_text()
+  assert ' all-to-all(' not in program.as_text()
+
+
 def test_equal_steps_are_compiled_once():
   one = executor()
   step = one.compile_step(lambda *args: args, accumulate=1, phase='a')
