@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +111,8 @@ def open_latents(where: str, content: bytes) -> Opened:
   """
   damaged = f'{where} is no whole .npy of plain numbers, write it again'
   with user_error(damaged):
-    shape, dtype = reading.read_header(io.BytesIO(content))
+    file = io.BytesIO(content)
+    shape, dtype, order = reading.read_header(file)
   fits = dtype == np.float32 and len(shape) == 3 and shape[0] % 2 == 0
   if not fits or min(shape) < 1:
     raise errors.UserError(
@@ -120,7 +122,8 @@ def open_latents(where: str, content: bytes) -> Opened:
 
   def decode() -> np.ndarray:
     with user_error(damaged):
-      planes = np.load(io.BytesIO(content), allow_pickle=False)
+      flat = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+    planes = flat.reshape(shape, order=order)
     latents = np.ascontiguousarray(np.moveaxis(planes, 0, -1))
     fault = fault_of_latents(latents)
     if fault:
@@ -134,7 +137,7 @@ def fault_of_latents(latents: np.ndarray) -> str:
   """Says what is wrong with latents [...,2C]; '' if nothing is."""
   if not np.isfinite(latents).all():
     return 'NaN or Inf'
-  _, deviations = np.split(latents, 2, axis=-1)
+  deviations = latents[..., latents.shape[-1] // 2 :]
   if deviations.min() < 0:
     return 'standard deviations below 0'
   return ''
