@@ -441,6 +441,58 @@ def _label_field(name: str, builder: Any, asked: str) -> str:
   return classes_lib.choose_field(name, classes, integers, asked)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Fetches the rows of a split; may be sent to another process.
+
+  Attributes:
+    records: random access to the records.
+    files: the files that hold them.
+    ends: [F] the number of the row after each file's last.
+    label: the field of the class; '' in a set without classes.
+  """
+
+  records: Any
+  files: list[str]
+  ends: np.ndarray
+  label: str
+
+  def _file_of(self, row: int) -> str:
+    return self.files[np.searchsorted(self.ends, row, 'right')]
+
+  def __call__(self, index: list[int]) -> list[encoded.EncodedRow]:
+    """Returns the rows at the given indices."""
+    try:
+      found = self.records.__getitems__(index)
+    except Exception as error:
+      if len(index) > 1:
+        # The error names no file, so the rows are looked at one by one.
+        return [self([row])[0] for row in index]
+      raise errors.UserError(
+        f'{self._file_of(index[0])} is damaged ({error}): delete its folder,'
+        ' prepare again'
+      ) from error
+    return [
+      encoded.EncodedRow(
+        where=f'{self._file_of(row)}, row {row}',
+        content=record['image'],
+        label=record[self.label] if self.label else 0,
+      )
+      for row, record in zip(index, found, strict=True)
+    ]
+
+  def labels(self) -> np.ndarray:
+    """Returns the classes of all rows, integers [N]."""
+    # Records are parsed a chunk at a time, because they hold their images.
+    length = len(self.records)
+    labels = [
+      row.label
+      for start in range(0, length, _CHUNK)
+      for row in self(list(range(start, min(start + _CHUNK, length))))
+    ]
+    return np.array(labels)
+
+
 def open_split(
   name: str,
   split: str,
@@ -465,42 +517,9 @@ def open_split(
   """
   builder = _open_builder(name, data_dir, raw_dir)
   records, files = _records(builder, split)
-  length = len(records)
   ends = np.cumsum([file.take for file in files])
   label = _label_field(name, builder, label_field)
-
-  def file_of(row: int) -> str:
-    return files[np.searchsorted(ends, row, 'right')].filename
-
-  def fetch(index: list[int]) -> list[encoded.EncodedRow]:
-    try:
-      found = records.__getitems__(index)
-    except Exception as error:
-      if len(index) > 1:
-        # The error names no file, so the rows are looked at one by one.
-        return [fetch([row])[0] for row in index]
-      raise errors.UserError(
-        f'{file_of(index[0])} is damaged ({error}): delete its folder, prepare'
-        ' again'
-      ) from error
-    return [
-      encoded.EncodedRow(
-        where=f'{file_of(row)}, row {row}',
-        content=record['image'],
-        label=record[label] if label else 0,
-      )
-      for row, record in zip(index, found, strict=True)
-    ]
-
-  def fetch_labels() -> np.ndarray:
-    # Records are parsed a chunk at a time, because they hold their images.
-    labels = [
-      row.label
-      for start in range(0, length, _CHUNK)
-      for row in fetch(list(range(start, min(start + _CHUNK, length))))
-    ]
-    return np.array(labels)
-
+  rows = _Rows(records, [file.filename for file in files], ends, label)
   num_classes = 0
   class_names = ()
   if label:
@@ -508,15 +527,15 @@ def open_split(
     # A plain integer does not say how many classes there are.
     num_classes = getattr(feature, 'num_classes', None)
     if num_classes is None:
-      num_classes = classes_lib.count_classes(name, fetch_labels())
+      num_classes = classes_lib.count_classes(name, rows.labels())
     class_names = tuple(getattr(feature, 'names', None) or ())
   spec = SPECS.get(builder.name)
   return encoded.EncodedSource(
     name=f'{name}/{split}',
-    length=length,
+    length=len(records),
     num_classes=num_classes,
     pixel_values=spec.pixel_values if spec else 256,
-    fetch=fetch,
-    fetch_labels=fetch_labels,
+    fetch=rows,
+    fetch_labels=rows.labels,
     class_names=class_names,
   )

@@ -7,7 +7,9 @@ copied to an Arrow file once. pyarrow comes along with TFDS. `datasets` itself,
 which brings pandas and twenty packages more, is not needed.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
+import dataclasses
 import functools
 import hashlib
 import json
@@ -266,10 +268,14 @@ def _labels(
 
 
 class _Images:
-  """The encoded images of a column, by row; safe in threads."""
+  """The encoded images of a column, by row; safe in threads.
 
-  def __init__(self, where: str, column: Any):
+  Another process reads the tables anew, which maps those that stay on disk.
+  """
+
+  def __init__(self, where: str, column: Any, again: Callable[[], '_Images']):
     self._where = where
+    self._again = again
     self._chunks = column.chunks
     self._paths = []
     self._ends = np.cumsum([len(chunk) for chunk in column.chunks])
@@ -277,6 +283,9 @@ class _Images:
       self._chunks = [chunk.field('bytes') for chunk in column.chunks]
       if column.type.get_field_index('path') >= 0:
         self._paths = [chunk.field('path') for chunk in column.chunks]
+
+  def __reduce__(self) -> Any:
+    return self._again, ()
 
   def read(self, row: int) -> bytes:
     """Returns the bytes of a row's image, which may stand in a file of its own.
@@ -294,6 +303,35 @@ class _Images:
       with encoded.user_error(f'the image of {where} cannot be read'):
         content = reading.read(pathlib.Path(path or ''), files.MOST_BYTES)
     return content
+
+
+def _images(
+  where: str,
+  tables: list[pathlib.Path],
+  columns: list[str],
+  cache: pathlib.Path,
+  name: str,
+) -> _Images:
+  """Returns the images of the column `name`; see `_read`."""
+  again = functools.partial(_images, where, tables, columns, cache, name)
+  return _Images(where, _read(tables, columns, cache)[name], again)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Fetches rows of a table; may be sent to another process."""
+
+  where: str
+  images: _Images
+  labels: np.ndarray
+
+  def __call__(self, index: list[int]) -> list[encoded.EncodedRow]:
+    return [self._row(i) for i in index]
+
+  def _row(self, i: int) -> encoded.EncodedRow:
+    content = self.images.read(i)
+    where = f'{self.where}, row {i}'
+    return encoded.EncodedRow(where, content, int(self.labels[i]))
 
 
 def open_set(
@@ -345,20 +383,14 @@ def open_set(
   if label:
     names = tuple(names_of.get(label, ()))
     labels, num_classes, names = _labels(where, table[label], names)
-  images = _Images(where, table[image])
-
-  def fetch(index: list[int]) -> list[encoded.EncodedRow]:
-    return [
-      encoded.EncodedRow(f'{where}, row {i}', images.read(i), int(labels[i]))
-      for i in index
-    ]
-
+  again = functools.partial(_images, where, tables, columns, cache, image)
+  images = _Images(where, table[image], again)
   return encoded.EncodedSource(
     name=where,
     length=len(table),
     num_classes=num_classes,
     pixel_values=256,
-    fetch=fetch,
+    fetch=_Rows(where, images, labels),
     fetch_labels=functools.partial(np.asarray, labels),
     class_names=names,
   )

@@ -2,12 +2,19 @@
 
 python -m experiments.bench.loader
 
-Three sets are written first: zips of 5,000 random PNGs of 32×32 and of 64×64
-pixels, and the digits as TFDS prepares them, in array_record. Each is read in
-batches of 256 in several ways, whose timed blocks alternate; the median of the
-blocks is reported. A block opens a new iterator and lets it deliver a few
-batches before the clock starts, so that neither the start of threads and
-processes nor what was read ahead meanwhile is counted.
+Five sets are written first: zips of 5,000 random PNGs of 32×32 and of 64×64
+pixels, zips of latents as EDM2's are, of 32×32×8 and 64×64×8 numbers, and the
+digits as TFDS prepares them, in array_record. Each is read in batches of 256 in
+several ways, whose timed blocks alternate; the median of the blocks is
+reported, and the fastest one, which other programs disturbed least. A block
+opens a new iterator and lets it deliver a few batches before the clock starts,
+so that neither the start of threads and processes nor what was read ahead
+meanwhile is counted.
+
+Beside each rate stands the time of a CPU that this process takes for a row: in
+a run it is taken from the loop that dispatches the steps. `serial_cpu_us` is
+the time of a CPU that a row takes in all, so that 1e6 / serial_cpu_us rows a
+second is what a core reads at best.
 
 Grain is no dependency: it is measured where `pip install grain` has been run,
 and left out elsewhere.
@@ -46,6 +53,9 @@ _BLOCKS = flags.DEFINE_integer('blocks', 9, 'Timed blocks; median reported.')
 _BATCHES = flags.DEFINE_integer('batches', 24, 'Batches in a timed block.')
 _OUTPUT = flags.DEFINE_string(
   'output', 'experiments/results/loader.json', 'Result.'
+)
+_WORKERS = flags.DEFINE_integer(
+  'workers', os.cpu_count(), 'Up to so many processes read.'
 )
 
 IMAGES = 5_000
@@ -97,6 +107,17 @@ def write_zip(path: pathlib.Path, side: int) -> None:
       archive.writestr(f'{i // 1000:05d}/img{i:08d}.png', file.getvalue())
 
 
+def write_latents(path: pathlib.Path, side: int, count: int) -> None:
+  """Writes a zip of latents, float32 [8,side,side], stored uncompressed."""
+  draw = np.random.default_rng(0)
+  with zipfile.ZipFile(path, 'w') as archive:
+    for i in range(count):
+      file = io.BytesIO()
+      np.save(file, abs(draw.standard_normal((8, side, side), np.float32)))
+      name = f'{i // 1000:05d}/img-mean-std-{i:08d}.npy'
+      archive.writestr(name, file.getvalue())
+
+
 def open_digits(folder: str) -> sources.Source:
   """The digits, decoded at every read as a set too large for memory is."""
   return builders.open_split('digits', 'train', data_dir=folder)
@@ -110,10 +131,17 @@ def serial(open_set: Callable[[], sources.Source]) -> Iterator[Any]:
     yield source.read(loader.order(0, positions, len(source)))
 
 
-def threads(open_set: Callable[[], sources.Source]) -> Iterator[Any]:
-  """Reads as training does: the loader, ahead in threads."""
+def ahead(
+  open_set: Callable[[], sources.Source], workers: int
+) -> Iterator[Any]:
+  """Reads as training does: the loader, ahead in threads or processes."""
   return loader.batches(
-    open_set(), seed=0, batch_size=BATCH, start_step=0, stop_step=10**6
+    open_set(),
+    seed=0,
+    batch_size=BATCH,
+    start_step=0,
+    stop_step=10**6,
+    workers=workers,
   )
 
 
@@ -149,36 +177,62 @@ def grain_processes(open_set: Callable[[], sources.Source]) -> Iterator[Any]:
   return iter(batched.to_iter_dataset(options).mp_prefetch(workers))
 
 
-def images_per_second(stream: Iterator[Any]) -> float:
-  """The rate of one block, after the stream has warmed up."""
+def block(stream: Iterator[Any]) -> tuple[float, float]:
+  """Rows a second, and microseconds of this process's CPU a row."""
   for _ in range(WARM_UP):
     next(stream)
   start = time.perf_counter()
+  own = time.process_time()
   for _ in range(_BATCHES.value):
     next(stream)
+  own = time.process_time() - own
   seconds = time.perf_counter() - start
   if hasattr(stream, 'close'):
     stream.close()
-  return BATCH * _BATCHES.value / seconds
+  rows = BATCH * _BATCHES.value
+  return rows / seconds, own / rows * 1e6
+
+
+def start_seconds(open_set: Callable[[], sources.Source]) -> float:
+  """The seconds from the start of a worker process to its first batch."""
+  source = open_set()
+  source.read(np.arange(1))
+  start = time.perf_counter()
+  stream = ahead(lambda: source, 1)
+  next(stream)
+  seconds = time.perf_counter() - start
+  stream.close()
+  return seconds
 
 
 def measure(open_set: Callable[[], sources.Source]) -> dict[str, Any]:
-  """The median rate of each way, and the range of its blocks."""
-  ways = [serial, threads]
+  """The rates of each way."""
+  ways = {'serial': serial}
+  for workers in (0, 1, *range(2, 1 + max(_WORKERS.value, 1))):
+    name = f'workers_{workers}' if workers else 'threads'
+    ways[name] = functools.partial(ahead, workers=workers)
   if HAS_GRAIN:
-    ways += [grain_rows, grain_batches, grain_processes]
-  rates: dict[str, list[float]] = {way.__name__: [] for way in ways}
-  for _ in range(_BLOCKS.value):
-    for way in ways:
-      rates[way.__name__].append(images_per_second(way(open_set)))
-  return {
-    name: {
-      'images_per_second': round(statistics.median(blocks)),
-      'slowest_block': round(min(blocks)),
-      'fastest_block': round(max(blocks)),
+    ways |= {
+      'grain_rows': grain_rows,
+      'grain_batches': grain_batches,
+      'grain_processes': grain_processes,
     }
-    for name, blocks in rates.items()
+  blocks: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+  for _ in range(_BLOCKS.value):
+    for name, way in ways.items():
+      blocks[name].append(block(way(open_set)))
+  result: dict[str, Any] = {
+    'serial_cpu_us': round(min(cpu for _, cpu in blocks['serial']), 1),
+    'first_batch_of_a_worker_seconds': round(start_seconds(open_set), 2),
   }
+  for name, measured in blocks.items():
+    rates = [rate for rate, _ in measured]
+    result[name] = {
+      'images_per_second': round(statistics.median(rates)),
+      'fastest_block': round(max(rates)),
+      'own_cpu_us': round(statistics.median(cpu for _, cpu in measured), 1),
+    }
+  return result
 
 
 def import_seconds(module: str) -> float:
@@ -238,6 +292,11 @@ def main(_) -> None:
       write_zip(path, side)
       open_zip = functools.partial(files.open_files, path)
       results[f'png_zip_{side}'] = measure(open_zip)
+    for side, count in ((32, 3_000), (64, 1_000)):
+      path = pathlib.Path(folder) / f'latents_{side}.zip'
+      write_latents(path, side, count)
+      open_zip = functools.partial(files.open_files, path)
+      results[f'latents_zip_{side}'] = measure(open_zip)
     results['array_record_digits'] = measure(
       functools.partial(open_digits, folder)
     )

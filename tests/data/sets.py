@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -65,6 +66,11 @@ def open_set(source, split='train', **fields):
 def read_all(source):
   """All rows of a source and their labels."""
   return source.read(np.arange(len(source)))
+
+
+def sent(source):
+  """A source as another process gets it."""
+  return pickle.loads(pickle.dumps(source))
 
 
 def refusal(source, split='train', **fields):

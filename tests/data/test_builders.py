@@ -66,8 +66,10 @@ def test_a_large_set_stays_on_disk(data_dir, monkeypatch):
   assert isinstance(source, encoded.EncodedSource)
   assert (source.pixel_values, source.num_classes, len(source)) == (17, 10, 360)
   index = np.array([359, 0, 7])
-  for got, expected in zip(source.read(index), whole.read(index), strict=True):
-    np.testing.assert_array_equal(got, expected)
+  for opened in (source, sets.sent(source)):
+    stored, labels = opened.read(index)
+    np.testing.assert_array_equal(stored, whole.stored[index])
+    np.testing.assert_array_equal(labels, whole.classes[index])
 
 
 def test_labels_are_read_without_decoding_images(data_dir, monkeypatch):

@@ -77,6 +77,7 @@ def test_what_datasets_saved(tmp_path, monkeypatch):
   source = sets.open_set(tmp_path / 'one')
   index = np.array([6, 0, 3, 3])
   np.testing.assert_array_equal(source.read(index)[0], IMAGES[index])
+  assert_holds(sets.sent(source))
 
 
 @pytest.mark.parametrize('copied', [False, True])
@@ -90,6 +91,10 @@ def test_parquet(tmp_path, monkeypatch, copied):
   assert_holds(sets.open_set(tmp_path / 'a.parquet', **fields))
   assert made == [path.stat().st_mtime_ns for path in tmp_path.glob('cache/*')]
   assert len(made) == copied
+  with monkeypatch.context() as context:
+    context.setattr(sources, '_IN_MEMORY', 0)
+    source = sets.open_set(tmp_path / 'a.parquet', **fields)
+  assert_holds(sets.sent(source))
   data = tmp_path / 'set/data'
   data.mkdir(parents=True)
   pq.write_table(table_of(slice(2)), data / 'train-00000-of-00002.parquet')
