@@ -168,6 +168,18 @@ def test_a_source_that_cannot_be_sent_is_read_in_threads(path):
   np.testing.assert_array_equal(stored, opened.read(np.arange(3))[0])
 
 
+@pytest.mark.parametrize('place', ['set', 'set.zip'])
+def test_some_rows_of_a_fitted_set_can_be_sent(tmp_path, monkeypatch, place):
+  path = sets.write(tmp_path / place, sets.edm_files())
+  monkeypatch.setattr(sources, '_IN_MEMORY', 0)
+  source = sets.open_set(path, holdout=0.3, resize=2)
+  assert len(source) < 7
+  for one, other in zip(
+    sets.read_all(sets.sent(source)), sets.read_all(source), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
 def test_the_setting(monkeypatch):
   assert workers.count(0) == 0 and workers.count(3) == 3
   for cores, wanted in ((1, 0), (2, 1), (6, 3), (64, 8)):
