@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import logging
 import pathlib
 from typing import NamedTuple
 import zlib
@@ -35,6 +36,9 @@ Embed = Callable[[Take, np.ndarray], Iterator[tuple[np.ndarray, Rows]]]
 
 # Ids that a process embeds at a time, of several: whole blocks of `extract`.
 _SHARE = 1_024
+
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
@@ -72,6 +76,8 @@ def gather(
   rows = {}
   kept = []
   missing = np.zeros(count, bool)
+  if folder and processes.is_main():
+    _name_lost(folder, kinds)
   for kind, (width, dtype) in kinds.items():
     rows[kind] = np.zeros((count, width), dtype)
     if folder and processes.is_main():
@@ -180,6 +186,15 @@ class _Buffer:
     return held[: len(ids)]
 
 
+def _name_lost(folder: pathlib.Path, kinds: Iterable[str]) -> None:
+  """Names files of rows that are gone while others of their pass are there."""
+  paths = [folder / f'{kind}.rows' for kind in kinds]
+  lost = [path for path in paths if not path.exists()]
+  if len(lost) < len(paths):
+    for path in lost:
+      _LOGGER.warning('%s is missing: making all of it again', path)
+
+
 class _Kept:
   """The file of one kind's rows; each row stands beside its checksum.
 
@@ -206,12 +221,21 @@ class _Kept:
     # which may be moved.
     self._pass = '/'.join(path.parts[-5:])
     size = count * self._type.itemsize
-    if not path.is_file() or path.stat().st_size != size:
+    if path.is_file() and path.stat().st_size != size:
+      _LOGGER.warning('%s is damaged: making all of it again', path)
+      path.unlink()
+    if not path.is_file():
       with disk.whole(path) as file:
         file.truncate(size)
     stored = np.fromfile(path, self._type)
     sums = self._sums(np.arange(count), stored['row'])
     self.missing = stored['sum'] != sums
+    came = stored['sum'] != 0  # a row that has not come is all 0
+    damaged = int((came & self.missing).sum())
+    if damaged:
+      _LOGGER.warning(
+        '%s: %d rows do not hold: making them again', path, damaged
+      )
     rows[~self.missing] = stored['row'][~self.missing]
 
   def _sums(self, ids: np.ndarray, rows: np.ndarray) -> list[int]:

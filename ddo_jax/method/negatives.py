@@ -20,9 +20,10 @@ from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.method import likelihood
-from ddo_jax.runtime import disk
+from ddo_jax.runtime import manifest
 from ddo_jax.runtime import processes
-from ddo_jax.runtime import records
+
+_RECORD = 'pool.json'
 
 Stored = dict[str, jax.Array]  # 'stored' [B,...], 'label' [B], and others
 
@@ -202,25 +203,48 @@ class FakePool:
     self.folder = folder
     self.size = size
     identity = {**identity, 'size': size}
+    self._missing: set[int] = set()
     self.shard_size = processes.decide(
       f'open {folder}', lambda: self._open(identity, shard_size)
     )
 
   def _open(self, identity: dict[str, Any], shard_size: int) -> int:
-    """Compares the identities, or begins a pool; returns its shards' size."""
-    path = self.folder / 'pool.json'
-    if not path.exists():
-      records.write_json(path, {**identity, 'shard_size': shard_size})
-      return shard_size
-    recorded = records.read_json(path)
-    self._check(recorded, identity)
-    return recorded['shard_size']
+    """Opens or begins the pool, and looks which shards hold.
+
+    Returns:
+      The size of its shards.
+    """
+    self._manifest = manifest.Manifest(self.folder, (_RECORD, '*.npz'))
+    before = self._manifest.entry(_RECORD)
+    recorded = self._manifest.read_json(_RECORD)
+    if recorded is not None:
+      self._check(recorded, identity)
+      self.shard_size = recorded['shard_size']
+    else:
+      self.shard_size = shard_size
+      about = {**identity, 'shard_size': shard_size}
+      self._manifest.write_json(_RECORD, about)
+    self._missing = set(self._shards())
+    # Without a record that can be read, shards are taken for the pool's only
+    # where the same record was there before.
+    if recorded is not None or before == self._manifest.entry(_RECORD):
+      again = 'drawing it again'
+      for shard in self._shards():
+        if self._manifest.holds(self._path(shard).name, again):
+          self._missing.remove(shard)
+    return self.shard_size
 
   def _check(self, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises UserError where the recorded identity is not the given one."""
     # Earlier versions drew every class equally often, and at the highest
     # precision, and did not say so.
     recorded = {'labels': labels_lib.EQUAL, 'precision': 'highest'} | recorded
+    size = recorded.get('shard_size')
+    if type(size) is not int or size < 1:
+      raise errors.UserError(
+        f'{self.folder / _RECORD} has shard_size {size!r}; wanted a positive'
+        ' integer: delete that folder to draw the pool anew'
+      )
     for name, wanted in identity.items():
       got = recorded.get(name)
       if got != wanted:
@@ -243,18 +267,37 @@ class FakePool:
 
   def missing(self) -> list[int]:
     """Returns the numbers of the shards that are still to be drawn."""
-    return [s for s in self._shards() if not self._path(s).exists()]
+    return sorted(self._missing)
 
   def write(self, shard: int, stored: np.ndarray, labels: np.ndarray) -> None:
-    """Writes a shard, whole or not at all.
+    """Writes a shard, whole or not at all; process 0 alone does.
 
     Args:
       shard: its number.
       stored: [n,H,W,C], uint8 pixels or float32 latents, kept to the bit.
       labels: int32 [n].
     """
-    with disk.whole(self._path(shard)) as file:
+    if not processes.is_main():
+      return
+    with self._manifest.writing(self._path(shard).name) as file:
       np.savez(file, image=stored, label=labels)
+    self._missing.discard(shard)
+
+  def _open_shard(self, shard: int) -> sources.ArraySource:
+    """Opens a shard.
+
+    Raises:
+      errors.UserError: it cannot be read, or is of another pool.
+    """
+    path = self._path(shard)
+    found = sources.open_npz(path)
+    wanted = len(self.ids(shard))
+    if len(found) != wanted:
+      raise errors.UserError(
+        f'{path} has {len(found)} images, and shard {shard} {wanted}: delete it'
+        ' to draw it again'
+      )
+    return found
 
   def source(self, num_classes: int, pixel_values: int) -> sources.ArraySource:
     """Opens the complete pool as a source like that of the real images.
@@ -272,7 +315,7 @@ class FakePool:
         f'the fake pool in {self.folder} lacks {len(missing)} shards;'
         ' run the same command again to draw them'
       )
-    shards = [sources.open_npz(self._path(s)) for s in self._shards()]
+    shards = [self._open_shard(shard) for shard in self._shards()]
     return sources.ArraySource(
       name=str(self.folder),
       stored=np.concatenate([shard.stored for shard in shards]),

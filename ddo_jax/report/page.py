@@ -15,7 +15,7 @@ from ddo_jax.report import run_folder
 from ddo_jax.report import samples
 from ddo_jax.report import scores
 from ddo_jax.runtime import disk
-from ddo_jax.runtime import records
+from ddo_jax.runtime import manifest
 
 _HERE = pathlib.Path(__file__).parent
 
@@ -185,7 +185,7 @@ def _pretraining_seconds(run: run_folder.Run) -> float | None:
   seconds = run.summary.get('seconds', {})
   if 'pretrain' in seconds:
     return seconds['pretrain']
-  return records.read_json(done)['seconds'] if done.exists() else None
+  return manifest.read_json(done)['seconds'] if done.exists() else None
 
 
 def _seconds(run: run_folder.Run) -> str:

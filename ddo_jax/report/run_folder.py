@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax.runtime import manifest
 from ddo_jax.runtime import records
 
 # Records of a stage, by the name of its folder.
@@ -56,23 +57,73 @@ class Run:
     return self.folder / f'round_{index:03d}' / name
 
 
+_NUMBERS = ('fakes', 'train', 'evaluate')
+
+
+def _is_scores(value: Any) -> bool:
+  """Whether a JSON value is what `measure.summarize` returns."""
+  return isinstance(value, dict) and all(
+    isinstance(score, dict)
+    and 'mean' in score
+    and isinstance(score['mean'], int | float | None)
+    for score in value.values()
+  )
+
+
+def _is_round(result: dict[str, Any]) -> bool:
+  """Whether a record is the result of a round, of this version or before."""
+  promoted = result.get('promoted')
+  seconds = result.get('seconds')
+  return (
+    type(result.get('round')) is int
+    and isinstance(promoted, dict)
+    and type(promoted.get('step')) is int
+    and isinstance(seconds, dict)
+    and all(isinstance(seconds.get(n), int | float) for n in _NUMBERS)
+    and _is_scores(result.get('before'))
+    and _is_scores(result.get('after'))
+  )
+
+
+def read_round(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the done.json of a round.
+
+  Raises:
+    errors.UserError: it is damaged, or of another form.
+  """
+  result = manifest.read_json(path)
+  if not _is_round(result):
+    raise errors.UserError(
+      f'{path} is not what a round leaves: delete it, and run the same command'
+      ' again to make it anew'
+    )
+  return result
+
+
 def read(workdir: pathlib.Path) -> Run:
   """Reads a run's folder.
 
   Raises:
     errors.UserError: the folder holds no run, or a file of it is damaged.
   """
-  config = records.read_json(workdir / 'config.json')
-  if not isinstance(config, dict) or 'evaluation.metric' not in config:
+  config = manifest.read_json(workdir / 'config.json')
+  if 'evaluation.metric' not in config:
     raise errors.UserError(
       f'{workdir}/config.json is not that of a run; name the --workdir of one'
     )
   path = workdir / 'summary.json'
-  summary = records.read_json(path) if path.exists() else {}
-  rounds = {r['round']: r for r in summary.get('rounds', [])}
+  summary = manifest.read_json(path) if path.exists() else {}
+  rounds = {}
+  for result in summary.get('rounds', []):
+    if not isinstance(result, dict) or not _is_round(result):
+      raise errors.UserError(
+        f'{path} is not the summary of a run: delete it, and run the same'
+        ' command again to make it anew'
+      )
+    rounds[result['round']] = result
   # A run in progress, or one that plays further rounds, has news here.
   for path in workdir.glob('round_*/done.json'):
-    result = records.read_json(path)
+    result = read_round(path)
     rounds[result['round']] = result
   stages = collections.defaultdict(list)
   for record in records.read_log(workdir):

@@ -12,6 +12,7 @@ import socket
 import time
 
 from ddo_jax import errors
+from ddo_jax.runtime import disk
 
 _LOGGER = logging.getLogger(__name__)
 _NAME = '.lock'
@@ -26,10 +27,13 @@ def held(folder: pathlib.Path) -> Iterator[None]:
   without locks gets a warning.
 
   Raises:
-    errors.UserError: another process holds it.
+    errors.UserError: another process holds it, or the folder cannot be
+      written.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / _NAME).open('a+') as file:
+  with disk.guarded(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = (folder / _NAME).open('a+b', buffering=0)
+  with opened as file:
     try:
       # It is this process's: children that outlive it do not keep it.
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,11 +46,11 @@ def held(folder: pathlib.Path) -> Iterator[None]:
         error.strerror,
       )
     else:
-      file.truncate(0)
       who = {'pid': os.getpid(), 'host': socket.gethostname()}
       since = time.strftime('%Y-%m-%d %H:%M:%S')
-      file.write(json.dumps(who | {'since': since}))
-      file.flush()
+      with disk.guarded(folder / _NAME):
+        file.truncate(0)
+        file.write(json.dumps(who | {'since': since}).encode())
     yield
 
 

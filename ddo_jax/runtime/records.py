@@ -14,27 +14,38 @@ from ddo_jax.runtime import disk
 from ddo_jax.runtime import processes
 
 _LOGGER = logging.getLogger(__name__)
+_LARGEST = 2**28  # bytes of a record
+
+
+def json_bytes(value: Any) -> bytes:
+  """Returns a JSON value as the records' files hold it."""
+  return (json.dumps(value, indent=1, allow_nan=False) + '\n').encode()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  content = json.dumps(value, indent=1, allow_nan=False) + '\n'
+  content = json_bytes(value)
   with disk.whole(path) as file:
-    file.write(content.encode())
+    file.write(content)
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
 
   Raises:
-    errors.UserError: the file is missing or damaged.
+    errors.UserError: the file is missing or damaged, or holds something else.
   """
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    if path.stat().st_size > _LARGEST:
+      raise ValueError(f'it is larger than {_LARGEST:,} bytes')
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+      raise ValueError(f'a {type(value).__name__}, no table of names')
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
       f'cannot read {path} ({error}); is this the --workdir of a run?'
     ) from error
+  return value
 
 
 def _digest(value: dict[str, Any]) -> str:

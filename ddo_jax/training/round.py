@@ -23,11 +23,12 @@ from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
 from ddo_jax.method import likelihood
 from ddo_jax.report import gallery
+from ddo_jax.report import run_folder
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import manifest as manifest_lib
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
-from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
 
@@ -35,16 +36,26 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def _reference(
-  run: workspace.Run, folder: pathlib.Path, origin: pathlib.Path
+  run: workspace.Run, manifest: manifest_lib.Manifest, origin: pathlib.Path
 ) -> tuple[likelihood.Params, Callable[[], likelihood.Params], dict[str, Any]]:
   """Copies the round's reference from `origin`, unless it is copied.
 
   Returns:
     Its params, a function that reads them again, and their metadata.
   """
-  copy = folder / 'reference'
-  target = workspace.params_target(run.model, run.executor)
-  params, meta = checkpoint.copy_params(origin, copy, target)
+  copy = manifest.folder / 'reference'
+  if manifest.holds('reference', f'copying it again from {origin}'):
+    params, meta = workspace.load_params(
+      copy, run.model, run.executor, verify=False
+    )
+  else:
+    meta = checkpoint.load_meta(origin)
+    manifest.check_params('reference', meta['sha256'])
+    if processes.is_main():
+      shutil.rmtree(copy, ignore_errors=True)
+    target = workspace.params_target(run.model, run.executor)
+    params, meta = checkpoint.copy_params(origin, copy, target)
+    manifest.add_params('reference', meta['sha256'])
 
   def read():
     again, _ = workspace.load_params(
@@ -83,33 +94,56 @@ def _fake_pool(
   return pool.source(run.real.num_classes, run.real.pixel_values)
 
 
-def _save_promoted(
-  run: workspace.Run,
-  folder: pathlib.Path,
-  promotion: loop_lib.Promotion,
-  provenance: dict[str, str],
+def _chosen(
+  run: workspace.Run, promotion: loop_lib.Promotion
 ) -> dict[str, Any]:
-  """Saves the round's result; returns where in the round it comes from."""
-  chosen = {
+  """Returns where in its round a promotion comes from, as JSON values."""
+  return {
     'step': promotion.step,
     'images': promotion.step * run.config.ddo.batch_size,
     'profile': promotion.profile,
     'selection': promotion.selection,
   }
+
+
+def _kept_promotion(
+  run: workspace.Run, manifest: manifest_lib.Manifest
+) -> loop_lib.Promotion | None:
+  """Returns what an earlier call promoted; None unless that is whole."""
+  if not manifest.holds('promoted'):
+    return None
+  params, meta = workspace.load_params(
+    manifest.folder / 'promoted', run.model, run.executor, verify=False
+  )
+  chosen = meta['promoted']
+  return loop_lib.Promotion(
+    params, chosen['step'], chosen['profile'], chosen['selection']
+  )
+
+
+def _save_promoted(
+  run: workspace.Run,
+  manifest: manifest_lib.Manifest,
+  promotion: loop_lib.Promotion,
+  provenance: dict[str, str],
+) -> None:
+  """Saves the round's result."""
+  folder = manifest.folder
   meta = {
     'stage': folder.name,
-    'promoted': chosen,
+    'promoted': _chosen(run, promotion),
     'provenance': provenance,
     'class_shares': run.shares.counts,
     'config': settings.to_json(run.config),
   }
   checkpoint.save_params(folder / 'promoted', promotion.params, meta)
-  return chosen
+  saved = checkpoint.load_meta(folder / 'promoted')
+  manifest.add_params('promoted', saved['sha256'])
 
 
 def _draw_sheets(
   run: workspace.Run,
-  folder: pathlib.Path,
+  manifest: manifest_lib.Manifest,
   weights: dict[str, likelihood.Params],
   set_size: int,
 ) -> dict[str, Any]:
@@ -127,24 +161,27 @@ def _draw_sheets(
       parts = list(generator.stream(params, key, ids, labels, set_size))
       drawn[name] = np.concatenate(parts)
       bar.update(len(ids))
-  return gallery.write(
-    folder=folder,
+  about = gallery.write(
+    folder=manifest.folder,
     source=run.real,
     render=generator.render,
     labels=labels if run.model.num_classes else None,
     drawn=drawn,
     seed=rng.order_seed(run.config.seed, 'grid', 'real'),
   )
+  manifest.add(*[path.name for path in manifest.folder.glob('*.png')])
+  return about
 
 
 def _report_scores(
   run: workspace.Run,
-  folder: pathlib.Path,
+  manifest: manifest_lib.Manifest,
   reference: likelihood.Params,
   promotion: loop_lib.Promotion,
   before: dict[str, Any] | None,
 ) -> dict[str, Any]:
   """Scores the round's start and end and draws images: eval.json."""
+  folder = manifest.folder
   evaluation = run.config.evaluation
   scores = functools.partial(
     measure.report_scores,
@@ -154,14 +191,22 @@ def _report_scores(
     seed=run.config.seed,
   )
   kept = folder / 'evaluation'  # of a call that is cut off
+  count = measure.num_images(run.evaluator, evaluation)
   weights = {'after': promotion.params}
   if before is None:  # no earlier round has scored and drawn these
-    before = scores(reference, folder=kept / 'before')
     weights['before'] = reference
+  result = manifest.read_json('eval.json')
+  if result is not None:
+    sheets = {n: f for n, f in manifest.faults().items() if '.png' in n}
+    manifest.warn(sheets, 'drawing it again')
+    if sheets:
+      _draw_sheets(run, manifest, weights, count)
+    return result
+  if before is None:
+    before = scores(reference, folder=kept / 'before')
   after = before
   if promotion.step:
     after = scores(promotion.params, folder=kept / 'after')
-  count = measure.num_images(run.evaluator, evaluation)
   num_blocks = measure.num_blocks(run.evaluator, evaluation)
   result = {
     'before': before,
@@ -170,9 +215,9 @@ def _report_scores(
     'evaluator': run.evaluator.identity(),
     'notes': run.evaluator.notes(count, num_blocks),
     'labels': run.label_rule,
-    'sheets': _draw_sheets(run, folder, weights, count),
+    'sheets': _draw_sheets(run, manifest, weights, count),
   }
-  records.write_json(folder / 'eval.json', result)
+  manifest.write_json('eval.json', result)
   if processes.is_main():
     shutil.rmtree(kept, ignore_errors=True)
   return result
@@ -250,8 +295,11 @@ def play_round(
   """
   folder = run.workdir / f'round_{index:03d}'
   done = folder / 'done.json'
-  if processes.decide(f'is there {done}', done.exists):
-    return processes.decide(f'read {done}', lambda: records.read_json(done))
+  manifest = workspace.open_manifest(folder)
+  following = run.workdir / f'round_{index + 1:03d}'
+  spare = ('reference', 'fakes')
+  if workspace.is_done(manifest, 'promoted', following, spare):
+    return processes.decide(f'read {done}', lambda: run_folder.read_round(done))
   phase = config_lib.at_round(run.config.ddo, index)
   model = run.training_model(phase.noise)
   clock = [time.perf_counter()]
@@ -265,38 +313,42 @@ def play_round(
     settings=run.config.evaluation,
     seed=run.config.seed,
   )
-  params, start, meta = _reference(run, folder, origin)
+  params, start, meta = _reference(run, manifest, origin)
   reference = run.executor.make_state(model.rules.reduce, params)
   del params
+  provenance = meta.get('provenance', {})
+  promotion = _kept_promotion(run, manifest)
   fake = None
-  if phase.used_negatives.needs_pool:
-    fake = _fake_pool(run, folder, reference, meta)
+  if promotion is None:
+    workspace.check_source(manifest, 'promoted', phase.steps())
+    if phase.used_negatives.needs_pool:
+      fake = _fake_pool(run, folder, reference, meta)
   clock.append(time.perf_counter())
 
-  job = run.job(
-    folder=folder,
-    phase=phase,
-    model=model,
-    frozen=run.frozen,
-    start=start,
-    reference=reference,
-    fake=fake,
-    score=score,
-  )
-  promotion = loop_lib.run(job)
-  provenance = meta.get('provenance', {})
-  chosen = _save_promoted(run, folder, promotion, provenance)
+  if promotion is None:
+    job = run.job(
+      folder=folder,
+      phase=phase,
+      model=model,
+      frozen=run.frozen,
+      start=start,
+      reference=reference,
+      fake=fake,
+      score=score,
+    )
+    promotion = loop_lib.run(job)
+    _save_promoted(run, manifest, promotion, provenance)
   clock.append(time.perf_counter())
 
   scores = _report_scores(
-    run, folder, reference, promotion, _known_scores(run, previous)
+    run, manifest, reference, promotion, _known_scores(run, previous)
   )
   clock.append(time.perf_counter())
 
   parts = ('fakes', 'train', 'evaluate')
   result = {
     'round': index,
-    'promoted': chosen,
+    'promoted': _chosen(run, promotion),
     'provenance': provenance,
     'environment': devices_lib.environment(),
     **scores,
@@ -308,5 +360,6 @@ def play_round(
   }
   for warning in result['warnings']:
     _LOGGER.warning('%s: %s', folder.name, warning)
-  records.write_json(done, result)
+  manifest.holds('done.json')  # of an earlier call; it says so if not
+  manifest.write_json('done.json', result)
   return result

@@ -19,8 +19,8 @@ from ddo_jax.method import likelihood
 from ddo_jax.report import cost
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import manifest as manifest_lib
 from ddo_jax.runtime import processes
-from ddo_jax.runtime import records
 from ddo_jax.training import check
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import round as round_lib
@@ -39,10 +39,30 @@ def _learn(
   """Trains a model by MLE from scratch; returns the folder of its params."""
   folder = run.workdir / name
   params_folder = folder / 'params'
-  done = folder / 'done.json'
-  if processes.decide(f'is there {done}', done.exists):
+  manifest = workspace.open_manifest(folder)
+  following = 'pretrain' if name == 'tokenizer' else 'round_000'
+  if workspace.is_done(manifest, 'params', run.workdir / following):
     return params_folder
   begin = time.perf_counter()
+  if not manifest.holds('params'):
+    workspace.check_source(manifest, 'params', phase.steps())
+    _train(run, folder, phase, model, frozen)
+    meta = checkpoint.load_meta(params_folder)
+    manifest.add_params('params', meta['sha256'])
+  seconds = time.perf_counter() - begin
+  manifest.holds('done.json')
+  manifest.write_json('done.json', {'seconds': seconds})
+  return params_folder
+
+
+def _train(
+  run: workspace.Run,
+  folder: pathlib.Path,
+  phase: config_lib.Phase,
+  model: likelihood.LikelihoodModel,
+  frozen: likelihood.Frozen,
+) -> None:
+  """Trains a model by MLE from scratch, or goes on; saves its params."""
   key = rng.stream(run.config.seed, 'init')
   init = functools.partial(run.executor.make_state, model.init, key)
   job = run.job(
@@ -56,13 +76,11 @@ def _learn(
   )
   promotion = loop_lib.run(job)
   meta = {
-    'stage': name,
+    'stage': folder.name,
     'class_shares': run.shares.counts,
     'config': settings.to_json(run.config),
   }
-  checkpoint.save_params(params_folder, promotion.params, meta)
-  records.write_json(done, {'seconds': time.perf_counter() - begin})
-  return params_folder
+  checkpoint.save_params(folder / 'params', promotion.params, meta)
 
 
 def _pretrain(run: workspace.Run) -> pathlib.Path:
@@ -109,7 +127,7 @@ def _seconds(
   for name in ('tokenizer', 'pretrain'):
     done = workdir / name / 'done.json'
     if done.exists():
-      seconds[name] = records.read_json(done)['seconds']
+      seconds[name] = manifest_lib.read_json(done)['seconds']
   seconds['total'] = sum(seconds.values())
   return seconds
 
@@ -180,7 +198,9 @@ def _play(run: workspace.Run, command: str) -> dict[str, Any]:
     'command': command,
     'changed': settings.changed(config, config_lib.Config()),
   }
-  records.write_json(workdir / 'summary.json', summary)
+  manifest = workspace.top_manifest(workdir)
+  manifest.holds('summary.json')  # of an earlier call; it says so if not
+  manifest.write_json('summary.json', summary)
   if processes.is_main():
     page.write(workdir)
   return summary

@@ -33,6 +33,7 @@ from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import disk
 from ddo_jax.runtime import layout as layout_lib
 from ddo_jax.runtime import lock
+from ddo_jax.runtime import manifest as manifest_lib
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.training import fit as fit_lib
@@ -59,26 +60,70 @@ def costly(workdir: pathlib.Path) -> list[str]:
   return sorted({path.relative_to(workdir).as_posix() for path in found})
 
 
-def _changes(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
-  """Returns how a config differs from the one that a folder was begun with."""
+@functools.cache
+def _warn(line: str) -> None:
+  """Logs a warning once, however often a folder is looked at."""
+  _LOGGER.warning('%s', line)
+
+
+def top_manifest(workdir: pathlib.Path) -> manifest_lib.Manifest:
+  """Opens the manifest of the files beside a run's stages."""
+  names = ('config.json', 'executor.json', 'summary.json')
+  return manifest_lib.Manifest(workdir, names, top=True)
+
+
+def _recorded_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the config that a folder was begun with; None for an empty one.
+
+  Where the record of it is gone, it is taken from beside the params of a stage
+  that is done.
+
+  Raises:
+    errors.UserError: the record is damaged, and no stage is done.
+  """
   path = workdir / 'config.json'
-  if not path.exists():
-    return []
-  return settings.science_changes(config, records.read_json(path))
+  kept = costly(workdir)
+  fault = f'{path} is missing'
+  if path.exists():
+    if not manifest_lib.faults(workdir, path.name):
+      with contextlib.suppress(errors.UserError):
+        return records.read_json(path)
+    fault = f'{path} is damaged'
+  elif not kept:
+    return None
+  for place in reversed(kept):
+    if (workdir / place / 'params').exists():
+      _warn(f'{fault}: taking the config that {place} records')
+      return checkpoint.load_meta(workdir / place)['config']
+  if path.exists():
+    raise errors.UserError(
+      f'{fault}: if this command is the one that the run was begun with, delete'
+      ' that file and run it again'
+    )
+  _warn(f'{fault}: this config is taken for the one that made {kept[-1]}')
+  return None
 
 
-def check_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
+def check_workdir(
+  config: config_lib.Config, workdir: pathlib.Path
+) -> list[str]:
   """Refuses a folder that holds results of another config; writes nothing.
+
+  Returns:
+    How the config differs from the recorded one, in a folder that holds nothing
+    that cost time to make.
 
   Raises:
     errors.UserError: a science field differs from the recorded one, and there
       is something that cost time to make.
   """
-  changes = _changes(config, workdir)
+  recorded = _recorded_config(workdir)
+  if recorded is None:
+    return []
+  changes = settings.science_changes(config, recorded)
   kept = costly(workdir)
   if not changes or not kept:
-    return
-  recorded = records.read_json(workdir / 'config.json')
+    return changes
   now = settings.to_json(config)
   old = [
     name for name in config_lib.RENAMED if name in recorded and name not in now
@@ -109,14 +154,14 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
   Raises:
     errors.UserError: see `check_workdir`.
   """
-  check_workdir(config, workdir)
-  if _changes(config, workdir):
+  if check_workdir(config, workdir):
     with disk.guarded(workdir):
       for pattern in _STAGES:
         for folder in workdir.glob(pattern):
           shutil.rmtree(folder)
       (workdir / 'metrics.jsonl').unlink(missing_ok=True)
-  records.write_json(workdir / 'config.json', settings.to_json(config))
+  manifest = top_manifest(workdir)
+  manifest.write_json('config.json', settings.to_json(config))
 
 
 @contextlib.contextmanager
@@ -194,6 +239,76 @@ def newest_params(workdir: pathlib.Path) -> pathlib.Path:
       ' --params'
     )
   return finished[-1]
+
+
+def open_manifest(folder: pathlib.Path) -> manifest_lib.Manifest:
+  """Opens the manifest of a stage's folder."""
+  return manifest_lib.Manifest(
+    folder,
+    ('params', 'reference', 'promoted', 'eval.json', 'done.json', '*.png'),
+  )
+
+
+def is_done(
+  manifest: manifest_lib.Manifest,
+  result: str,
+  following: pathlib.Path,
+  spare: tuple[str, ...] = (),
+) -> bool:
+  """Says whether a stage is done, and whether what it left holds.
+
+  Large files are read only while they may still be used: until the next stage
+  is done. What a stage that is done can do without is named in a warning where
+  it has changed; it may be deleted.
+
+  Args:
+    manifest: the stage's.
+    result: the folder of the params that it leaves.
+    following: the folder of the next stage.
+    spare: what a stage that is done can do without.
+  """
+
+  def look() -> bool:
+    if not manifest.lists('done.json'):
+      return False
+    deep = not (following / 'done.json').exists()
+    found = manifest.faults(deep=deep)
+    unused = {n: f for n, f in found.items() if n.split('/')[0] in spare}
+    needed = found.keys() - unused.keys()
+    for name in spare:  # which may have a manifest of its own
+      own = manifest_lib.faults(manifest.folder / name, deep=deep)
+      unused |= {f'{name}/{file}': fault for file, fault in own.items()}
+    changed = {n: f for n, f in unused.items() if f != 'is missing'}
+    manifest.warn(changed, 'the stage is done and needs it no more')
+    return manifest.lists(result) and not needed
+
+  return processes.decide(f'is {manifest.folder} done', look)
+
+
+def check_source(
+  manifest: manifest_lib.Manifest, result: str, steps: int
+) -> None:
+  """Refuses to train a stage once more because its params are damaged.
+
+  Args:
+    manifest: the stage's.
+    result: the folder of the params that it leaves.
+    steps: its last step, whose checkpoint tells that nothing is left to train.
+
+  Raises:
+    errors.UserError: the params were there, and that checkpoint is not.
+  """
+  source = manifest.folder / 'checkpoints' / str(steps)
+
+  def look() -> None:
+    if manifest.lists(result) and not source.is_dir():
+      raise errors.UserError(
+        f'{manifest.folder / result} is damaged, and {source}, of which it was'
+        ' made, is gone: copy one of them from a backup, or delete'
+        f' {manifest.folder} to play that stage again'
+      )
+
+  processes.decide(f'source of {manifest.folder}', look)
 
 
 class Run:
@@ -470,15 +585,20 @@ class Run:
       return None
 
     def read():
-      there = self._fit_path.exists()
-      return records.read_json(self._fit_path) if there else None
+      if not self._fit_path.exists():
+        return None
+      try:
+        return manifest_lib.read_json(self._fit_path)
+      except errors.UserError as error:
+        _LOGGER.warning('%s', error)
+        return None
 
     kept = processes.decide('executor.json', read)
     if kept is None:
       return None
-    if kept['settings'] != settings.to_json(self.config.executor):
+    if kept.get('settings') != settings.to_json(self.config.executor):
       return None
-    if kept['devices'] != devices_lib.environment()['devices']:
+    if kept.get('devices') != devices_lib.environment()['devices']:
       return None
     return fit_lib.Fit(kept['accumulate'], kept['remat'])
 
@@ -486,8 +606,8 @@ class Run:
     """Records the fit, for starts to come."""
     if not self.fit.room:  # without a known memory it is always the same
       return
-    records.write_json(
-      self._fit_path,
+    top_manifest(self.workdir).write_json(
+      self._fit_path.name,
       {
         'devices': devices_lib.environment()['devices'],
         'settings': settings.to_json(self.config.executor),

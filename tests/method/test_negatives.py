@@ -73,6 +73,71 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path):
     pool.source(3, 17)
 
 
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def swap(path, other):
+  content = path.read_bytes()
+  path.write_bytes(other.read_bytes())
+  other.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  'damage, missing',
+  [
+    (lambda folder: flip(folder / '000001.npz'), [1]),
+    (lambda folder: (folder / '000001.npz').write_bytes(b''), [1]),
+    (lambda folder: (folder / '000001.npz').unlink(), [1]),
+    (lambda folder: swap(folder / '000000.npz', folder / '000001.npz'), [0, 1]),
+    (lambda folder: (folder / 'pool.json').write_text('[]'), []),
+    (lambda folder: flip(folder / 'pool.json'), []),
+    (lambda folder: (folder / 'pool.json').unlink(), []),
+  ],
+)
+def test_what_does_not_hold_is_drawn_again(tmp_path, caplog, damage, missing):
+  fill(open_pool(tmp_path))
+  damage(tmp_path)
+  pool = open_pool(tmp_path)
+  assert pool.missing() == missing
+  names = [f'00000{shard}.npz' for shard in missing] or ['pool.json']
+  assert all(str(tmp_path / name) in caplog.text for name in names)
+  fill(pool)
+  images, _ = pool.source(3, 17).read(np.arange(10))
+  np.testing.assert_array_equal(images, draw(np.arange(10))[0])
+  caplog.clear()
+  assert not open_pool(tmp_path).missing() and not caplog.records
+
+
+def test_shards_without_their_record_are_those_of_the_same_one(tmp_path):
+  fill(open_pool(tmp_path))
+  (tmp_path / 'pool.json').unlink()
+  assert open_pool(tmp_path, reference='abd').missing() == [0, 1, 2]
+
+
+def test_a_pool_of_an_earlier_version(tmp_path, caplog):
+  fill(open_pool(tmp_path))
+  (tmp_path / 'manifest.json').unlink()
+  flip(tmp_path / '000001.npz')
+  np.savez(tmp_path / '000002.npz', image=draw(np.arange(3))[0])
+  pool = open_pool(tmp_path)
+  assert pool.missing() == [1]
+  assert 'manifest.json is missing' in caplog.text
+  fill(pool)
+  with pytest.raises(errors.UserError, match='3 images, and shard 2 2: delete'):
+    pool.source(3, 17)
+
+
+@pytest.mark.parametrize('size', [None, 0, '4', 4.0])
+def test_a_record_of_another_form_is_one_line(tmp_path, size):
+  pool = open_pool(tmp_path)
+  pool._manifest.write_json('pool.json', IDENTITY | {'shard_size': size})
+  with pytest.raises(errors.UserError, match=r'pool\.json has shard_size'):
+    open_pool(tmp_path)
+
+
 def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
   pool = open_pool(tmp_path)
 

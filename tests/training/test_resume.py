@@ -367,8 +367,10 @@ def test_weights_of_another_architecture_are_refused(images, whole, tmp_path):
 def test_the_pool_of_another_reference_is_refused(images, whole, tmp_path):
   shutil.copytree(whole, tmp_path / 'run')
   first, second = (tmp_path / 'run' / f'round_{i:03d}' for i in range(2))
-  (second / 'done.json').unlink()
-  shutil.rmtree(second / 'reference')
+  for name in ('done.json', 'manifest.json'):  # as of an earlier version
+    (second / name).unlink()
+  for name in ('reference', 'promoted'):
+    shutil.rmtree(second / name)
   shutil.copytree(whole / 'pretrain' / 'params', second / 'reference')
   with pytest.raises(errors.UserError, match='drawn with reference') as e:
     run_lib.play(make_config(images), tmp_path / 'run')
