@@ -10,6 +10,9 @@ beside it and no others:
               Pretrains, plays the rounds, writes the report (the default).
   check       --config --workdir
               Lists all that selfplay would miss, or what it found; then stops.
+  plan        --config [--chip=h100 --num_devices=8, or --probe; --workdir]
+              What selfplay will take: memory, arithmetic and hours, on chips
+              that need not be there, or measured here; needs no data.
   pretrain    --config --workdir
               The pretraining alone.
   sample      --config --workdir [--params --output]
@@ -58,11 +61,13 @@ from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
 from ddo_jax.report import page
+from ddo_jax.runtime import chips
 from ddo_jax.runtime import interruption
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
 from ddo_jax.training import check as check_lib
+from ddo_jax.training import plan as plan_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import samples
 from ddo_jax.training import workspace
@@ -182,6 +187,18 @@ _SAVE_IMAGES = flags.DEFINE_string(
   None,
   "evaluate: a folder (PNGs in EDM's layout) or .npz (OpenAI's) to write.",
 )
+_CHIP = flags.DEFINE_string(
+  'chip',
+  None,
+  f'plan: for which devices, one of {", ".join(chips.CHIPS)}; default those at'
+  ' hand.',
+)
+_NUM_DEVICES = flags.DEFINE_integer(
+  'num_devices', 0, 'plan: how many of --chip; default 1.', lower_bound=0
+)
+_PROBE = flags.DEFINE_bool(
+  'probe', False, 'plan: time ten steps and a call of the sampler here.'
+)
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
@@ -235,6 +252,25 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> str:
     errors.UserError: something is missing or wrong; there is a line for each.
   """
   return '\n'.join(check_lib.training(workspace.Run(config, workdir)))
+
+
+def plan(
+  config: config_lib.Config,
+  chip: str = '',
+  num_devices: int = 0,
+  probe: bool = False,
+  workdir: pathlib.Path | None = None,
+) -> plan_lib.Plan:
+  """Plans what `selfplay` would take; see `plan.plan` for the arguments.
+
+  Returns:
+    A plan, which prints as tables.
+
+  Raises:
+    errors.UserError: the config makes no sense, the chip is not known, or the
+      run does not fit into its devices; the line says what would.
+  """
+  return plan_lib.plan(config, chip, num_devices, probe, workdir)
 
 
 def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -378,6 +414,16 @@ def _check() -> Any:
   return check(_CONFIG.value, _path(_WORKDIR))
 
 
+def _plan() -> Any:
+  return plan(
+    config=_CONFIG.value,
+    chip=_CHIP.value or '',
+    num_devices=_NUM_DEVICES.value,
+    probe=_PROBE.value,
+    workdir=_path(_WORKDIR),
+  )
+
+
 def _pretrain() -> Any:
   return pretrain(_CONFIG.value, _path(_WORKDIR))
 
@@ -456,6 +502,12 @@ _RUN = '--config=configs/digits.py --workdir=runs/digits'
 _MODES = {
   'selfplay': _Mode(_selfplay, (_CONFIG, _WORKDIR), (), _RUN),
   'check': _Mode(_check, (_CONFIG, _WORKDIR), (), _RUN),
+  'plan': _Mode(
+    _plan,
+    (_CONFIG,),
+    (_WORKDIR, _CHIP, _NUM_DEVICES, _PROBE),
+    '--config=configs/digits.py --chip=h100 --num_devices=8',
+  ),
   'pretrain': _Mode(_pretrain, (_CONFIG, _WORKDIR), (), _RUN),
   'sample': _Mode(
     _sample,

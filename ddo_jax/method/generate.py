@@ -15,7 +15,7 @@ from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 
-_RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
+RENDERED = 8  # rows a call: an activation of 512×512 pixels takes 134 MB a row
 
 
 def call_size(count: int, batch: int, num_devices: int) -> int:
@@ -105,7 +105,7 @@ class Generator:
       return stored
     fn = functools.partial(_render, model=self.model)
     rows = {'stored': stored}
-    batch = min(self.batch, _RENDERED)
+    batch = min(self.batch, RENDERED)
     parts = self.executor.map_rows(fn, self.frozen, rows, batch)
     return np.concatenate(list(parts))
 

@@ -11,11 +11,11 @@ from ddo_jax.runtime import work
 
 def short(number: float) -> str:
   """Returns a number to three digits, as '94.2 k', for a unit to follow."""
-  for prefix in ('', 'k', 'M', 'G'):
+  for prefix in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
     if number < 999.5:
       return f'{number:.3g} {prefix}'
     number /= 1_000
-  return f'{number:.3g} T'
+  return f'{number:.3g} Z'
 
 
 def describe(

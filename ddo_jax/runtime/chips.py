@@ -15,6 +15,7 @@ from ddo_jax import errors
 from ddo_jax.runtime import work as work_lib
 
 UTILISATION = 0.6
+LOOP = 4e-6  # seconds to begin a loop, which bounds small networks
 
 # The share of a GPU's memory that jax takes where no variable says otherwise.
 _GPU_SHARE = 0.75
@@ -92,7 +93,8 @@ class Chip:
     arithmetic = sum(
       count / self.rate(precision) for precision, count in work.flops.items()
     )
-    return (arithmetic + work.moved / self.bandwidth) / UTILISATION
+    busy = (arithmetic + work.moved / self.bandwidth) / UTILISATION
+    return busy + work.loops * LOOP
 
 
 _T = 1e12

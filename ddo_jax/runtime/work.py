@@ -35,10 +35,13 @@ class Work(NamedTuple):
       other arithmetic is left out, as papers do.
     moved: the bytes that are read and written, if loops over single numbers are
       fused with what reads them.
+    loops: the number of such loops, products among them, which a device is told
+      to run one after the other.
   """
 
   flops: dict[str, int]
   moved: int
+  loops: int
 
   @property
   def total(self) -> int:
@@ -112,11 +115,13 @@ def count(jaxpr: core.Jaxpr) -> Work:
   sources = _fused(program)
   flops: collections.Counter[str] = collections.Counter()
   moved = 0
+  loops = 0
   for op in program.ops:
     inner = max((count(body) for body in op.bodies), key=_total, default=None)
     if inner and (inner.total or op.name in _LOOPS):
       times = op.equation.params.get('length', 1)
       moved += times * inner.moved
+      loops += times * inner.loops
       for precision, number in inner.flops.items():
         flops[precision] += times * number
       continue
@@ -126,7 +131,8 @@ def count(jaxpr: core.Jaxpr) -> Work:
     if not sources.keys() & op.outputs:
       read = {base for i in op.inputs for base in sources.get(i, {i})}
       moved += sum(program.sizes[number] for number in (*read, *op.outputs))
-  return Work(dict(flops), moved)
+      loops += 1
+  return Work(dict(flops), moved, loops)
 
 
 def _total(work: Work) -> tuple[int, int]:

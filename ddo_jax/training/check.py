@@ -62,7 +62,7 @@ class Plan:
   @property
   def phases(self) -> dict[str, config_lib.Phase]:
     """The phases of the stages, by their names in the config."""
-    return {_phase_of(name): phase for name, phase in self.stages.items()}
+    return {phase_of(name): phase for name, phase in self.stages.items()}
 
   @functools.cached_property
   def target(self) -> Any:
@@ -99,7 +99,7 @@ class Plan:
     return self.trace(draw)
 
 
-def _phase_of(stage: str) -> str:
+def phase_of(stage: str) -> str:
   """Returns the name in the config of a stage's phase."""
   return 'ddo' if stage.startswith('round_') else stage
 
@@ -109,11 +109,11 @@ def _row_keys() -> jax.Array:
   return rng.per_example(rng.stream(0), jnp.zeros(1, jnp.uint32))
 
 
-def _stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
+def stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
   """Returns the stages of a run that are still to be done, and their phases.
 
   Args:
-    run: the run.
+    run: the run; of one without a folder, nothing is done.
     rounds: whether the rounds count, or the pretraining alone.
   """
   config = run.config
@@ -129,7 +129,7 @@ def _stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
   return {
     name: phase
     for name, phase in planned.items()
-    if not (run.workdir / name / 'done.json').exists()
+    if not run.workdir or not (run.workdir / name / 'done.json').exists()
   }
 
 
@@ -362,7 +362,7 @@ def _disk(plan: Plan) -> str:
     name: _phase_bytes(plan, name, phase) for name, phase in plan.phases.items()
   }
   for name in plan.stages:
-    pool, params, state = bytes_of[_phase_of(name)]
+    pool, params, state = bytes_of[phase_of(name)]
     copies = 2 if name.startswith('round_') else 1  # reference and promoted
     files = [path for path in (workdir / name).rglob('*') if path.is_file()]
     pools += pool
@@ -467,7 +467,7 @@ def training(run: workspace.Run, rounds: bool = True) -> list[str]:
   Raises:
     errors.UserError: something is missing or wrong; there is a line for each.
   """
-  plan = Plan(run, _stages(run, rounds))
+  plan = Plan(run, stages(run, rounds))
   checks: _Checks = {'settings': _settings}
   deeper: _Checks = {}
   if plan.stages:

@@ -77,20 +77,29 @@ class Fit(NamedTuple):
     return f'{line}: {gib(self.counted)} of {gib(self.room)} GiB a device'
 
 
+class DoesNotFit(errors.UserError):
+  """These devices hold too little, whatever the microbatches and remat are."""
+
+
 def gib(size: float) -> str:
   """Returns a number of bytes in GiB, such as '61.02'."""
   return f'{size / 2**30:.4g}'
 
 
+def stored_dtype(model: likelihood.LikelihoodModel) -> Any:
+  """Returns the type of a model's rows as they are stored."""
+  return jnp.float32 if isinstance(model.codec, codec.Latents) else jnp.uint8
+
+
 def make_rows(stage: Stage, model: Any, count: int) -> Any:
   """Returns the shapes of a `step.Microbatch` of `count` real rows."""
   shape = model.codec.stored_shape(model.example_shape)
-  latents = isinstance(model.codec, codec.Latents)
+  dtype = stored_dtype(model)
 
   def make():
     label = jnp.zeros(count, jnp.int32)
     ids = jnp.zeros(count, jnp.uint32)
-    stored = jnp.zeros((count, *shape), jnp.float32 if latents else jnp.uint8)
+    stored = jnp.zeros((count, *shape), dtype)
     fake = {'stored': stored, 'label': label}
     return step_lib.Microbatch(
       real={**fake, 'id': ids, 'other_label': label},
@@ -102,6 +111,17 @@ def make_rows(stage: Stage, model: Any, count: int) -> Any:
   return jax.eval_shape(make)
 
 
+def state_shapes(stage: Stage) -> state_lib.TrainState:
+  """Returns the shapes of a phase's training state."""
+  model = stage.build(False)
+  params = jax.eval_shape(model.init, rng.stream(0))
+
+  def create(params):
+    return state_lib.at_start(params, model.rules, stage.phase)
+
+  return jax.eval_shape(create, params)
+
+
 def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
   """Returns the bytes that stand on each device throughout a phase.
 
@@ -109,14 +129,8 @@ def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
     Those of 'params' (θ), 'moments' (the optimizer's state and the number of
     the step), 'averages', 'reference' and 'frozen'.
   """
-  model = stage.build(False)
-  params = jax.eval_shape(model.init, rng.stream(0))
-
-  def create(params):
-    return state_lib.at_start(params, model.rules, stage.phase)
-
-  state = jax.eval_shape(create, params)
-  reference = jax.eval_shape(model.rules.reduce, params)
+  state = state_shapes(stage)
+  reference = jax.eval_shape(stage.build(False).rules.reduce, state.params)
   return {
     'params': layout.share(state.params, 'params'),
     'moments': layout.share(state.opt_state, 'opt_state')
@@ -250,7 +264,8 @@ def plan(
 
   Raises:
     errors.UserError: rows do not divide over devices and microbatches, or the
-      devices are known to hold too little.
+      devices are known to hold too little; `DoesNotFit` where no other setting
+      of the two would do.
   """
   auto = settings.accumulate == settings_lib.AUTO
   given = 1 if auto else settings.accumulate
@@ -284,16 +299,18 @@ def plan(
   least = Fit(choices[-1], remat, counted(choices[-1], remat=remat), room)
   free = _options(stages, layout, settings_lib.AUTO, settings_lib.AUTO)
   other = search(free, _PLANNED) or search(free, 1)
-  remedy = 'take more devices and executor.kind=fsdp, or a smaller model'
-  if other:
-    remedy = (
-      f'--config.executor.accumulate={other.accumulate}'
-      f' --config.executor.remat={other.remat} would fit, with'
-      f' {gib(other.counted or 0)} GiB'
+  needed = (
+    f'a step needs {gib(least.counted or 0)} GiB a device of {gib(room)}'
+    f' (executor.accumulate={least.accumulate}, remat={least.remat})'
+  )
+  if not other:
+    raise DoesNotFit(
+      f'{needed}: take more devices and executor.kind=fsdp, or a smaller model'
     )
   raise errors.UserError(
-    f'a step needs {gib(least.counted or 0)} GiB a device of {gib(room)}'
-    f' (executor.accumulate={least.accumulate}, remat={least.remat}): {remedy}'
+    f'{needed}: --config.executor.accumulate={other.accumulate}'
+    f' --config.executor.remat={other.remat} would fit, with'
+    f' {gib(other.counted or 0)} GiB'
   )
 
 

@@ -299,6 +299,14 @@ def _due(step: int, images: int, batch: int) -> bool:
   return images > 0 and step % max(1, round(images / batch)) == 0
 
 
+def evaluations(phase: config_lib.Phase) -> int:
+  """Returns how often a phase is evaluated, from its first step to its last."""
+  steps = phase.steps()
+  images = phase.rhythm.eval_images
+  due = [_due(step, images, phase.batch_size) for step in range(steps)]
+  return sum(due) + 1
+
+
 def _promote(
   job: Job,
   checkpoints: checkpoint.Checkpoints,

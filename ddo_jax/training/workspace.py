@@ -581,7 +581,7 @@ class Run:
   @property
   def _kept_fit(self) -> fit_lib.Fit | None:
     """The fit that an earlier start found on equal devices, if there is one."""
-    if self._layout:
+    if self._layout or not self.workdir:
       return None
 
     def read():

@@ -44,8 +44,11 @@ def test_rates_by_precision(precision, h100, v5e):
 
 def test_the_time_of_a_call():
   chip = chips.get('a100-40g')
-  found = work.Work({'highest': 19.5e12, 'bfloat16': 312e12}, 1.555e12)
+  found = work.Work({'highest': 19.5e12, 'bfloat16': 312e12}, 1.555e12, 0)
   assert chip.seconds(found) == pytest.approx(3 / chips.UTILISATION)
+  found = found._replace(loops=1_000)
+  busy = 3 / chips.UTILISATION
+  assert chip.seconds(found) == pytest.approx(busy + 1_000 * chips.LOOP)
 
 
 def test_the_memory_that_jax_takes(monkeypatch):

@@ -95,3 +95,4 @@ def test_bytes_that_a_program_moves():
     return jax.lax.scan(lambda y, _: (y @ x, None), x, None, length=7)[0]
 
   assert squares(scanned) == 7 * 3
+  assert count(scanned, (64, 64)).loops == 7
