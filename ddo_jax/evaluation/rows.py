@@ -5,6 +5,7 @@ is kept: in memory, or in a folder, so that a pass which was cut off goes on
 where it stopped.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -159,7 +160,7 @@ class _Buffer:
     self._chunks = iter(chunks)
     self._wanted = wanted
     self._read = 0
-    self._parts = []
+    self._parts: collections.deque[np.ndarray] = collections.deque()
     self._held = 0
 
   def _read_chunk(self) -> None:
@@ -179,11 +180,16 @@ class _Buffer:
   def __call__(self, ids: np.ndarray) -> np.ndarray:
     while self._held < len(ids):
       self._read_chunk()
-    held = np.concatenate(self._parts)
-    rest = held[len(ids) :]
-    self._parts = [rest]
-    self._held = len(rest)
-    return held[: len(ids)]
+    self._held -= len(ids)
+    taken = []
+    missing = len(ids)
+    while missing:
+      part = self._parts.popleft()
+      taken.append(part[:missing])
+      if len(part) > missing:
+        self._parts.appendleft(part[missing:])
+      missing -= len(taken[-1])
+    return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
 
 def _name_lost(folder: pathlib.Path, kinds: Iterable[str]) -> None:

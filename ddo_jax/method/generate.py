@@ -1,5 +1,6 @@
 """Draws rows from params: for fake pools, sample grids and evaluations."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 import functools
 from typing import Any
@@ -91,13 +92,28 @@ class Generator:
       set_size: the number of images in the set that these belong to, which
         settles the size of a call; 0 where these are all.
     """
-    batch = call_size(
-      set_size or len(ids), self.batch, self.executor.num_devices
-    )
+    block = (ids, labels)
+    yield from self._blocks(params, key, [block], set_size or len(ids))
+
+  def _blocks(
+    self,
+    params: likelihood.Params,
+    key: jax.Array,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    set_size: int,
+  ) -> Iterator[np.ndarray]:
+    """Yields the rows of blocks (ids, labels), see `stream`.
+
+    The devices do not wait where a block ends.
+    """
+    batch = call_size(set_size, self.batch, self.executor.num_devices)
     weights = (params, self.frozen, self.executor.replicate(key))
     fn = functools.partial(_sample, model=self.model, sampler=self.sampler)
-    rows = {'id': ids.astype(np.uint32), 'label': labels.astype(np.int32)}
-    yield from self.executor.map_rows(fn, weights, rows, batch)
+    rows = (
+      {'id': ids.astype(np.uint32), 'label': labels.astype(np.int32)}
+      for ids, labels in blocks
+    )
+    return self.executor.map_rows(fn, weights, rows, batch)
 
   def render(self, stored: np.ndarray) -> np.ndarray:
     """Returns the uint8 images [N,H,W,C] that stored rows [N,...] stand for."""
@@ -106,7 +122,7 @@ class Generator:
     fn = functools.partial(_render, model=self.model)
     rows = {'stored': stored}
     batch = min(self.batch, RENDERED)
-    parts = self.executor.map_rows(fn, self.frozen, rows, batch)
+    parts = self.executor.map_rows(fn, self.frozen, [rows], batch)
     return np.concatenate(list(parts))
 
   def images(
@@ -152,10 +168,17 @@ class Generator:
     """
     missing = processes.decide(f'missing in {pool.folder}', pool.missing)
     done = pool.size - sum(len(pool.ids(shard)) for shard in missing)
+
+    def block(shard: int) -> tuple[np.ndarray, np.ndarray]:
+      ids = pool.ids(shard)
+      return ids, shares.labels(ids)
+
+    parts = self._blocks(params, key, map(block, missing), pool.size)
     with progress.follow('fake pool', pool.size, done=done) as bar:
       for shard in missing:
-        ids = pool.ids(shard)
-        labels = shares.labels(ids)
-        parts = self.stream(params, key, ids, labels, set_size=pool.size)
-        pool.write(shard, np.concatenate(list(parts)), labels)
+        ids, labels = block(shard)
+        drawn = [next(parts)]
+        while sum(map(len, drawn)) < len(ids):
+          drawn.append(next(parts))
+        pool.write(shard, np.concatenate(drawn), labels)
         bar.update(len(ids))

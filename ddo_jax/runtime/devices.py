@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -254,37 +255,42 @@ class Executor(layout.Layout):
       jax.block_until_ready(arrays)
 
   def map_rows(
-    self, fn: Callable[..., Any], params: Any, rows: Any, batch: int
+    self, fn: Callable[..., Any], params: Any, blocks: Iterable[Any], batch: int
   ) -> Iterator[np.ndarray]:
     """Yields `fn(params, rows) -> [B,...]` over rows, in calls of one size.
 
     A call is dispatched before the result of the call before it is fetched, so
-    that the devices compute while the host copies and the caller works. Two
-    results are on the devices at most.
+    that the devices compute while the host copies and the caller works, also
+    where a block ends. Two results are on the devices at most.
 
     Args:
       fn: jitted and row-wise: a row's result depends on that row alone.
       params: arrays, already on the devices.
-      rows: tree of numpy arrays [N,...], whole on every process.
+      blocks: trees of numpy arrays [N,...], whole on every process. No call
+        takes rows of two blocks, so that what a row stands beside, and how it
+        is rounded, does not hang on the other blocks.
       batch: rows a call; rounded up to a multiple of the devices.
 
     Yields:
-      Numpy results [b,...] in order, N rows in all.
+      Numpy results [b,...] in order, N rows for each block in all.
     """
-    total = len(jax.tree.leaves(rows)[0])
     batch = math.ceil(batch / self.num_devices) * self.num_devices
     pending = None
-    for start in range(0, total, batch):
-      # The last call repeats the last row, so that all calls are of one size.
-      index = np.minimum(np.arange(start, start + batch), total - 1)
-      part = jax.tree.map(lambda leaf, index=index: leaf[index], rows)
-      result = fn(params, self._place_whole_batch(part))
-      self._wait_if_simulated(result)
-      if pending is not None:
-        yield fetch(pending)
-      pending = result
+    count = 0
+    for rows in blocks:
+      total = len(jax.tree.leaves(rows)[0])
+      for start in range(0, total, batch):
+        # The last call repeats the last row, so that all are of one size.
+        index = np.minimum(np.arange(start, start + batch), total - 1)
+        part = jax.tree.map(lambda leaf, index=index: leaf[index], rows)
+        result = fn(params, self._place_whole_batch(part))
+        self._wait_if_simulated(result)
+        if pending is not None:
+          yield fetch(pending)[:count]
+        pending = result
+        count = min(batch, total - start)
     if pending is not None:
-      yield fetch(pending)[: total - start]
+      yield fetch(pending)[:count]
 
 
 class Agreement:

@@ -384,3 +384,10 @@ def test_the_published_form_of_a_score_is_printed_first():
     'fid              2.5000',
     'kid              0.2000',
   ]
+
+
+def test_images_are_handed_out_in_the_portions_asked_for():
+  chunks = np.split(np.arange(12), [5, 6, 6])
+  take = rows_lib._Buffer(chunks)
+  got = [take(np.empty(count)).tolist() for count in (2, 2, 4, 3, 1)]
+  assert got == [[0, 1], [2, 3], [4, 5, 6, 7], [8, 9, 10], [11]]

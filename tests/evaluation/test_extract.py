@@ -45,3 +45,24 @@ def test_the_network_gives_equal_bits_on_any_number_of_devices():
   assert np.isfinite(part).all(axis=1).sum() == 61
   expected = np.asarray(network(kernel, images))
   np.testing.assert_allclose(whole, expected, rtol=1e-5)
+
+
+def test_two_blocks_a_device_are_under_way():
+  given = []
+  done = []
+
+  def images(ids):
+    given.append(int(ids[0]))
+    return np.zeros((len(ids), 1))
+
+  def network(params, block):
+    del params
+    return block
+
+  devices = jax.devices()[:2]
+  ids = np.array([0, 3, 4, 9, 10, 13, 16, 21])  # Blocks 0, 1, 2, 3, 4 and 5.
+  for mine, _ in extract.by_blocks(network, (), images, ids, devices, rows=4):
+    done.append(mine.tolist())
+    assert len(given) == min(3 + len(done), 6)
+  assert done == [[0, 3], [4], [9, 10], [13], [16], [21]]
+  assert not list(extract.by_blocks(network, (), images, ids[:0], devices))

@@ -274,7 +274,7 @@ def test_features_of_another_seed_are_not_gone_on_with(
     )
     return result['scores']
 
-  def cut_off(evaluator, rows, labels):
+  def cut_off(evaluator, rows, labels, from_file):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:

@@ -271,7 +271,8 @@ def test_rows_are_mapped_in_order_and_all(batch):
     sizes.append(rows['a'].shape[0])  # once a compilation
     return factor * rows['a']
 
-  parts = list(one.map_rows(double, one.replicate(np.float32(2)), rows, batch))
+  two = one.replicate(np.float32(2))
+  parts = list(one.map_rows(double, two, [rows], batch))
   np.testing.assert_array_equal(np.concatenate(parts), 2 * rows['a'])
   assert sizes == [-(-batch // 8) * 8]
 
@@ -292,27 +293,27 @@ def test_a_call_is_dispatched_before_the_last_one_is_fetched(monkeypatch):
 
   monkeypatch.setattr(devices_lib, 'fetch', fetch)
   one = executor(devices=1)
-  rows = np.arange(7)
-  for part in one.map_rows(fn, None, rows, batch=2):
+  blocks = [np.arange(3), np.arange(3, 7)]  # No call takes rows of both.
+  for part in one.map_rows(fn, None, blocks, batch=2):
     events.append(f'use {int(part[0])}')
   assert events == [
     'dispatch 0',
     'dispatch 2',
     'fetch 0',
     'use 0',
-    'dispatch 4',
+    'dispatch 3',
     'fetch 2',
     'use 2',
-    'dispatch 6',
-    'fetch 4',
-    'use 4',
-    'fetch 6',
-    'use 6',
+    'dispatch 5',
+    'fetch 3',
+    'use 3',
+    'fetch 5',
+    'use 5',
   ]
 
 
 def test_no_rows_are_no_calls():
-  assert list(executor().map_rows(None, None, np.arange(0), batch=2)) == []
+  assert list(executor().map_rows(None, None, [np.arange(0)], batch=2)) == []
 
 
 class Denoiser(nn.Module):

@@ -28,7 +28,8 @@ def by_blocks(
 ) -> Iterator[tuple[np.ndarray, Any]]:
   """Yields ids [B] and what the network makes of their images, by blocks.
 
-  While the caller works, one block a device is under way.
+  While the caller works, two blocks a device are under way: one that is
+  computed, and one that waits, so that no device waits for the host.
 
   Args:
     network: a jitted function (params, [rows,H,W,C]) -> tree of [rows,...] that
@@ -46,15 +47,15 @@ def by_blocks(
   copies = [jax.device_put(params, device) for device in devices]
   ids = np.unique(ids)
   pending = []
-  for turn, number in enumerate(np.unique(ids // rows)):
-    mine = ids[ids // rows == number]
+  begin = np.flatnonzero(np.diff(ids // rows, prepend=-1))
+  for turn, mine in enumerate(np.split(ids, begin)[1:]):
     given = images(mine)
     block = np.zeros((rows, *given.shape[1:]), given.dtype)
     block[mine % rows] = given
     place = turn % len(devices)
     out = network(copies[place], jax.device_put(block, devices[place]))
     pending.append((mine, out))
-    if len(pending) > len(devices):
+    if len(pending) >= 2 * len(devices):
       oldest, done = pending.pop(0)
       yield oldest, _fetch(done, oldest % rows)
   for mine, out in pending:
