@@ -1,6 +1,7 @@
 """Tables of images: parquet, what `datasets` saves, sets of the hub."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -78,6 +79,8 @@ def test_what_datasets_saved(tmp_path, monkeypatch):
   index = np.array([6, 0, 3, 3])
   np.testing.assert_array_equal(source.read(index)[0], IMAGES[index])
   assert_holds(sets.sent(source))
+  # The images themselves stay where they are.
+  assert sets.encode(IMAGES[0]) not in pickle.dumps(source)
 
 
 @pytest.mark.parametrize('copied', [False, True])
