@@ -1,8 +1,10 @@
 """The only file that knows Orbax: checkpoints of a phase, folders of params."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -129,14 +131,18 @@ def _compare_shapes(
     )
 
 
-def _context() -> ocp.Context:
-  """Says to Orbax which of the things side by side are JSON values."""
+def _context(alone: bool = False) -> ocp.Context:
+  """Says to Orbax which of the things side by side are JSON values.
+
+  Args:
+    alone: whether this process works without waiting for others.
+  """
   registry = ocp.handlers.local_registry()
   for name in ('meta', 'record'):
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
   context = ocp.Context()
   context.checkpointables.registry = registry
-  if processes.is_by_itself():
+  if alone or processes.is_by_itself():
     me = jax.process_index()
     context.multiprocessing.primary_host = me
     context.multiprocessing.active_processes = {me}
@@ -176,13 +182,7 @@ class Checkpoints:
     self.folder = folder.absolute()
     self._damaged = self.folder.with_name('damaged')
     self._policy = _NewestAndBest()
-    for step in self.steps():
-      try:
-        with _finding_damage(self.folder / str(step)), _context():
-          ocp.checkpointables_metadata(self.folder / str(step))
-      except DamagedError as damage:
-        # Orbax opens none of the checkpoints where one's metadata is damaged.
-        self._move_aside(step, damage)
+    processes.decide(f'open {self.folder}', self._set_unreadable_aside)
     self._checkpointer = ocp.training.Checkpointer(
       self.folder,
       context=_context(),
@@ -197,15 +197,24 @@ class Checkpoints:
     with disk.guarded(self.folder):
       self._checkpointer.close()
 
+  def _set_unreadable_aside(self) -> None:
+    """Orbax opens no checkpoint where the metadata of one is damaged."""
+    for step in self._steps():
+      folder = self.folder / str(step)
+      try:
+        with _finding_damage(folder), _context():
+          ocp.checkpointables_metadata(folder)
+      except DamagedError as damage:
+        self._move_aside(step, damage)
+
   def steps(self) -> list[int]:
     """Returns the steps that are whole on disk, in order."""
+    return processes.decide(f'steps in {self.folder}', self._steps)
 
-    def read():
-      names = [path.name for path in self.folder.glob('*')]
-      # Orbax gives a checkpoint its name when all of it is written.
-      return sorted(int(name) for name in names if name.isdigit())
-
-    return processes.decide(f'steps in {self.folder}', read)
+  def _steps(self) -> list[int]:
+    names = [path.name for path in self.folder.glob('*')]
+    # Orbax gives a checkpoint its name when all of it is written.
+    return sorted(int(name) for name in names if name.isdigit())
 
   def save(
     self,
@@ -252,42 +261,14 @@ class Checkpoints:
     """
     folder = self.folder / str(step)
     wanted = _items(target)
-    if not folder.exists():
-      raise DamagedError('it is not there')
-    with _finding_damage(folder):
-      record = self._record(step)
-      self._check_architecture(step, record, wanted)
-      restored = self._checkpointer.load_checkpointables(step, wanted)
-      if record is not None:
-        _verify(restored, record['arrays'])
-    ema = restored['ema'] if target.ema else {}
-    state = target.replace(ema=ema, **restored['state'])
+    record, items = _on_all(functools.partial(_read, folder, wanted))
+    if record is not None:
+      found = _describe(items)
+      for name, array in record['arrays'].items():
+        if found[name] != array:
+          raise DamagedError(f'{name} does not match its checksum')
+    state = target.replace(ema=items.get('ema', {}), **items['state'])
     return state, record and record['notes']
-
-  def _record(self, step: int) -> dict[str, Any] | None:
-    """Returns what `save` wrote beside the arrays; None: an earlier version."""
-    if not (self.folder / str(step) / 'record').exists():
-      return None
-    loaded = self._checkpointer.load_checkpointables(step, {'record': None})
-    record = records.unsealed(loaded['record'])
-    if record['step'] != step:
-      raise DamagedError(f'it is the checkpoint of step {record["step"]}')
-    return record
-
-  def _check_architecture(
-    self, step: int, record: dict[str, Any] | None, wanted: dict[str, Any]
-  ) -> None:
-    """Raises UserError where the arrays of a checkpoint do not fit."""
-    where = self.folder / str(step)
-    if record is None:
-      stored = self._checkpointer.checkpointables_metadata(step).metadata
-      for name, tree in wanted.items():
-        check_shapes(stored[name], tree, where)
-      return
-    shapes = {}
-    for name, array in record['arrays'].items():
-      shapes[name] = tuple(array['shape'])
-    _compare_shapes(shapes, _shapes(wanted), where)
 
   def restore_newest(self, target: Any) -> tuple[int, Any, Any] | None:
     """Returns the newest checkpoint that holds; those that do not are named.
@@ -314,33 +295,99 @@ class Checkpoints:
 
   def set_aside(self, step: int, damage: DamagedError) -> None:
     """Moves a damaged checkpoint out of the way and says so."""
-    self._move_aside(step, damage)
+    move = functools.partial(self._move_aside, step, damage)
+    processes.decide(f'set aside {self.folder / str(step)}', move)
     self._checkpointer.reload()
 
   def _move_aside(self, step: int, damage: DamagedError) -> None:
     source = self.folder / str(step)
     place = self._damaged / str(step)
-    if processes.is_main() and source.exists():
-      with disk.guarded(self._damaged):
-        shutil.rmtree(place, ignore_errors=True)
-        self._damaged.mkdir(exist_ok=True)
-        os.replace(source, place)
+    if not source.exists():
+      _LOGGER.warning('%s is damaged (%s)', source, damage)
+      return
+    with disk.guarded(self._damaged):
+      shutil.rmtree(place, ignore_errors=True)
+      self._damaged.mkdir(exist_ok=True)
+      os.replace(source, place)
     _LOGGER.warning(
       '%s is damaged (%s); it was moved to %s', source, damage, place
     )
 
   def drop_after(self, step: int) -> None:
     """Removes the checkpoints of later steps, which will be made again."""
-    for later in reversed(self.steps()):
-      if later > step and processes.is_main():
-        with disk.guarded(self.folder):
-          shutil.rmtree(self.folder / str(later))
+
+    def drop():
+      for later in reversed(self._steps()):
+        if later > step:
+          with disk.guarded(self.folder):
+            shutil.rmtree(self.folder / str(later))
+
+    processes.decide(f'drop after {self.folder / str(step)}', drop)
     self._checkpointer.reload()
 
   def forget_damaged(self) -> None:
     """Removes what `set_aside` kept, once there is something in its place."""
     if processes.is_main():
       shutil.rmtree(self._damaged, ignore_errors=True)
+
+
+def _read(
+  folder: pathlib.Path, wanted: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """Returns the record and the arrays of a checkpoint as they lie on the disk.
+
+  Each process reads its own parts of the arrays, and waits for no other.
+
+  Args:
+    folder: the checkpoint's, named by its step.
+    wanted: trees of `abstract` leaves.
+
+  Returns:
+    (record, arrays); the record is None where an earlier version wrote them.
+
+  Raises:
+    DamagedError: something is missing, or not the form it should have.
+    errors.UserError: the arrays are of another architecture, or may not be
+      read.
+  """
+  if not folder.exists():
+    raise DamagedError('it is not there')
+  with _finding_damage(folder), _context(alone=processes.count() > 1):
+    if not (folder / 'record').exists():
+      stored = ocp.checkpointables_metadata(folder).metadata
+      for name, tree in wanted.items():
+        check_shapes(stored[name], tree, folder)
+      return None, ocp.load_checkpointables(folder, wanted)
+    loaded = ocp.load_checkpointables(folder, {'record': None})
+    record = records.unsealed(loaded['record'])
+    if record['step'] != int(folder.name):
+      raise DamagedError(f'it is the checkpoint of step {record["step"]}')
+    shapes = {}
+    for name, array in record['arrays'].items():
+      shapes[name] = tuple(array['shape'])
+    _compare_shapes(shapes, _shapes(wanted), folder)
+    return record, ocp.load_checkpointables(folder, wanted)
+
+
+def _on_all(read: Callable[[], Any]) -> Any:
+  """Calls on every process, and fails on all of them where it fails on one.
+
+  Raises:
+    DamagedError: as a call.
+  """
+  damage = None
+  result = None
+  try:
+    result = read()
+  except DamagedError as error:
+    damage = error
+  if processes.count() > 1:
+    failed = devices.exchange(np.array([damage is not None], np.uint32))
+    if failed.any() and damage is None:
+      damage = DamagedError('another process could not read it')
+  if damage is not None:
+    raise damage
+  return result
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -350,17 +397,10 @@ def _items(state: Any) -> dict[str, Any]:
     'params': state.params,
     'opt_state': state.opt_state,
   }
-  return (
-    {'state': trained, 'ema': state.ema} if state.ema else {'state': trained}
-  )
-
-
-def _verify(items: dict[str, Any], arrays: dict[str, Any]) -> None:
-  """Raises DamagedError unless restored arrays have their checksums."""
-  found = _describe(items)
-  for name, array in arrays.items():
-    if found[name] != array:
-      raise DamagedError(f'{name} does not match its checksum')
+  items = {'state': trained}
+  if state.ema:
+    items['ema'] = state.ema
+  return items
 
 
 def _reason(error: Exception) -> str:
