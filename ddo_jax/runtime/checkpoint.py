@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -403,17 +404,48 @@ def _items(state: Any) -> dict[str, Any]:
   return items
 
 
-def _reason(error: Exception) -> str:
-  """What an exception says, on one line."""
-  words = ' '.join(str(error).split()) or type(error).__name__
-  return words[:200]
+def _reason(error: BaseException) -> str:
+  """What an exception says, or rather what it was first raised for."""
+  while error.__cause__ or error.__context__:
+    error = error.__cause__ or error.__context__
+  words = ' '.join(str(error).split())
+  if not isinstance(error, OSError | ValueError):
+    words = f'{type(error).__name__} {words}'
+  # TensorStore adds its whole specification.
+  return words.partition(' [tensorstore_spec')[0][:300]
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+  return 'exception was never retrieved' not in record.getMessage()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Keeps the libraries from printing what their exception says.
+
+  Orbax reads arrays in tasks and raises what the first one did. Of the others
+  asyncio prints tracebacks when they are collected, at any later time.
+  """
+  absl = logging.getLogger('absl')
+  before = absl.disabled
+  absl.disabled = True
+  try:
+    yield
+  except Exception:
+    logging.getLogger('asyncio').addFilter(_is_no_echo)
+    message = 'coroutine .* was never awaited'
+    warnings.filterwarnings('ignore', message, RuntimeWarning)
+    raise
+  finally:
+    absl.disabled = before
 
 
 @contextlib.contextmanager
 def _finding_damage(folder: pathlib.Path) -> Iterator[None]:
   """Takes whatever Orbax raises over a checkpoint's files for damage."""
   try:
-    yield
+    with _quietly():
+      yield
   except (errors.UserError, DamagedError, jax.errors.JaxRuntimeError):
     raise  # the line is there already, or the devices are at fault
   except Exception as error:  # a damaged file makes Orbax raise no less
@@ -430,7 +462,8 @@ def _finding_damage(folder: pathlib.Path) -> Iterator[None]:
 def _reading(folder: pathlib.Path) -> Iterator[None]:
   """Names the folder where Orbax cannot make sense of what is in it."""
   try:
-    yield
+    with _quietly():
+      yield
   except (errors.UserError, jax.errors.JaxRuntimeError):
     raise  # already a line of ours, or the devices are at fault
   except Exception as error:  # a damaged file makes Orbax raise no less

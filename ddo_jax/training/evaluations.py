@@ -42,10 +42,10 @@ class Evaluations:
         file says something else.
     """
     read = processes.decide('evaluations', self._read)
-    found = {record['step']: record for record in read}
+    found = {record['step']: record for record in read or []}
     found |= {record['step']: record for record in carried}
     self._by_step = {at: found[at] for at in sorted(found) if at <= step}
-    if found.keys() != self._by_step.keys():
+    if self.all() != read:
       self._write()
 
   def add(self, record: dict[str, Any]) -> None:
@@ -73,26 +73,21 @@ class Evaluations:
     content = {'stage': self._stage, 'evaluations': self.all()}
     records.write_json(self._path, records.sealed(content))
 
-  def _read(self) -> list[dict[str, Any]]:
-    """Returns what the file holds; nothing where it is damaged."""
+  def _read(self) -> list[dict[str, Any]] | None:
+    """Returns what the file holds; None where that is of no use."""
     if not self._path.exists():
       return []
     try:
       content = records.unsealed(records.read_json(self._path))
     except (errors.UserError, ValueError) as error:
-      _LOGGER.warning(
-        '%s is damaged (%s): what the newest checkpoint does not carry is'
-        ' evaluated again',
-        self._path,
-        str(error).partition(';')[0],
-      )
-      return []
-    if content['stage'] != self._stage:
-      _LOGGER.warning(
-        '%s is of %s and is not used: what the newest checkpoint does not carry'
-        ' is evaluated again',
-        self._path,
-        content['stage'],
-      )
-      return []
-    return content['evaluations']
+      found = f'damaged ({str(error).partition(";")[0]})'
+    else:
+      if content['stage'] == self._stage:
+        return content['evaluations']
+      found = f'of {content["stage"]}'
+    _LOGGER.warning(
+      '%s is %s; what the newest checkpoint does not carry is evaluated again',
+      self._path,
+      found,
+    )
+    return None

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as orbax_v0
 import pytest
 import tensorstore
 
@@ -116,6 +117,230 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
   line = str(caught.value)
   assert f'{tmp_path / "3"} holds another architecture' in line
   assert 'dense/kernel: stored (2, 3), wanted (2, 4)' in line
+
+
+def damage(path, kind, other):
+  """Damages a file; `other` is its counterpart in another checkpoint."""
+  raw = bytearray(path.read_bytes())
+  if kind == 'deleted':
+    path.unlink()
+    return
+  if kind == 'flipped':
+    raw[len(raw) // 2] ^= 4
+  content = {
+    'flipped': raw,
+    'truncated': raw[: len(raw) // 2],
+    'emptied': b'',
+    'swapped': other.read_bytes(),
+  }
+  path.write_bytes(content[kind])
+
+
+KINDS = ('flipped', 'truncated', 'emptied', 'deleted', 'swapped')
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+  """The checkpoints of steps 2 and 4; nobody may change them."""
+  return saved(tmp_path_factory.mktemp('two') / 'checkpoints', [2, 4])
+
+
+@pytest.fixture
+def folder(two, tmp_path):
+  return shutil.copytree(two, tmp_path / 'checkpoints')
+
+
+def go_on(folder):
+  """Returns the newest step that holds, and checks what is in it."""
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    step, state, _ = checkpoints.restore_newest(abstract(make_state()))
+    assert_equal(state, make_state(step))
+    assert checkpoints.steps() == [at for at in (2, 4) if at <= step]
+  return step
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  'file', ['state/d/*', 'ema/d/*', 'ema/manifest.ocdbt', 'record/data.json']
+)
+def test_of_a_damaged_checkpoint_the_one_before_is_used(
+  folder, file, kind, caplog
+):
+  (path,) = (folder / '4').glob(file)
+  (other,) = (folder / '2').glob(file)
+  damage(path, kind, other)
+  assert go_on(folder) == 2
+  (line,) = [r for r in caplog.messages if str(folder) in r]
+  assert line.startswith(f'{folder / "4"} is damaged (')
+  assert line.endswith(f'; it was moved to {folder.parent / "damaged" / "4"}')
+  assert '\n' not in line
+
+
+@pytest.mark.parametrize('item', ['state', 'ema'])
+def test_a_flipped_bit_of_an_array_is_found(tmp_path, item, caplog):
+  numbers = np.random.default_rng(0).standard_normal((64, 64))
+  state = make_state(3)
+  large = {'kernel': jnp.asarray(numbers, jnp.float32)}
+  state = state.replace(params=large, ema={'average': large})
+  folder = tmp_path / 'checkpoints'
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(state, step)
+  files = (folder / '3' / item).rglob('*/d/*')
+  largest = max(files, key=lambda path: path.stat().st_size)
+  for place in (0, -100):  # TensorStore itself finds those of its own numbers
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2 + place] ^= 1
+    largest.write_bytes(raw)
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    step, restored, _ = checkpoints.restore_newest(abstract(state))
+  assert step == 2
+  assert_equal(restored, state)
+  assert f'({item}/' in caplog.text
+  assert 'does not match its checksum' in caplog.text
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  'file', ['_CHECKPOINT_METADATA', 'state/_METADATA', 'ema/_sharding']
+)
+def test_what_orbax_keeps_of_its_own_is_made_do_without(folder, file, kind):
+  damage(folder / '4' / file, kind, folder / '2' / file)
+  assert go_on(folder) in (2, 4)
+
+
+def test_metadata_with_which_orbax_opens_nothing_are_set_aside(folder, caplog):
+  path = folder / '4' / '_CHECKPOINT_METADATA'
+  path.write_text(path.read_text().replace('metrics', 'netrics'))
+  assert go_on(folder) == 2
+  assert f'{folder / "4"} is damaged' in caplog.text
+
+
+def test_a_checkpoint_under_another_step_is_damaged(folder, caplog):
+  shutil.rmtree(folder / '4')
+  shutil.copytree(folder / '2', folder / '4')
+  assert go_on(folder) == 2
+  assert '(it is the checkpoint of step 2); it was moved' in caplog.text
+
+
+def test_where_no_checkpoint_holds_there_is_none(folder, caplog):
+  for step in (2, 4):
+    (folder / str(step) / 'record' / 'data.json').unlink()
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    assert checkpoints.restore_newest(abstract(make_state())) is None
+    assert kept(folder.parent / 'damaged') == [2, 4]
+    checkpoints.forget_damaged()
+  assert f'{folder}: none is left; it begins again' in caplog.text
+  assert not (folder.parent / 'damaged').exists()
+
+
+def test_a_checkpoint_that_may_not_be_read_stays(folder, monkeypatch):
+  def denied(*args, **kwargs):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    monkeypatch.setattr(tensorstore, 'open', denied)
+    with pytest.raises(errors.UserError, match='4 may not be read'):
+      checkpoints.restore_newest(abstract(make_state()))
+  assert kept(folder) == [2, 4]
+
+
+def test_notes_come_back(tmp_path):
+  notes = [{'step': 0, 'selection': 0.1}]
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(make_state(3), 3, notes)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(3, abstract(make_state()))[1] == notes
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored(tmp_path):
+  folder = tmp_path / 'checkpoints'
+  state = make_state(2)
+  save = orbax_v0.args.StandardSave
+  items = checkpoint._items(state)
+  with orbax_v0.CheckpointManager(folder) as manager:
+    items = {name: save(tree) for name, tree in items.items()}
+    manager.save(2, args=orbax_v0.args.Composite(**items))
+  target = abstract(state)
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    step, restored, notes = checkpoints.restore_newest(target)
+    assert_equal(restored, state)
+    assert (step, notes) == (2, None)
+    checkpoints.save(make_state(4), 4)
+    with pytest.raises(errors.UserError, match='2 holds another architecture'):
+      checkpoints.restore(2, abstract(make_state(width=4)))
+  assert go_on(folder) == 4
+
+
+def test_a_folder_of_params_of_an_earlier_version_is_read(tmp_path):
+  folder = tmp_path / 'params'
+  params = make_params(2.0)
+  meta = {'stage': 'a', 'sha256': checkpoint.tree_hash(params)}
+  handler = orbax_v0.CompositeCheckpointHandler(
+    params=orbax_v0.StandardCheckpointHandler(),
+    meta=orbax_v0.JsonCheckpointHandler(),
+  )
+  with orbax_v0.Checkpointer(handler) as writer:
+    items = orbax_v0.args.Composite(
+      params=orbax_v0.args.StandardSave(params),
+      meta=orbax_v0.args.JsonSave(meta),
+    )
+    writer.save(folder, args=items)
+  got, found = checkpoint.load_params(folder, abstract(params))
+  assert_equal(got, params)
+  assert found == meta
+
+
+def split(tree, devices):
+  """Shardings of a tree whose leaves' last axes are split over devices."""
+  mesh = jax.make_mesh((devices,), ('d',), devices=jax.devices()[:devices])
+
+  def place(leaf):
+    axes = [None] * leaf.ndim
+    if axes and leaf.shape[-1] % devices == 0:
+      axes[-1] = 'd'
+    spec = jax.sharding.PartitionSpec(*axes)
+    return jax.sharding.NamedSharding(mesh, spec)
+
+  return jax.tree.map(place, tree)
+
+
+def test_checksums_hold_on_other_numbers_of_devices(tmp_path):
+  state = make_state(1, width=16)
+  described = []
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    for step, devices in enumerate((8, 4, 2, 1, 8), 1):
+      target = checkpoint.abstract(state, split(state, devices))
+      if step == 1:
+        placed = jax.device_put(state, split(state, devices))
+      else:
+        placed, _ = checkpoints.restore(step - 1, target)
+      assert len(placed.params['dense']['kernel'].devices()) == devices
+      assert_equal(placed, state)
+      described.append(checkpoint._describe(placed))
+      checkpoints.save(placed, step)
+      checkpoints.wait()
+  assert described == described[:1] * 5
+
+
+@pytest.mark.parametrize(
+  'dtype', ['float32', 'bfloat16', 'int8', 'bool', 'int32']
+)
+def test_a_checksum_knows_every_bit_and_its_place(dtype):
+  numbers = np.arange(6).reshape(2, 3) % 2
+  array = jnp.asarray(numbers, dtype)
+  sums = {int(checkpoint._checksum(array))}
+  for place in np.ndindex(2, 3):
+    changed = array.at[place].set((1 - numbers[place]).astype(dtype))
+    sums.add(int(checkpoint._checksum(changed)))
+  sums.add(int(checkpoint._checksum(array[::-1])))
+  assert len(sums) == 8
+
+
+def test_a_checksum_tells_zeros_apart():
+  zero = jnp.zeros(2)
+  assert checkpoint._checksum(zero) != checkpoint._checksum(-zero)
+  assert int(checkpoint._checksum(jnp.zeros((0, 3)))) == 0
 
 
 def full_disk(*args, **kwargs):

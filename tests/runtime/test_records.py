@@ -113,3 +113,46 @@ def test_numbers_go_to_tensorboard_at_once(log):
 def test_rewind_of_a_fresh_run_is_no_error(log):
   log.rewind('pretrain', 0, [])
   assert log.read() == []
+
+
+def test_a_damaged_line_loses_that_line_alone(log, caplog):
+  written = [record('pretrain', 'train', step) for step in range(5)]
+  for value in written:
+    log.write(value)
+  lines = log.path.read_bytes().splitlines(keepends=True)
+  lines[1] = lines[1].replace(b'"step"', b'"st\xffp"')
+  lines[2] = b'[1]\n'
+  log.path.write_bytes(b''.join(lines))
+  expected = [written[0], *written[3:]]
+  assert log.read() == expected
+  for number in (2, 3):
+    assert f'{log.path}: line {number} is damaged and left out' in caplog.text
+  log.rewind('round_000', 0, [])
+  assert log.read() == expected
+  assert log.path.read_bytes() == b''.join(lines)  # the damaged stay to be seen
+
+
+def test_rewind_writes_the_evaluations_that_the_log_lacks(log):
+  written = [
+    record('pretrain', 'train', 9),
+    record('round_000', 'eval', 0, score=1.0),
+    record('round_000', 'train', 0),
+    record('round_000', 'eval', 4, score=2.0),
+    record('round_000', 'train', 4),
+  ]
+  changed = written[1] | {'score': 0.5}
+  for value in (written[0], changed, written[2], written[4]):
+    log.write(value)
+  log.rewind('round_000', 5, [written[1], written[3]])
+  assert log.read() == written
+
+
+@pytest.mark.parametrize(
+  'change', [{'a': 2}, {'b': 1}, {'sha256': '0'}, None], ids=str
+)
+def test_a_sealed_object_shows_a_change(change):
+  value = {'a': 1, 'nested': [{'x': 0.1}]}
+  sealed = json.loads(json.dumps(records.sealed(value)))
+  assert records.unsealed(sealed) == value
+  with pytest.raises(ValueError, match='the record'):
+    records.unsealed(change and sealed | change)
