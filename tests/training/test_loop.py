@@ -1,6 +1,8 @@
 """The loop of one phase: promotion, what stops it, what it fetches."""
 
 import dataclasses
+import functools
+import shutil
 import signal
 import time
 import types
@@ -54,38 +56,39 @@ def executor():
   return devices_lib.Executor(config_lib.Executor())
 
 
+def new_job(executor, folder, scores=None):
+  """Returns a job of a round."""
+  shapes = jax.eval_shape(MODEL.init, rng.stream(0))
+  numbers = np.random.default_rng(0)
+
+  def normal(s):
+    return 0.3 * numbers.standard_normal(s.shape, np.float32)
+
+  params = placing.place_state(executor, jax.tree.map(normal, shapes))
+  return loop_lib.Job(
+    name='round_000',
+    folder=folder / 'round_000',
+    seed=0,
+    phase=PHASE,
+    model=MODEL,
+    start=lambda: params,
+    reference=params,
+    frozen={},
+    real=make_source('real', 1),
+    fake=make_source('fake', 2),
+    sampler=None,
+    executor=executor,
+    accumulate=1,
+    log=records.MetricsLog(folder),
+    evaluate=scores,
+    metric='fd_train',
+  )
+
+
 @pytest.fixture
 def make_job(executor, tmp_path):
   """Makes a job of a round; all of one test share their folder."""
-
-  def make(scores=None):
-    shapes = jax.eval_shape(MODEL.init, rng.stream(0))
-    numbers = np.random.default_rng(0)
-
-    def normal(s):
-      return 0.3 * numbers.standard_normal(s.shape, np.float32)
-
-    params = placing.place_state(executor, jax.tree.map(normal, shapes))
-    return loop_lib.Job(
-      name='round_000',
-      folder=tmp_path / 'round_000',
-      seed=0,
-      phase=PHASE,
-      model=MODEL,
-      start=lambda: params,
-      reference=params,
-      frozen={},
-      real=make_source('real', 1),
-      fake=make_source('fake', 2),
-      sampler=None,
-      executor=executor,
-      accumulate=1,
-      log=records.MetricsLog(tmp_path),
-      evaluate=scores,
-      metric='fd_train',
-    )
-
-  return make
+  return functools.partial(new_job, executor, tmp_path)
 
 
 class Judge:
@@ -236,6 +239,134 @@ def test_law_4_signals_save_first(make_job, tmp_path, monkeypatch, capfd):
   assert again == expected
   found = records.read_log(job.folder)
   assert [r['step'] for r in found] == [r['step'] for r in log]
+
+
+SCORES = (9.0, 9.0, 5.0, 4.0, 8.0, 7.0)  # of two averages at 0, 6 and 12
+BEST = (6, 'halflife_60', 4.0)
+
+
+def outcome(job, promotion):
+  """What a phase leaves, less what the clock says of it."""
+  log = records.read_log(job.folder)
+  for record in log:
+    record.pop('images_per_second', None)
+  sha256 = checkpoint.tree_hash(promotion.params)
+  chosen = (promotion.step, promotion.profile, promotion.selection)
+  return chosen, sha256, log
+
+
+@pytest.fixture(scope='module')
+def finished(executor, tmp_path_factory):
+  """A phase that is done, and what it left; nobody may change its folder."""
+  folder = tmp_path_factory.mktemp('finished')
+  job = elsewhere(new_job(executor, folder, Judge(*SCORES)), folder)
+  promotion = loop_lib.run(job)
+  expected = outcome(job, promotion)
+  assert expected[0] == BEST
+  assert kept(job) == [6, 9, 12]
+  return folder, expected
+
+
+@pytest.fixture
+def play_again(finished, make_job, tmp_path):
+  """Plays the phase again, and holds what it leaves against what it left."""
+  folder, expected = finished
+  copy = shutil.copytree(folder, tmp_path / 'copy')
+
+  def play(*scores):
+    judge = Judge(*scores)
+    job = elsewhere(make_job(judge), copy)
+    got = outcome(job, loop_lib.run(job))
+    assert got == expected
+    assert len(judge.judged) == len(scores)
+    assert kept(job) == [6, 9, 12]
+    assert not (copy / 'damaged').exists()
+
+  return copy, play
+
+
+def damage_checkpoint(folder, step):
+  (path,) = (folder / 'checkpoints' / str(step)).glob('ema/manifest.ocdbt')
+  path.write_bytes(b'')
+
+
+def test_a_phase_that_is_done_computes_nothing(play_again):
+  _, play = play_again
+  play()
+
+
+def test_a_damaged_newest_checkpoint_is_made_again(play_again, caplog):
+  folder, play = play_again
+  damage_checkpoint(folder, 12)
+  play(8.0, 7.0)  # of step 12
+  assert f'{folder}/checkpoints/12 is damaged (it cannot be read' in caplog.text
+
+
+def test_a_damaged_best_checkpoint_is_made_again(play_again, caplog):
+  folder, play = play_again
+  damage_checkpoint(folder, 6)
+  play(*SCORES[2:])
+  assert f'{folder}/checkpoints/6 is damaged (it cannot be read' in caplog.text
+  assert 'step 6 is to be promoted and is made again' in caplog.text
+
+
+def test_where_no_checkpoint_holds_the_phase_begins_again(play_again, caplog):
+  folder, play = play_again
+  for step in (6, 9, 12):
+    damage_checkpoint(folder, step)
+  play(*SCORES[2:])
+  assert 'none is left; it begins again' in caplog.text
+
+
+def test_a_disk_that_keeps_nothing_ends_the_phase(make_job, monkeypatch):
+  def restore(checkpoints, step, target):
+    raise checkpoint.DamagedError('so it is')
+
+  job = make_job(Judge(*SCORES, *SCORES[2:]))
+  monkeypatch.setattr(checkpoint.Checkpoints, 'restore', restore)
+  with pytest.raises(errors.UserError, match=r'damaged soon after .* twice'):
+    loop_lib.run(job)
+
+
+def edit(path, old, new):
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new))
+
+
+def test_the_log_decides_nothing(play_again):
+  folder, play = play_again
+  log = folder / 'metrics.jsonl'
+  edit(log, '"selection": 9.0', '"selection": 0.5')
+  play()
+  lines = log.read_text().splitlines(keepends=True)
+  log.write_text(''.join(line for line in lines if '"eval"' not in line))
+  play()
+  edit(log, '"stage"', '"stagé"')
+  with pytest.raises(AssertionError):
+    play()
+  found = records.read_log(folder)
+  assert [record['kind'] for record in found] == ['eval'] * 3
+
+
+@pytest.mark.parametrize('damage', ['deleted', 'edited'])
+def test_evaluations_come_back_from_the_checkpoint(play_again, damage):
+  folder, play = play_again
+  path = folder / 'evaluations.json'
+  if damage == 'deleted':
+    path.unlink()
+  else:
+    edit(path, '9.0', '0.5')
+  play(8.0, 7.0)  # of step 12, which is saved before it is evaluated
+
+
+def test_a_run_of_an_earlier_version_goes_on(play_again):
+  """Its checkpoints have no record, and its log alone the evaluations."""
+  folder, play = play_again
+  (folder / 'evaluations.json').unlink()
+  for step in (6, 9, 12):
+    shutil.rmtree(folder / 'checkpoints' / str(step) / 'record')
+  play()
 
 
 def by_the_clock(job, minutes):
