@@ -263,6 +263,13 @@ def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
     minutes = rhythm.save_minutes
     field = f'{name}.rhythm.save_minutes'
     errors.require(minutes >= 0, field, minutes, '0 or more')
+  with problems.gather():
+    errors.require(
+      phase.bad_numbers.policy != 'rollback' or rhythm.save_images > 0,
+      f'{name}.rhythm.save_images',
+      rhythm.save_images,
+      'positive: bad_numbers.policy=rollback goes back to a save',
+    )
   drop = phase.label_drop
   objective = phase.objective
   with problems.gather():

@@ -159,12 +159,13 @@ class _NewestAndBest:
   """Orbax asks it which checkpoints to keep."""
 
   best: int | None = None
+  anchor: int | None = None
 
   def should_preserve(
     self, checkpoints: Sequence[Any], *, context: Any
   ) -> list[bool]:
     del context
-    kept = (self.best, *[info.step for info in checkpoints[-2:]])
+    kept = (self.best, self.anchor, *[info.step for info in checkpoints[-2:]])
     return [info.step in kept for info in checkpoints]
 
 
@@ -223,6 +224,7 @@ class Checkpoints:
     step: int,
     notes: Any = None,
     best: int | None = None,
+    anchor: int | None = None,
   ) -> None:
     """Starts to save a TrainState; earlier ones are removed when it is whole.
 
@@ -231,8 +233,10 @@ class Checkpoints:
       step: its number.
       notes: a JSON value that comes back with the state.
       best: the step of an earlier checkpoint that is kept; None: there is none.
+      anchor: the step of another one that is kept.
     """
     self._policy.best = best
+    self._policy.anchor = anchor
     items = _items(state)
     record = {'step': step, 'arrays': _describe(items), 'notes': notes}
     with disk.guarded(self.folder):

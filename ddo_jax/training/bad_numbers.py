@@ -10,7 +10,7 @@ import optax
 
 from ddo_jax import errors
 
-POLICIES = ('stop', 'skip')
+POLICIES = ('stop', 'skip', 'rollback')
 # The gradients whose mean a spike is held against. Those of the first steps
 # grow by themselves: the last layer of most networks begins at zero.
 SETTLED = 20
@@ -40,6 +40,12 @@ class BadNumbers:
     policy: 'stop' ends the run, with one line. 'skip' leaves weights, averages
       and Adam's moments as they were, and takes the next step's rows; the clock
       and the schedule go on, so that a resumed run skips the same steps.
+      'rollback' goes back to the newest state that was due to be saved
+      (`rhythm.save_images`, `eval_images`) and puts it in the place of the one
+      after the bad step: all rows in between are left out, for what went bad
+      may have begun there. That state is saved under its new step at once, so
+      that a rollback is a checkpoint like others, from which a run resumes; a
+      run that is killed before goes bad at the same step and does the same.
     spike: the factor of a spike; 0 looks for none.
     limit: the bad steps of a phase at which it stops under any policy.
   """

@@ -132,6 +132,14 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
       yield place(real), place(fake)
 
 
+class _GoneBad(Exception):
+  """The numbers of a step are bad, and the phase is to go back."""
+
+  def __init__(self, step: int):
+    super().__init__()
+    self.step = step
+
+
 class _Logger:
   """Fetches a step's metrics while the device computes the next one."""
 
@@ -168,6 +176,7 @@ class _Logger:
     Raises:
       errors.UserError: the loss or the gradient is not finite, or step 0 of
         a round is not at chance.
+      _GoneBad: numbers are bad, and the policy is to go back.
     """
     if self._pending is None:
       return
@@ -213,10 +222,11 @@ class _Logger:
     self._bad.append(step)
     count = len(self._bad)
     _LOGGER.warning(
-      '%s step %d: %s; skipped, %d of at most %d',
+      '%s step %d: %s; %s, %d of at most %d',
       self._job.name,
       step,
       reason,
+      rule.policy,
       count,
       rule.limit,
     )
@@ -232,6 +242,8 @@ class _Logger:
     if count >= rule.limit:
       reason += f', and the number of bad steps, {count}, is at its limit'
       self._stop(step, reason, f'{_REMEDY}, or raise bad_numbers.limit')
+    if rule.policy == 'rollback':
+      raise _GoneBad(step)
 
   def _check(self, step: int, metrics: dict[str, Any]) -> None:
     where = f'{self._job.name} step {step}'
@@ -305,6 +317,75 @@ def evaluations(phase: config_lib.Phase) -> int:
   images = phase.rhythm.eval_images
   due = [_due(step, images, phase.batch_size) for step in range(steps)]
   return sum(due) + 1
+
+
+def _anchor(job: Job, step: int) -> int:
+  """Returns the last step up to this one that was due to be saved, or 0.
+
+  It goes by the step alone, not by the clock, and so a run goes back to the
+  same state whenever it was interrupted.
+  """
+  rhythm = job.phase.rhythm
+  if not rhythm.save_images:
+    return 0
+  period = max(1, round(rhythm.save_images / job.phase.batch_size))
+  return step // period * period
+
+
+def _save(
+  job: Job,
+  checkpoints: checkpoint.Checkpoints,
+  evaluations: evaluations_lib.Evaluations,
+  state: state_lib.TrainState,
+  step: int,
+) -> None:
+  """Starts to save a state, and says what stays beside it."""
+  best = evaluations.best()
+  rolls_back = job.phase.bad_numbers.policy == 'rollback'
+  checkpoints.save(
+    state,
+    step,
+    notes=evaluations.all(),
+    best=best['step'] if best else None,
+    anchor=_anchor(job, step) if rolls_back else None,
+  )
+
+
+def _go_back(
+  job: Job,
+  checkpoints: checkpoint.Checkpoints,
+  evaluations: evaluations_lib.Evaluations,
+  target: Any,
+  bad_step: int,
+) -> None:
+  """Saves the state before a bad step's anchor as the one after the step.
+
+  Training goes on from there as from any checkpoint, see
+  `bad_numbers.BadNumbers`.
+  """
+  checkpoints.wait()
+  anchor = _anchor(job, bad_step)
+  found = 0
+  for step in reversed([at for at in checkpoints.steps() if at <= anchor]):
+    try:
+      state, _ = checkpoints.restore(step, target)
+      found = step
+      break
+    except checkpoint.DamagedError as damage:
+      checkpoints.set_aside(step, damage)
+  else:
+    state = _fresh_state(job)
+  after = bad_step + 1
+  state = state_lib.at_step(state, job.executor.replicate(np.int32(after)))
+  _save(job, checkpoints, evaluations, state, after)
+  checkpoints.wait()
+  _LOGGER.warning(
+    '%s: back at the state of step %d, steps %d to %d are left out',
+    job.name,
+    found,
+    found,
+    bad_step,
+  )
 
 
 def _promote(
@@ -422,11 +503,36 @@ def _train(
   target: Any,
 ) -> None:
   """Trains to the end, so that the last step is saved and evaluated."""
+  with interruption.deferred() as deferral:
+    while True:
+      try:
+        _train_on(job, step_fn, checkpoints, evaluations, target, deferral)
+        return
+      except _GoneBad as gone_bad:
+        step = gone_bad.step
+      # Here nothing holds the state that went bad any more.
+      _go_back(job, checkpoints, evaluations, target, step)
+
+
+def _train_on(
+  job: Job,
+  step_fn: Callable[..., Any],
+  checkpoints: checkpoint.Checkpoints,
+  evaluations: evaluations_lib.Evaluations,
+  target: Any,
+  deferral: interruption.Deferral,
+) -> None:
+  """Trains from the newest checkpoint on.
+
+  Raises:
+    _GoneBad: numbers are bad, and the policy is to go back.
+  """
   phase = job.phase
   rhythm = phase.rhythm
   batch_size = phase.batch_size
   steps = phase.steps()
-  start, state = _resume(job, checkpoints, evaluations, target)
+  with deferral.saved():
+    start, state = _resume(job, checkpoints, evaluations, target)
   logger = _Logger(job, checkpoints)
   bar = progress.follow(
     job.name, steps * batch_size, done=start * batch_size, leave=True
@@ -434,7 +540,7 @@ def _train(
   rows = batches(job, start)
   saved_at = time.monotonic()
   agree = devices_lib.Agreement(job.executor)
-  with bar, contextlib.closing(rows), interruption.deferred() as deferral:
+  with bar, contextlib.closing(rows):
     for step in range(start, steps + 1):
       last = step == steps
       evaluate = last or _due(step, rhythm.eval_images, batch_size)
@@ -446,13 +552,7 @@ def _train(
       save = last or _due(step, rhythm.save_images, batch_size)
       if (save or must_save or evaluate or signum) and step > start:
         logger.flush()
-        best = evaluations.best()
-        checkpoints.save(
-          state,
-          step,
-          notes=evaluations.all(),
-          best=best['step'] if best else None,
-        )
+        _save(job, checkpoints, evaluations, state, step)
         saved_at = time.monotonic()
         logger.restart_clock()
       if signum:
