@@ -2,6 +2,8 @@
 
 python -m ddo_jax.main --config=configs/digits_var.py --workdir=runs/digits_var
 
+Devices: 1 with 1 GiB; two CPU cores do.
+
 The recipe trains a tokenizer of three scales (1, 2 and 4 a side; 21 tokens of
 32), then a transformer over its tokens, and then plays a round of DDO whose
 fakes are drawn in every step, as for VAR. It takes some six minutes, four of

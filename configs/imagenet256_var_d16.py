@@ -4,6 +4,8 @@ python -m ddo_jax.main --config=configs/imagenet256_var_d16.py \
   --workdir=runs/imagenet256_var_d16 \
   --config.data.source=<folder or zip of ImageNet at 256×256>
 
+Devices: 8 with 40 GiB each.
+
 The weights, the tokenizer, Inception's weights and OpenAI's statistics (2 GB)
 are fetched.
 

@@ -4,6 +4,8 @@ python -m ddo_jax.main --config=configs/imagenet256_var_d30.py \
   --workdir=runs/imagenet256_var_d30 \
   --config.data.source=<folder or zip of ImageNet at 256×256>
 
+Devices: 8 with 40 GiB each.
+
 The notes of configs/imagenet256_var_d16.py hold here too. Expected: before, FID
 is 4.74 without guidance and 1.92 with it; after two rounds it is 1.79 and 1.73.
 The model has two billion parameters: see the memory table in docs/scaling.md.

@@ -4,6 +4,8 @@ python -m ddo_jax.main --config=configs/imagenet512_edm2_l.py \
   --workdir=runs/imagenet512_edm2_l \
   --config.data.source=<EDM2's img512-sd.zip>
 
+Devices: 8 with 80 GiB each.
+
 EDM2-XS guides it at 1.1:
   --config.sampler.guidance=1.1
   --config.guide_from=edm2-img512-xs-0134217-0.165

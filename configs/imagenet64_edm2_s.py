@@ -4,6 +4,8 @@ python -m ddo_jax.main --config=configs/imagenet64_edm2_s.py \
   --workdir=runs/imagenet64_edm2_s \
   --config.data.source=<EDM2's img64.zip>
 
+Devices: 8 with 80 GiB each.
+
 The weights, Inception's weights and EDM2's statistics are fetched.
 
 Cost: a round sees 6.4 M images through a 280 M parameter network, and each

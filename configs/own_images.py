@@ -3,6 +3,8 @@ r"""A folder of your own images: pretraining and two rounds of DDO, at 32×32.
 python -m ddo_jax.main --config=configs/own_images.py \
   --workdir=runs/own_images --config.data.source=<folder of class folders>
 
+Devices: 1 with 24 GiB.
+
 The sub-folders are the classes. A tenth of each is held out; images are
 cropped to their centre square, resized and made RGB. With more than ten
 classes, say how many: --config.model.num_classes=37. Without sub-folders, it

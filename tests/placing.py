@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from ddo_jax.runtime import devices
 
 
-def place_state(executor: devices.Executor, tree: Any) -> Any:
+def place_state(
+  executor: devices.Executor, tree: Any, part: str = 'params'
+) -> Any:
   """Puts a state or params where the executor keeps them, in new buffers."""
 
   # A jitted copy: device_put may alias, and what is donated must not be.
   def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
-  return executor.make_state(copy, tree)
+  return executor.make_state(copy, tree, part=part)

@@ -18,16 +18,41 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from ddo_jax import errors
 from ddo_jax.runtime import layout
+from ddo_jax.runtime import memory
 from ddo_jax.runtime import processes
 
 # The name of the devices' axis under pmap.
 AXIS = 'batch'
 
+# The host's memory, as far as the devices read it by themselves.
+_HOST = 'pinned_host'
+
 # The settings stand beside what they set.
 ExecutorConfig = layout.ExecutorConfig
 
 _LAG = 2  # steps between a process's wish and the answer to it
+
+
+def _from_host(tree: Any) -> Any:
+  """Copies what is offloaded of a tree of arrays to the devices."""
+
+  def place(leaf):
+    if leaf.sharding.memory_kind != _HOST:
+      return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind('device'))
+
+  return jax.tree.map(place, tree)
+
+
+def _keep(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """Has a traced array lie where it is to lie."""
+  if sharding.memory_kind != _HOST:
+    return jax.lax.with_sharding_constraint(leaf, sharding)
+  on_device = sharding.with_memory_kind('device')
+  leaf = jax.lax.with_sharding_constraint(leaf, on_device)
+  return jax.device_put(leaf, jax.memory.Space.Host)
 
 
 class Executor(layout.Layout):
@@ -56,6 +81,12 @@ class Executor(layout.Layout):
     self._mesh = jax.make_mesh(
       shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices
     )
+    kinds = {kind.kind for kind in devices[0].addressable_memories()}
+    if self.offload and _HOST not in kinds:
+      raise errors.UserError(
+        f'config.executor.offload is {self.offload}, and {devices[0]} has no'
+        f' memory of the kind {_HOST!r}, only {sorted(kinds)}: leave it empty'
+      )
     self._split = NamedSharding(self._mesh, PartitionSpec(axes))
     self._whole = NamedSharding(self._mesh, PartitionSpec())
     self._compiled = {}
@@ -68,10 +99,15 @@ class Executor(layout.Layout):
       part: what a tree of dicts is; see `layout.Layout.spec`.
     """
 
-    def of_spec(spec):
-      return NamedSharding(self._mesh, spec)
+    def of_leaf(spec, part):
+      sharding = NamedSharding(self._mesh, spec)
+      if part in self.offload:
+        return sharding.with_memory_kind(_HOST)
+      return sharding
 
-    return jax.tree.map(of_spec, self.specs(tree, part))
+    return jax.tree.map(
+      of_leaf, self.specs(tree, part), layout.parts(tree, part)
+    )
 
   def room(self) -> int | None:
     """Returns the bytes that may be taken of each device; None if unknown."""
@@ -82,9 +118,17 @@ class Executor(layout.Layout):
     limit = stats.get('bytes_limit')
     return processes.decide('room', functools.partial(int, limit or 0)) or None
 
-  def make_state(self, make: Callable[..., Any], *args: Any) -> Any:
-    """Computes `make(*args)`, a state or params, where it is to lie."""
-    shardings = self.state_shardings(jax.eval_shape(make, *args))
+  def make_state(
+    self, make: Callable[..., Any], *args: Any, part: str = 'params'
+  ) -> Any:
+    """Computes `make(*args)`, where it is to lie.
+
+    Args:
+      make: returns a training state, or one part.
+      *args: arrays.
+      part: what it returns; see `state_shardings`.
+    """
+    shardings = self.state_shardings(jax.eval_shape(make, *args), part)
     return jax.jit(make, out_shardings=shardings)(*args)
 
   def replicate(self, tree: Any) -> Any:
@@ -210,11 +254,11 @@ class Executor(layout.Layout):
 
     def sharded(state, reference, frozen, real, *args):
       rows = len(jax.tree.leaves(real)[0]) // parts
+      state = memory.on_device(state)
       with self._rows_pinned(rows):
         state, metrics = step(state, reference, frozen, real, *args)
-      state = jax.lax.with_sharding_constraint(
-        state, self.state_shardings(state)
-      )
+      shardings = self.state_shardings(state)
+      state = jax.tree.map(_keep, state, shardings)
       metrics = jax.lax.with_sharding_constraint(metrics, self._whole)
       return state, metrics
 
@@ -265,7 +309,7 @@ class Executor(layout.Layout):
 
     Args:
       fn: jitted and row-wise: a row's result depends on that row alone.
-      params: arrays, already on the devices.
+      params: arrays that lie where the executor keeps them.
       blocks: trees of numpy arrays [N,...], whole on every process. No call
         takes rows of two blocks, so that what a row stands beside, and how it
         is rounded, does not hang on the other blocks.
@@ -275,6 +319,8 @@ class Executor(layout.Layout):
       Numpy results [b,...] in order, N rows for each block in all.
     """
     batch = math.ceil(batch / self.num_devices) * self.num_devices
+    if self.offload:
+      params = _from_host(params)
     pending = None
     count = 0
     for rows in blocks:

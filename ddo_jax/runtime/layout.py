@@ -22,6 +22,9 @@ SPLIT: dict[str, tuple[str, ...]] = {
   'fsdp': ('gradient', 'opt_state', 'ema', 'params', 'reference'),
 }
 
+# What may lie in the host's memory.
+OFFLOADABLE = ('reference', 'ema')
+
 # The axes of the devices. Rows are split over both, the state over the second.
 AXES: tuple[str, ...] = ('data', 'fsdp')
 
@@ -43,6 +46,12 @@ class ExecutorConfig:
   # Devices that share one copy of what is split, such as those of a host, where
   # the others hold copies of their own (hybrid sharding); 0: all of them.
   fsdp_devices: int = dataclasses.field(default=0, metadata={'science': False})
+  # What lies in the host's memory between its uses: 'reference', 'ema', both or
+  # none. Averages are there while the gradient is computed; the reference comes
+  # to the devices for each microbatch.
+  offload: tuple[str, ...] = dataclasses.field(
+    default=(), metadata={'science': False}
+  )
   # Microbatches a step; 'auto' takes as few as fit into the devices' memory.
   accumulate: settings.OrAuto = dataclasses.field(
     default=settings.AUTO, metadata={'science': False}
@@ -77,6 +86,19 @@ class ExecutorConfig:
         self.fsdp_devices,
         "0 where executor.kind is 'pmap', which splits rows alone",
       )
+      errors.require(
+        not self.offload,
+        f'{name}.offload',
+        self.offload,
+        "() where executor.kind is 'pmap'; 'fsdp' and 'zero1' offload, also on"
+        ' one device',
+      )
+    errors.require(
+      set(self.offload) <= set(OFFLOADABLE),
+      f'{name}.offload',
+      self.offload,
+      f'some of {OFFLOADABLE}',
+    )
     for field in ('accumulate', 'sample_batch'):
       value = getattr(self, field)
       whole = isinstance(value, int) and not isinstance(value, bool)
@@ -100,6 +122,16 @@ class ExecutorConfig:
     )
 
 
+def parts(tree: Any, part: str = 'params') -> Any:
+  """Returns the part that each leaf belongs to; see `Layout.specs`."""
+
+  def of_leaf(path, leaf):
+    del leaf
+    return getattr(path[0], 'name', part) if path else part
+
+  return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
 class Layout:
   """Where each part of what a step takes lies, on so many devices.
 
@@ -107,6 +139,7 @@ class Layout:
     kind: the executor's.
     num_devices: the number of devices, over all processes.
     shards: the number of devices that what is split is split over.
+    offload: the parts that lie in the host's memory.
   """
 
   def __init__(self, config: ExecutorConfig, num_devices: int):
@@ -116,6 +149,7 @@ class Layout:
       errors.UserError: `fsdp_devices` does not divide them.
     """
     self.kind = config.kind
+    self.offload = config.offload
     self.num_devices = num_devices
     self._device_memory_gib = config.device_memory_gib
     self.shards = config.fsdp_devices or num_devices
@@ -175,15 +209,13 @@ class Layout:
       tree: a training state, whose fields are parts; or a tree of dicts.
       part: what a tree of dicts is; see `spec`.
     """
-
-    def of_leaf(path, leaf):
-      field = getattr(path[0], 'name', part) if path else part
-      return self.spec(leaf, field)
-
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+    return jax.tree.map(self.spec, tree, parts(tree, part))
 
   def share(self, tree: Any, part: str = 'params') -> int:
-    """Returns the bytes that each device holds of a tree; see `specs`."""
+    """Returns the bytes of a tree that are each device's; see `specs`.
+
+    What is offloaded counts as it does while it is on the devices.
+    """
 
     def of_leaf(leaf, spec):
       return memory.size_of(leaf) // (self.shards if any(spec) else 1)

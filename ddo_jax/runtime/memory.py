@@ -213,6 +213,17 @@ def _peak(jaxpr: core.Jaxpr) -> int:
   return most
 
 
+def on_device(tree: Any) -> Any:
+  """Brings traced arrays that lie in the host's memory to the devices."""
+
+  def bring(leaf):
+    if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+      return jax.device_put(leaf, jax.memory.Space.Device)
+    return leaf
+
+  return jax.tree.map(bring, tree)
+
+
 def peak(call: Callable[..., Any], *args: Any) -> int:
   """Returns the most bytes that arrays made in a call take at once.
 

@@ -122,20 +122,30 @@ def state_shapes(stage: Stage) -> state_lib.TrainState:
   return jax.eval_shape(create, params)
 
 
+def _averages(stage: Stage, layout: layout_lib.Layout, params: Any) -> int:
+  """Returns the bytes of the averages of params, on each device."""
+  names = stage.phase.averages.names()
+  return len(names) * layout.share(params, 'ema')
+
+
 def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
   """Returns the bytes that stand on each device throughout a phase.
 
   Returns:
     Those of 'params' (θ), 'moments' (the optimizer's state and the number of
-    the step), 'averages', 'reference' and 'frozen'.
+    the step), 'averages', 'reference' and 'frozen'. An offloaded reference
+    counts: how early XLA brings it for a microbatch is not known.
   """
   state = state_shapes(stage)
   reference = jax.eval_shape(stage.build(False).rules.reduce, state.params)
+  averages = 0
+  if 'ema' not in layout.offload:
+    averages = _averages(stage, layout, state.params)
   return {
     'params': layout.share(state.params, 'params'),
     'moments': layout.share(state.opt_state, 'opt_state')
     + layout.share(state.step, 'step'),
-    'averages': layout.share(state.ema, 'ema'),
+    'averages': averages,
     'reference': layout.share(reference, 'reference'),
     'frozen': layout.share(stage.frozen),
   }
@@ -172,9 +182,13 @@ def step_parts(
   made = memory.peak(gradient, params, reference, stage.frozen, rows)
   # A gradient is made on every device, and kept as the moments are.
   share = layout.share(params, 'gradient')
+  activations = made - memory.size_of(params)
+  if 'ema' in layout.offload:
+    # They come when the activations have gone.
+    activations = max(activations, _averages(stage, layout, params))
   return standing(stage, layout) | {
     'gradient': share if accumulate == 1 else 2 * share,
-    'activations': made - memory.size_of(params),
+    'activations': activations,
   }
 
 

@@ -314,7 +314,9 @@ def play_round(
     seed=run.config.seed,
   )
   params, start, meta = _reference(run, manifest, origin)
-  reference = run.executor.make_state(model.rules.reduce, params)
+  reference = run.executor.make_state(
+    model.rules.reduce, params, part='reference'
+  )
   del params
   provenance = meta.get('provenance', {})
   promotion = _kept_promotion(run, manifest)

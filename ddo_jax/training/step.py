@@ -17,6 +17,7 @@ from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import objective as objective_lib
+from ddo_jax.runtime import memory
 from ddo_jax.training import state as state_lib
 
 Metrics = dict[str, jax.Array]
@@ -177,6 +178,8 @@ def gradient_of(
   sampler: Any,
 ) -> tuple[Metrics, Metrics, likelihood.Params]:
   """Returns the metrics, per-row results [B] and gradient of a microbatch."""
+  # Each microbatch asks for it, so that it need not stay there between them.
+  reference = memory.on_device(reference)
   pairs = make_pairs(rows, reference, frozen, model, phase, sampler)
   loss = contrastive_loss if phase.objective.contrastive else mle_loss
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -323,7 +326,9 @@ def train_step(
     )
     next_state = without_bad(metrics['bad'], state, next_state)
 
-  distance = jax.tree.map(_difference, state.params, reference)
+  distance = jax.tree.map(
+    _difference, state.params, memory.on_device(reference)
+  )
   metrics['learning_rate'] = phase.optimizer.rate(
     state.step, phase.batch_size, phase.images
   )

@@ -1,6 +1,7 @@
 """Placing arrays on devices; samples that do not depend on them."""
 
 import dataclasses
+import re
 
 from flax import linen as nn
 import jax
@@ -62,6 +63,7 @@ def test_a_batch_that_does_not_divide_is_called_by_its_name():
     ('kind', 'tpu', r"one of \('pmap', 'zero1', 'fsdp'\)"),
     ('fsdp_devices', -1, 'an integer, 0 or up'),
     ('fsdp_devices', 4, "0 where executor.kind is 'pmap', .*"),
+    ('offload', ('ema',), r"\(\) where executor.kind is 'pmap'; .*"),
     ('accumulate', 0, "a positive integer or 'auto'"),
     ('sample_batch', True, "a positive integer or 'auto'"),
     ('remat', 'no', "True, False or 'auto'"),
@@ -70,9 +72,43 @@ def test_a_batch_that_does_not_divide_is_called_by_its_name():
 )
 def test_settings_that_make_no_sense_are_refused(field, value, wanted):
   settings = layout.ExecutorConfig(**{field: value})
-  line = rf'^config\.executor\.{field} is {value!r}; it must be {wanted}$'
+  got = re.escape(repr(value))
+  line = rf'^config\.executor\.{field} is {got}; it must be {wanted}$'
   with pytest.raises(errors.UserError, match=line):
     settings.check()
+
+
+def test_only_some_parts_are_offloaded_and_only_where_there_is_a_place(
+  monkeypatch,
+):
+  settings = layout.ExecutorConfig(kind='fsdp', offload=('ema', 'params'))
+  line = (
+    r"^config\.executor\.offload .* must be some of \('reference', 'ema'\)$"
+  )
+  with pytest.raises(errors.UserError, match=line):
+    settings.check()
+  settings = layout.ExecutorConfig(kind='fsdp', offload=('ema',))
+  settings.check()
+  monkeypatch.setattr(devices_lib, '_HOST', 'shelf')
+  line = r"no memory of the kind 'shelf', only \['device', 'pinned_host', "
+  with pytest.raises(errors.UserError, match=line):
+    devices_lib.Executor(settings)
+
+
+def test_rows_are_mapped_under_offloaded_weights():
+  settings = layout.ExecutorConfig(kind='fsdp', offload=('ema',))
+  one = devices_lib.Executor(settings)
+  factor = placing.place_state(one, np.float32(2), part='ema')
+  assert factor.sharding.memory_kind == 'pinned_host'
+  kinds = []
+
+  def double(factor, rows):
+    kinds.append(factor.sharding.memory_kind)
+    return factor * rows
+
+  (got,) = one.map_rows(double, factor, [np.arange(8, dtype=np.float32)], 8)
+  np.testing.assert_array_equal(got, 2 * np.arange(8))
+  assert kinds == ['device']
 
 
 def test_no_setting_of_the_executor_is_science():

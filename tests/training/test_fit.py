@@ -196,6 +196,43 @@ def test_fsdp_splits_what_stands(monkeypatch):
   assert parts[1] < 0.4 * parts[0]
 
 
+def test_averages_on_the_host_are_not_counted_while_rows_are():
+  what = stage(2_048, averages=config_lib.Averages(halflife=(100.0, 200.0)))
+
+  def counted(offload, batch_size):
+    wanted = layout.ExecutorConfig(kind='fsdp', offload=offload)
+    phase = dataclasses.replace(what.phase, batch_size=batch_size)
+    return fit.step_parts(
+      what._replace(phase=phase), layout.Layout(wanted, 1), 1, False
+    )
+
+  here = counted((), 2_048)
+  away = counted(('ema',), 2_048)
+  params = here['params']
+  assert (here['averages'], away['averages']) == (2 * params, 0)
+  assert away == here | {'averages': 0}
+  # With next to no rows they are counted as they are updated.
+  assert counted(('ema',), 1)['activations'] == 2 * params
+  # The reference is there for every microbatch.
+  assert counted(('reference',), 2_048) == here
+
+
+def test_zero1_splits_moments_averages_and_the_gradient(monkeypatch):
+  monkeypatch.setattr(layout, 'SMALLEST_SPLIT', 1_024)
+  what = stage(averages=config_lib.Averages(halflife=(100.0,)))
+
+  def counted(kind):
+    wanted = layout.ExecutorConfig(kind=kind)
+    return fit.step_parts(what, layout.Layout(wanted, 8), 2, False)
+
+  whole, zero1, split = map(counted, ('pmap', 'zero1', 'fsdp'))
+  for part in ('params', 'reference'):
+    assert zero1[part] == whole[part] > 2 * split[part]
+  for part in ('moments', 'averages', 'gradient'):
+    assert 2 * zero1[part] < whole[part]
+    assert zero1[part] == split[part]
+
+
 def test_calls_of_the_sampler(monkeypatch):
   """As large as fits, at most 1,000; what is given is taken."""
   monkeypatch.setattr(fit, 'sample_bytes', lambda stage, sampler, n: n * GIB)

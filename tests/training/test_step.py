@@ -43,6 +43,7 @@ class Case(NamedTuple):
   normalize: bool = False
   network: str = 'mlp'
   fsdp_devices: int = 0
+  offload: tuple[str, ...] = ()
 
 
 JIT = Case('jit')
@@ -51,6 +52,7 @@ PMAP_ACCUMULATE = Case('pmap', 8, accumulate=2)
 FSDP = Case('fsdp', 8)
 HYBRID = Case('fsdp', 8, accumulate=2, fsdp_devices=4)
 ZERO1 = Case('zero1', 8, accumulate=2)
+OFFLOAD = FSDP._replace(offload=('reference', 'ema'))
 EDM2 = [
   Case(kind, n, remat=True, network='edm2')
   for kind, n in (('jit', 1), ('pmap', 8), ('fsdp', 8))
@@ -65,6 +67,7 @@ CASES = [
   FSDP,
   HYBRID,
   ZERO1,
+  OFFLOAD,
   Case('pmap', 1, label_drop=0, normalize=True),
   Case('pmap', 8, remat=True, normalize=True, network='unet'),
   NORMALIZED,
@@ -125,11 +128,15 @@ class Bench:
       self.step_fn = jax.jit(functools.partial(self._traced, **static))
       self.reference = jax.tree.map(jnp.copy, self.params)
       return
-    settings = config.Executor(kind=case.kind, fsdp_devices=case.fsdp_devices)
+    settings = config.Executor(
+      kind=case.kind, fsdp_devices=case.fsdp_devices, offload=case.offload
+    )
     executor = devices_lib.Executor(settings, case.devices)
     self.place, self.place_batch = executor.replicate, executor.place_batch
     self.step_fn = executor.compile_step(self._traced, **static)
-    self.reference = placing.place_state(executor, self.params)
+    self.reference = placing.place_state(
+      executor, self.params, part='reference'
+    )
     self._executor = executor
 
   def _traced(self, *args, **kwargs):
@@ -348,6 +355,22 @@ def test_law_7_nothing_is_traced_twice(case, caplog):
   dropped = first_drop(DROP).mean()
   expected = math.log(2) * (dropped * 3 + (1 - dropped) * 4)
   assert history[0]['loss'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_offloaded_is_equal_to_the_bit_and_stays_there():
+  state, _ = bench(OFFLOAD).run(10)
+  kinds = {
+    field.name: {a.sharding.memory_kind for a in jax.tree.leaves(part)}
+    for field in dataclasses.fields(state)
+    for part in [getattr(state, field.name)]
+  }
+  assert kinds.pop('ema') == {'pinned_host'}
+  assert set.union(*kinds.values()) == {'device'}
+  reference = jax.tree.leaves(bench(OFFLOAD).reference)
+  assert {a.sharding.memory_kind for a in reference} == {'pinned_host'}
+  expected, _ = ten_steps(FSDP)
+  chex.assert_trees_all_equal(jax.device_get(state), expected)
+  assert bench(OFFLOAD).traces == 1
 
 
 def test_projected_weights_stay_projected():

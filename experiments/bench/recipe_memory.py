@@ -1,0 +1,174 @@
+"""Memory of each recipe's steps on the devices that its first lines state.
+
+python -m experiments.bench.recipe_memory
+python -m experiments.bench.recipe_memory --recipe=digits --recipe=fashion_edm
+
+Beside the count, by which `auto` chooses, there is what XLA plans for the whole
+step on as many simulated CPU devices; no array of the model is made. XLA is
+told to schedule for little memory, as it does on accelerators. It computes
+bfloat16 in float32 on a CPU, and so plans more for VAR than a GPU takes. What
+the result holds already is not measured again.
+"""
+
+import importlib
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import config as config_lib
+from ddo_jax import rng
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import layout as layout_lib
+from ddo_jax.runtime import memory
+from ddo_jax.runtime import records
+from ddo_jax.training import fit as fit_lib
+from ddo_jax.training import state as state_lib
+from ddo_jax.training import step as step_lib
+from ddo_jax.training import workspace
+
+_RECIPE = flags.DEFINE_multi_string('recipe', [], 'Recipes; none are all.')
+_OUTPUT = flags.DEFINE_string(
+  'output', 'experiments/results/memory_recipes.json', 'The file to write.'
+)
+_STATED = re.compile(r'^Devices: (\d+) with (\d+) GiB', re.MULTILINE)
+RECIPES = sorted(
+  path.stem for path in pathlib.Path(__file__).parents[2].glob('configs/*.py')
+)
+
+
+def load(name: str) -> tuple[config_lib.Config, int]:
+  """Returns a recipe, and the number of devices that it is stated for.
+
+  Its executor may take what these devices are stated to hold.
+  """
+  module = importlib.import_module(f'configs.{name}')
+  config = module.get_config()
+  stated = _STATED.search(module.__doc__)
+  if not stated:
+    raise ValueError(f'configs/{name}.py states no devices')
+  config.executor.device_memory_gib = float(stated[2])
+  return config, int(stated[1])
+
+
+def arguments(
+  stage: fit_lib.Stage, executor: devices_lib.Executor, remat: bool
+) -> list[Any]:
+  """Returns the shapes of what a step takes, and where it lies."""
+  model = stage.build(remat)
+  params = jax.eval_shape(model.init, rng.stream(0))
+
+  def create(params):
+    return state_lib.at_start(params, model.rules, stage.phase)
+
+  def placed(tree, part='params'):
+    return checkpoint.abstract(tree, executor.state_shardings(tree, part))
+
+  rows = fit_lib.make_rows(stage, model, stage.phase.batch_size)
+  real, fake = executor.place_batch(
+    jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), (rows.real, rows.fake))
+  )
+  numbers = jax.tree.map(jnp.float32, (model, stage.phase))
+  return [
+    placed(jax.eval_shape(create, params)),
+    placed(jax.eval_shape(model.rules.reduce, params), 'reference'),
+    placed(stage.frozen),
+    real,
+    fake,
+    *executor.replicate((*numbers, rng.stream(0))),
+  ]
+
+
+def measure(name: str) -> dict[str, Any]:
+  """Returns what a recipe's steps take, counted and as XLA plans them."""
+  config, num_devices = load(name)
+  layout = layout_lib.Layout(config.executor, num_devices)
+  run = workspace.Run(config, None, layout)
+  fit = run.fit
+  made = {
+    'devices': num_devices,
+    'kind': config.executor.kind,
+    'GiB stated': config.executor.device_memory_gib,
+    'accumulate': fit.accumulate,
+    'remat': fit.remat,
+    'phases': {},
+  }
+  executor = devices_lib.Executor(config.executor, num_devices)
+  for phase in run.phases:
+    stage = run.stage(phase)
+    parts = fit_lib.step_parts(stage, layout, fit.accumulate, fit.remat)
+    begin = time.perf_counter()
+    step = executor.traceable_step(
+      step_lib.train_step, sampler=stage.sampler, accumulate=fit.accumulate
+    )
+    program = step.lower(*arguments(stage, executor, fit.remat)).compile()
+    made['phases'][phase] = {
+      'counted by part': {part: n / 2**30 for part, n in parts.items()},
+      'counted': sum(parts.values()) / 2**30,
+      'planned by XLA': memory.allotted(program) / 2**30,
+      'compile seconds': time.perf_counter() - begin,
+    }
+  return made
+
+
+def table(known: dict[str, Any], environment: dict[str, str]) -> str:
+  """Returns the results as a page of Markdown."""
+  lines = [
+    '# Memory of the recipes',
+    '',
+    'GiB of each device that a step takes on the devices that a recipe states,',
+    'counted, and planned by XLA for as many simulated CPU devices, which',
+    'compute bfloat16 in float32: `python -m experiments.bench.recipe_memory`.',
+    f'{environment["devices"]}, jax {environment["jax"]}.',
+    '',
+    '| recipe | phase | devices | executor | microbatches | remat | counted |'
+    ' planned | planned / counted |',
+    '|---|---|---|---|---|---|---|---|---|',
+  ]
+  for name, made in sorted(known.items()):
+    for phase, found in made['phases'].items():
+      counted, planned = found['counted'], found['planned by XLA']
+      cells = [
+        name,
+        phase,
+        f'{made["devices"]} × {made["GiB stated"]:g} GiB',
+        made['kind'],
+        str(made['accumulate']),
+        'yes' if made['remat'] else 'no',
+        f'{counted:.3g}',
+        f'{planned:.3g}',
+        f'{planned / counted:.2f}',
+      ]
+      lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def main(_) -> None:
+  os.environ['XLA_FLAGS'] = ' '.join(
+    [
+      os.environ.get('XLA_FLAGS', ''),
+      '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+    ]
+  )
+  jax.config.update('jax_num_cpu_devices', 8)
+  path = pathlib.Path(_OUTPUT.value)
+  known = records.read_json(path)['recipes'] if path.exists() else {}
+  for name in _RECIPE.value or RECIPES:
+    if name not in known:
+      known[name] = measure(name)
+      environment = devices_lib.environment()
+      records.write_json(path, {'recipes': known, 'environment': environment})
+      path.with_suffix('.md').write_text(table(known, environment))
+    print(name, known[name], flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)
