@@ -36,9 +36,11 @@ A notebook calls the function of the mode's name with a config of its own.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
+import re
 import shlex
 import sys
 from typing import Any
@@ -405,9 +407,14 @@ def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
   return pathlib.Path(flag.value).expanduser() if flag.value else None
 
 
+def _command() -> str:
+  """Returns the command line, which is the same for all processes of a run."""
+  own = re.compile(r' --?process_id[= ]\S+')
+  return own.sub('', f'python -m ddo_jax.main {shlex.join(sys.argv[1:])}')
+
+
 def _selfplay() -> Any:
-  command = f'python -m ddo_jax.main {shlex.join(sys.argv[1:])}'
-  return selfplay(_CONFIG.value, _path(_WORKDIR), command)
+  return selfplay(_CONFIG.value, _path(_WORKDIR), _command())
 
 
 def _check() -> Any:
@@ -466,16 +473,19 @@ def _evaluate() -> Any:
 
 
 def _report() -> Any:
-  return report(_path(_WORKDIR), _path(_CONTROL))
+  write = functools.partial(report, _path(_WORKDIR), _path(_CONTROL))
+  return processes.decide('report', lambda: str(write()))
 
 
 def _convert() -> Any:
-  return convert(
+  write = functools.partial(
+    convert,
     source=_SOURCE.value,
     output=_path(_OUTPUT),
     config=_CONFIG.value,
     sha256=_SHA256.value,
   )
+  return processes.decide('convert', lambda: str(write()))
 
 
 def _fid_stats() -> Any:
@@ -640,6 +650,7 @@ def _main(argv: Sequence[str]) -> None:
     level = logging.INFO if processes.is_main() else logging.ERROR
     logging.getLogger('ddo_jax').setLevel(level)
     with processes.ending_together(), interruption.handled():
+      processes.check_equal('the command line', _command())
       result = _mode().run()
       if processes.is_main():
         _print(result)

@@ -67,10 +67,14 @@ class Executor(layout.Layout):
   def __init__(self, config: ExecutorConfig, num_devices: int = 0):
     """Takes the first `num_devices` devices; 0 takes all.
 
+    A process that works by itself takes its own.
+
     Raises:
       errors.UserError: see `layout.Layout`.
     """
-    devices = jax.devices()[: num_devices or None]
+    alone = processes.is_by_itself()
+    devices = jax.local_devices() if alone else jax.devices()
+    devices = devices[: num_devices or None]
     super().__init__(config, len(devices))
     axes = layout.AXES
     shape: tuple[int, ...] = (len(devices) // self.shards, self.shards)

@@ -31,9 +31,8 @@ from typing import NoReturn
 from ddo_jax import errors
 from ddo_jax.runtime import interruption
 
-if (
-  typing.TYPE_CHECKING
-):  # else `initialize` does, for who only reads needs none
+# Else `initialize` imports them: a process that only reads rows needs no JAX.
+if typing.TYPE_CHECKING:
   import jax
   from jax._src import distributed  # its key-value store has no public name
 
@@ -42,12 +41,16 @@ _HEARTBEAT = 60  # seconds of silence after which a process counts as dead
 _GRACE = 2.0  # seconds in which processes may come to the same end
 _DAY = 24 * 3600
 
+_LOG_LEVEL = 'TF_CPP_MIN_LOG_LEVEL'
 _LOST = (
   'another process of this run ended without a word (killed, out of memory, or'
   ' its machine failed); what was saved is whole: run the same command again'
+  f' (with {_LOG_LEVEL}=0 in the environment the runtime says what it saw)'
 )
 # How the transports say that a peer is gone.
 _SIGNS_OF_LOSS = ('Gloo', 'UNAVAILABLE', 'Connection reset', 'Socket closed')
+# What launchers set for each of several processes.
+_LAUNCHED = ('SLURM_PROCID', 'OMPI_COMM_WORLD_RANK', 'JOB_COMPLETION_INDEX')
 
 _joined = False  # whether `initialize` found others
 _alone = 0  # how many calls deep this process works by itself
@@ -179,6 +182,37 @@ def decide(what: str, call: Callable[[], Any]) -> Any:
   return told['value']
 
 
+def gather(what: str, value: Any) -> list[Any]:
+  """Returns the JSON values of all processes, which wait for each other.
+
+  Args:
+    what: a name; all processes come to equal names in the same order.
+    value: this process's.
+  """
+  if count() == 1:
+    return [value]
+  _asked[what] += 1
+  key = f'{what}/{_asked[what]}'
+  _tell(f'{key}/{index()}', value=value)
+  return [_told(f'{key}/{other}')['value'] for other in range(count())]
+
+
+def check_equal(what: str, value: str) -> None:
+  """Raises UserError unless a text is the same on all processes.
+
+  Args:
+    what: what it is, for the error.
+    value: this process's.
+  """
+  values = gather(what, value)
+  for other, theirs in enumerate(values):
+    if theirs != values[0]:
+      raise errors.UserError(
+        f'{what} of process {other} is {theirs!r}, that of process 0'
+        f' {values[0]!r}: start all processes with the same'
+      )
+
+
 def initialize(
   coordinator: str | None = None,
   num_processes: int | None = None,
@@ -201,6 +235,8 @@ def initialize(
   _check(coordinator, num_processes, process_id)
   if num_processes == 1 or (num_processes is None and _launched_alone()):
     return
+  if num_processes or any(name in os.environ for name in _LAUNCHED):
+    _silence_the_runtime()
   global jax, distributed, _joined
   import jax
   from jax._src import distributed
@@ -228,6 +264,7 @@ def initialize(
     )
   except (RuntimeError, ValueError) as error:
     if 'coordinator_address should be defined' in str(error):
+      signal.signal(signal.SIGABRT, signal.SIG_DFL)
       return  # no launcher
     reason = str(error).strip().partition('\n')[0]
     raise errors.UserError(f'{wait} ({reason})') from error
@@ -269,6 +306,17 @@ def _check(
       f'--process_id is {process_id} of --num_processes={num_processes}; it'
       f' must be from 0 to {num_processes - 1}'
     )
+
+
+def _silence_the_runtime() -> None:
+  """Keeps the runtime from writing many lines before it ends the process.
+
+  It reads this from the environment when it is loaded. So the process begins
+  again, which takes a second.
+  """
+  if _LOG_LEVEL not in os.environ:
+    os.environ[_LOG_LEVEL] = '4'
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def _launched_alone() -> bool:
@@ -345,6 +393,8 @@ def _watch() -> None:
     told = _told('end')
   except jax.errors.JaxRuntimeError:
     return  # the coordinator is gone, which ends this process too
+  if told['name'] == name():
+    return
   time.sleep(_GRACE)  # most often it is ending by itself, for the same reason
   _follow(told)
 
