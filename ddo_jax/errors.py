@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import contextlib
 import difflib
 import math
+import reprlib
 from typing import Any
+
+_LONGEST = 160  # characters of a value inside a line
 
 
 class UserError(ValueError):
@@ -42,6 +45,33 @@ class Problems:
     """Raises one UserError with all lines, if there are any."""
     if self.lines:
       raise UserError('\n'.join(self.lines))
+
+
+def brief(value: Any) -> str:
+  """Returns a value as a short part of a line, however large or nested it is.
+
+  Shared containers are not walked again and again, and no long number is
+  written out.
+  """
+  return ' '.join(_BRIEF.repr(value).split())[:_LONGEST]
+
+
+class _Brief(reprlib.Repr):
+  """Writes few levels of few entries."""
+
+  def __init__(self):
+    super().__init__()
+    self.maxlevel = 2
+    self.maxdict = 3
+    self.maxother = 60
+
+  def repr_int(self, value: int, level: int) -> str:
+    if value.bit_length() > 200:
+      return f'a number of {value.bit_length():,} bits'
+    return super().repr_int(value, level)
+
+
+_BRIEF = _Brief()
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:

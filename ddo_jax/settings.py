@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import dataclasses
 import inspect
 import json
-import reprlib
 import types
 import typing
 from typing import Any
@@ -138,7 +137,7 @@ def check_recorded(config: Any, name: str) -> None:
     if not _fits(value, kind, most):
       wanted = kind.__name__ if isinstance(kind, type) else str(kind)
       raise errors.UserError(
-        f'{name}.{field.name} is {reprlib.repr(value)}; wanted {wanted}, no'
+        f'{name}.{field.name} is {errors.brief(value)}; wanted {wanted}, no'
         f' number above {most:,} or below 0'
       )
     if dataclasses.is_dataclass(value):

@@ -19,7 +19,6 @@ import logging
 import os
 import pathlib
 import re
-import reprlib
 import threading
 from typing import Any
 import zipfile
@@ -154,7 +153,7 @@ def _check_names(names: list[str]) -> None:
     raise ValueError('it holds two files of one name')
   for name in names:
     if name.startswith('/') or '..' in name.split('/'):
-      raise ValueError(f'it holds {reprlib.repr(name)}, which leads out of it')
+      raise ValueError(f'it holds {errors.brief(name)}, which leads out of it')
 
 
 def _parse_labels(where: str, content: bytes, names: list[str]) -> list[int]:
@@ -184,14 +183,14 @@ def _parse_labels(where: str, content: bytes, names: list[str]) -> list[int]:
   if missing or unlisted or len(entries) != len(class_of):
     raise errors.UserError(
       f'{where} lists {len(entries)} images of {len(names)}; wanted each once;'
-      f' missing files: {reprlib.repr(sorted(missing)[:3])},'
-      f' not listed: {reprlib.repr(sorted(unlisted)[:3])}'
+      f' missing files: {errors.brief(sorted(missing)[:3])},'
+      f' not listed: {errors.brief(sorted(unlisted)[:3])}'
     )
   for name, label in class_of.items():
     # `type` and not `isinstance`, because True is an instance of int.
     if type(label) is not int or not 0 <= label < 2**31 - 1:
       raise errors.UserError(
-        f'{where}: class of {name!r} is {reprlib.repr(label)}; wanted an'
+        f'{where}: class of {name!r} is {errors.brief(label)}; wanted an'
         ' integer, 0 or up'
       )
   return [class_of[name] for name in names]

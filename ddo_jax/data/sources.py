@@ -8,7 +8,6 @@ from concurrent import futures
 import dataclasses
 import logging
 import pathlib
-import reprlib
 from typing import Any
 from typing import Protocol
 
@@ -279,7 +278,7 @@ def open_npz(path: pathlib.Path) -> ArraySource:
   if stored is None:
     raise errors.UserError(
       f'{name} has no array `image` (or arr_0), uint8 [N,H,W,C]; it has'
-      f' {reprlib.repr(known)}'
+      f' {errors.brief(known)}'
     )
   is_planes = stored.ndim == 4 and stored.shape[1] in (1, 3)
   if stored.dtype == np.uint8 and is_planes and stored.shape[3] not in (1, 3):

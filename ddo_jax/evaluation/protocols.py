@@ -51,6 +51,11 @@ Printed = Literal['minimum', 'single', 'mean']
 FILE = 'protocol.json'  # in a folder of statistics
 
 
+def _are_counts(values: tuple[Any, ...]) -> bool:
+  """Whether all values are whole numbers from 0, of no absurd size."""
+  return all(type(value) is int and 0 <= value < 2**40 for value in values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
   """How a number is measured.
@@ -105,8 +110,10 @@ class Protocol:
       value = getattr(self, field)
       if value not in typing.get_args(rule):
         raise errors.UserError(
-          f'{field} is {value!r}; wanted one of {typing.get_args(rule)}'
+          f'{field} is {errors.brief(value)}; wanted one of'
+          f' {typing.get_args(rule)}'
         )
+    self._check_fields()
     if self.num_images < 1 or self.num_blocks < 1:
       raise errors.UserError(
         f'{self.num_blocks} blocks of {self.num_images} images; wanted 1 or'
@@ -117,6 +124,22 @@ class Protocol:
         f"printed is 'single' of {self.num_blocks} blocks; wanted one block, or"
         " 'minimum'"
       )
+
+  def _check_fields(self) -> None:
+    """Raises UserError where a file gave a field of another type or size."""
+    counts = (self.num_images, self.num_blocks, self.pixel_values)
+    wanted = {
+      'image_shape': len(self.image_shape) == 3,
+      'num_images, num_blocks or pixel_values': _are_counts(counts),
+      'class_shares': _are_counts(self.class_shares),
+      'features': all(isinstance(kind, str) for kind in self.features),
+    }
+    wanted['image_shape'] &= _are_counts(self.image_shape)
+    for field in ('name', 'fid_stats', 'data'):
+      wanted[field] = isinstance(getattr(self, field), str)
+    for field, holds in wanted.items():
+      if not holds:
+        raise errors.UserError(f'{field} is none that a protocol has')
 
   def check_images(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """Raises UserError unless the protocol measures such images.
@@ -265,7 +288,8 @@ def get(name: str) -> Protocol:
     protocol = from_json(recorded)
   except (TypeError, ValueError, KeyError, AttributeError) as error:
     raise errors.UserError(
-      f'{path} is no protocol ({error}): write it anew with --mode=fid_stats'
+      f'{path} is no protocol ({str(error)[:200]}): write it anew with'
+      ' --mode=fid_stats'
     ) from error
   return dataclasses.replace(protocol, fid_stats=str(path.parent.resolve()))
 

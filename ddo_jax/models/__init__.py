@@ -1,7 +1,6 @@
 """Models: one file or folder a network, each with its settings."""
 
 import dataclasses
-import reprlib
 from typing import Any
 
 from ddo_jax import errors
@@ -43,7 +42,7 @@ def from_json(recorded: dict[str, Any], recipe: Any = None) -> Any:
   """
   if not isinstance(recorded, dict):
     raise errors.UserError(
-      f'the record of a model is {reprlib.repr(recorded)}; wanted its settings'
+      f'the record of a model is {errors.brief(recorded)}; wanted its settings'
       ' by name'
     )
   known: dict[str, Any] = {kind.__name__: kind for kind in _PARTS}
@@ -52,7 +51,7 @@ def from_json(recorded: dict[str, Any], recipe: Any = None) -> Any:
   try:
     config = _from_json(recorded, 'model.', known)
   except (KeyError, TypeError, RecursionError) as error:
-    name = reprlib.repr(recorded.get('model.type'))
+    name = errors.brief(recorded.get('model.type'))
     raise errors.UserError(
       f'the weights were written with the model {name} ({str(error)[:200]}),'
       ' which is not known here; known:'

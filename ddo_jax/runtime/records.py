@@ -12,9 +12,10 @@ from typing import Any
 from ddo_jax import errors
 from ddo_jax.runtime import disk
 from ddo_jax.runtime import processes
+from ddo_jax.runtime import reading
 
 _LOGGER = logging.getLogger(__name__)
-_LARGEST = 2**28  # bytes of a record
+_LARGEST = 2**26  # bytes of a record
 
 
 def json_bytes(value: Any) -> bytes:
@@ -36,9 +37,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     errors.UserError: the file is missing or damaged, or holds something else.
   """
   try:
-    if path.stat().st_size > _LARGEST:
-      raise ValueError(f'it is larger than {_LARGEST:,} bytes')
-    value = json.loads(path.read_text())
+    value = json.loads(reading.read(path, _LARGEST))
     if not isinstance(value, dict):
       raise ValueError(f'a {type(value).__name__}, no table of names')
   except (OSError, ValueError, RecursionError) as error:

@@ -62,9 +62,10 @@ def to_flax(
       raise ValueError(f'the tensor {key} is missing')
     array = state[key]
     axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim, range(array.ndim))
-    array = np.asarray(np.transpose(array, axes), np.float32)
+    array = np.transpose(array, axes)
     if array.shape != leaf.shape:
       raise ValueError(f'{key} gives {array.shape}, not {leaf.shape}')
+    array = np.asarray(array, np.float32)
     if not np.isfinite(array).all():
       raise ValueError(f'{key} holds NaN or Inf')
     flat[path] = array
@@ -97,7 +98,6 @@ def load(
       state = safetensors_file.read(path)[0]
     else:
       state = torch_zip.read(path)
-    if not isinstance(state, dict):
-      raise ValueError('no state dict')
+    files.check_state(state)
     params = to_flax(state, network)
     return params, provenance.describe(path, licence=table.DINOV2)

@@ -1,7 +1,6 @@
 """The config of a released network, from the arguments inside its file."""
 
 from collections.abc import Mapping
-import reprlib
 from typing import Any
 
 import numpy as np
@@ -110,7 +109,7 @@ def _fields(
       found[name] = value
     elif name not in fixed or fixed[name] != value:
       raise errors.UserError(
-        f'the network inside the file has {name}={reprlib.repr(value)}; the'
+        f'the network inside the file has {name}={errors.brief(value)}; the'
         f' networks here have {fixed.get(name, "no such argument")}'
       )
   return found
@@ -132,7 +131,7 @@ def _edm_config(network: pickle_reader.Network) -> edm.EdmConfig:
     defaults |= {'attn_resolutions': (32, 16, 8), 'num_blocks': 3}
   else:
     raise errors.UserError(
-      f'the network inside the file is a {reprlib.repr(model_type)}; known:'
+      f'the network inside the file is a {errors.brief(model_type)}; known:'
       ' SongUNet, DhariwalUNet'
     )
   names = (*_FIELDS, 'augment_dim')
@@ -159,7 +158,7 @@ def _check_encoder(
     numbers = isinstance(got, np.ndarray) and got.shape == (wanted.size,)
     if not numbers or not np.allclose(got, wanted.ravel(), rtol=1e-5):
       raise errors.UserError(
-        f'the latents of the file have the {name} {reprlib.repr(got)}; those'
+        f'the latents of the file have the {name} {errors.brief(got)}; those'
         f' here {wanted.ravel()}: the network is of another autoencoder'
       )
 

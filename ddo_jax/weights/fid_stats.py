@@ -14,6 +14,7 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import statistics
+from ddo_jax.runtime import reading
 from ddo_jax.weights import files
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import provenance
@@ -27,6 +28,8 @@ _WANTED = (
   'ddo_jax saved'
 )
 _IMAGES = 'arr_0'
+_NAMES = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n', 'provenance')
+_MOST_IMAGES = 2**40
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +68,8 @@ class FidStats:
     with files.refusing(self.path, _WANTED):
       if not self.has_images:
         raise ValueError('no images in it')
-      with np.load(self.path, allow_pickle=False) as arrays:
-        images = arrays[_IMAGES]
+      with reading.Npz(self.path) as arrays:
+        images = arrays.read(_IMAGES)
       if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] != 3:
         raise ValueError(f'images of {images.dtype} {images.shape}')
       return images
@@ -76,28 +79,47 @@ def _moments(
   table: Any, mean: str, covariance: str, n: int, origin: Mapping[str, str]
 ) -> statistics.Moments:
   """The moments that a table holds under two names."""
-  return statistics.Moments(
-    mean=np.asarray(table[mean], np.float64),
-    covariance=np.asarray(table[covariance], np.float64),
-    n=n,
-    provenance=origin,
-  )
+  for name in (mean, covariance):
+    array = table[name]
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in 'biuf':
+      raise ValueError(f'{name} is no array of numbers')
+    if array.size > max(WIDTHS.values()) ** 2:
+      raise ValueError(f'{name} is {list(array.shape)}, which no features have')
+  try:
+    return statistics.Moments(
+      mean=np.asarray(table[mean], np.float64),
+      covariance=np.asarray(table[covariance], np.float64),
+      n=n,
+      provenance=origin,
+    )
+  except errors.UserError as error:
+    raise ValueError(str(error)) from error  # the file is named beside it
+
+
+def _count(value: Any) -> int:
+  """Returns a number of images that a file states."""
+  if not isinstance(value, int | np.integer) or not 0 <= value < _MOST_IMAGES:
+    raise ValueError(f'it is of {errors.brief(value)} images')
+  return int(value)
 
 
 def _read_npz(path: pathlib.Path, origin: dict[str, str]) -> FidStats:
   """Reads EDM's, OpenAI's and our own files."""
-  arrays = statistics.read_npz(path, skip=(_IMAGES,))
-  with np.load(path, allow_pickle=False) as all_arrays:
-    has_images = _IMAGES in all_arrays.files
+  arrays, names = statistics.read_npz(path, _NAMES)
+  has_images = _IMAGES in names
   if not {'mu', 'sigma'} <= arrays.keys():
     kind = 'a batch of samples' if has_images else 'something else'
     raise ValueError(f'no mu and sigma: {kind}, not statistics')
   if 'provenance' in arrays:
-    origin = json.loads(str(arrays['provenance'])) | origin
+    recorded = json.loads(str(arrays['provenance']))
+    texts = recorded.values() if isinstance(recorded, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+      raise ValueError('a provenance of something else than text')
+    origin = recorded | origin
   # These files do not say which features they are of; the width does.
   kind_of_width = {width: kind for kind, width in WIDTHS.items()}
   kind = kind_of_width.get(arrays['mu'].size, 'fid')
-  n = int(arrays.get('n', 0))
+  n = _count(arrays['n'].item() if 'n' in arrays else 0)
   moments = {kind: _moments(arrays, 'mu', 'sigma', n, origin)}
   if 'mu_s' in arrays:
     moments['sfid'] = _moments(arrays, 'mu_s', 'sigma_s', n, origin)
@@ -109,7 +131,7 @@ def _read_pickle(path: pathlib.Path, origin: dict[str, str]) -> FidStats:
   tree = pickle_reader.read(path)
   if not isinstance(tree, dict):
     raise ValueError('a pickle without a table')
-  n = int(tree.get('num_images', 0))
+  n = _count(tree.get('num_images', 0))
   moments = {}
   for kind in WIDTHS:
     table = tree.get(kind)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ddo_jax.weights import files
+from ddo_jax.weights import pickle_machine
 
 _WANTED = "TensorFlow's frozen classify_image_graph_def.pb"
 # Wire types.
@@ -49,10 +50,13 @@ def _varint(raw: memoryview, at: int) -> tuple[int, int]:
   raise ValueError('a number of more than ten bytes')
 
 
-def _fields(raw: memoryview) -> Iterator[tuple[int, Value]]:
+def _fields(
+  raw: memoryview, budget: pickle_machine.Budget
+) -> Iterator[tuple[int, Value]]:
   """Yields the (field number, value) of each field of a message."""
   at = 0
   while at < len(raw):
+    budget.step()
     tag, at = _varint(raw, at)
     number = tag >> 3
     wire = tag & 7
@@ -84,31 +88,36 @@ def _text(value: Value) -> str:
   return bytes(_message(value)).decode('utf-8')
 
 
-def _shape(raw: memoryview) -> tuple[int, ...]:
+def _shape(raw: memoryview, budget: pickle_machine.Budget) -> tuple[int, ...]:
   """Returns the shape in a TensorShape."""
   shape: list[Any] = []
-  for number, value in _fields(raw):
+  for number, value in _fields(raw, budget):
     if number == 2:
-      sizes = [size for n, size in _fields(_message(value)) if n == 1]
+      axis = _fields(_message(value), budget)
+      sizes = [size for n, size in axis if n == 1]
       if len(sizes) > 1 or not all(isinstance(s, int) for s in sizes):
         raise ValueError('an axis without one size')
       shape.append(sizes[0] if sizes else 0)
-  if len(shape) > _MAX_AXES or math.prod(shape) >= _LARGEST:
+  if len(shape) > _MAX_AXES or max(shape, default=0) >= _LARGEST:
+    raise ValueError('a tensor of an absurd shape')
+  if math.prod(shape) >= _LARGEST:
     raise ValueError('a tensor of an absurd shape')
   return tuple(shape)
 
 
-def _tensor(raw: memoryview) -> np.ndarray | None:
+def _tensor(
+  raw: memoryview, budget: pickle_machine.Budget
+) -> np.ndarray | None:
   """Returns the array of a TensorProto; None unless it is float32."""
   dtype: Any = 0
   shape: tuple[int, ...] = ()
   content: bytes | memoryview = b''
   values = []
-  for number, value in _fields(raw):
+  for number, value in _fields(raw, budget):
     if number == 1:
       dtype = value
     elif number == 2:
-      shape = _shape(_message(value))
+      shape = _shape(_message(value), budget)
     elif number == 4:
       content = _message(value)
     elif number == 5:
@@ -126,24 +135,26 @@ def _tensor(raw: memoryview) -> np.ndarray | None:
   return array
 
 
-def _constant(raw: memoryview) -> tuple[str, np.ndarray | None]:
+def _constant(
+  raw: memoryview, budget: pickle_machine.Budget
+) -> tuple[str, np.ndarray | None]:
   """Returns a node's name and numbers; None if it is no float32 constant."""
   name = ''
   operation = ''
   array = None
-  for number, value in _fields(raw):
+  for number, value in _fields(raw, budget):
     if number == 1:
       name = _text(value)
     elif number == 2:
       operation = _text(value)
     elif number == 5:
-      entry = dict(_fields(_message(value)))
+      entry = dict(_fields(_message(value), budget))
       key = _text(entry.get(1, memoryview(b'')))
       if key == 'value':
         attribute = _message(entry.get(2, memoryview(b'')))
-        for inner, tensor in _fields(attribute):
+        for inner, tensor in _fields(attribute, budget):
           if inner == 8:
-            array = _tensor(_message(tensor))
+            array = _tensor(_message(tensor), budget)
   return name, array if operation == 'Const' else None
 
 
@@ -155,15 +166,16 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       constants.
   """
   with files.refusing(path, _WANTED):
-    raw = memoryview(path.read_bytes())
+    raw = memoryview(files.map_file(path))
+    budget = pickle_machine.Budget.of(len(raw))
     constants = {}
-    for count, (number, value) in enumerate(_fields(raw)):
+    for count, (number, value) in enumerate(_fields(raw, budget)):
       if count >= _MAX_NODES:
         raise ValueError(f'more than {_MAX_NODES} nodes')
       if number != 1:
         continue
       try:
-        name, array = _constant(_message(value))
+        name, array = _constant(_message(value), budget)
       except struct.error as error:
         raise ValueError('a tensor is cut off') from error
       if array is not None:

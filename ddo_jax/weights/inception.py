@@ -204,9 +204,10 @@ def to_flax(state: State) -> dict[str, Any]:
       missing.append(key)
       continue
     axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim, range(array.ndim))
-    array = np.asarray(np.transpose(array, axes), np.float32)
+    array = np.transpose(array, axes)
     if array.shape != shape:
       raise ValueError(f'{key} gives {array.shape}, not {shape}')
+    array = np.asarray(array, np.float32)
     if not np.isfinite(array).all():
       raise ValueError(f'{key} holds NaN or Inf')
     flat[path] = array
@@ -271,5 +272,6 @@ def load(
   state = _read(path)
   wanted = f'the Inception of 2015-12-05: one of {", ".join(PUBLISHED)}'
   with files.refusing(path, wanted):
+    files.check_state(state)
     params = to_flax(state)
     return params, provenance.describe(path, licence=table.INCEPTION)

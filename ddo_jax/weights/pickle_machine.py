@@ -24,7 +24,7 @@ from ddo_jax.weights import files
 Names = Mapping[str, Callable[..., Any] | None]
 
 _PROTOCOLS = (b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
-_OPERATIONS = 2**21  # a full-size released network takes about 2**16
+_OPERATIONS = 2**20  # a full-size released network takes about 2**16
 
 
 @dataclasses.dataclass

@@ -124,7 +124,8 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
   """
   if path.suffix == '.pkl':
     network = pickle_reader.read_network(path, source=source)
-    config = edm_configs.config_of(network)
+    with files.refusing(path, 'the .pkl of an EDM, EDM2 or DDO network'):
+      config = edm_configs.config_of(network)
     state = network.state_dict
     origin = network.provenance
   elif path.suffix == '.safetensors':

@@ -8,6 +8,7 @@ import safetensors
 import safetensors.numpy
 
 from ddo_jax import errors
+from ddo_jax.runtime import reading
 from ddo_jax.weights import files
 
 _WANTED = 'a .safetensors file'
@@ -24,6 +25,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     errors.UserError: the file is missing, damaged, or no .safetensors.
   """
   with files.refusing(path, _WANTED):
+    reading.check_regular(path)
     try:
       with safetensors.safe_open(path, 'np') as file:
         return file.get_tensors(), file.metadata() or {}

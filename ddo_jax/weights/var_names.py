@@ -12,7 +12,6 @@ Convolutions [out,in,h,w] become [h,w,in,out], linear layers [out,in] become
 from collections.abc import Mapping
 from collections.abc import Sequence
 import re
-import reprlib
 from typing import Any
 
 from flax import traverse_util
@@ -83,7 +82,7 @@ def unwrap(tree: Any) -> State:
   if not _is_state(tree):
     got = sorted(map(str, tree)) if isinstance(tree, Mapping) else tree
     raise errors.UserError(
-      f'the file holds {reprlib.repr(got)}; wanted a state dict of tensors,'
+      f'the file holds {errors.brief(got)}; wanted a state dict of tensors,'
       " plain or under 'trainer' and 'var_wo_ddp': is it a checkpoint of VAR?"
     )
   state = {}

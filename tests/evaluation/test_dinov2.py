@@ -154,6 +154,6 @@ def test_what_is_missing_or_broken(tmp_path, monkeypatch):
   refuses('norm.bias gives', good | {'norm.bias': good['cls_token']})
   good.pop('blocks.1.mlp.fc2.bias')
   refuses(r'blocks\.1\.mlp\.fc2\.bias is missing', good)
-  refuses('no state dict', [1])
+  refuses('no table of tensors', [1])
   with pytest.raises(errors.UserError, match='repeat the channel'):
     dinov2.preprocess(jnp.zeros((1, 8, 8, 1), jnp.uint8))

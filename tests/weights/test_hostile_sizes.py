@@ -8,6 +8,7 @@ check is missing some of these end in a traceback, others never end.
 import json
 import struct
 
+import bounds
 import numpy as np
 import official_files as official
 import payloads
@@ -18,6 +19,7 @@ import test_released
 from configs import digits_var
 from ddo_jax import settings
 from ddo_jax.weights import edm_configs
+from ddo_jax.weights import files
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import released
 
@@ -33,8 +35,17 @@ def laughs():
   return tree
 
 
+def tables():
+  """The same of tables, which take more room when they are printed."""
+  tree = {'x': 1}
+  for _ in range(40):
+    tree = {'a': tree, 'b': tree}
+  return tree
+
+
 def refusal(path, config=None):
-  return payloads.one_line(lambda: released.read(path, config=config))
+  with bounds.kept():
+    return payloads.one_line(lambda: released.read(path, config=config))
 
 
 SIZES = (10**7, -3, 'x', [1], {'a': 1}, None, 2.5, 10**30, laughs())
@@ -61,6 +72,39 @@ def test_arguments_of_a_network(field):
     network = pickle_reader.Network(KIND, {}, arguments, {}, None, 0.0, {})
     line = payloads.one_line(edm_configs.config_of, network)
     assert 'the network inside the file' in line
+
+
+WORST = {
+  'laughs': laughs(),
+  'tables': tables(),
+  'digits': 10**5_000,
+  'digits below 0': -(10**5_000),
+  'an array': np.zeros(10**5),
+  'complex numbers': np.array([1j, 2]),
+  'long text': 'x' * 10**6,
+  'a set': {1, 2},
+}
+
+
+@pytest.mark.parametrize('value', WORST.values(), ids=WORST)
+def test_the_worst_arguments_of_a_network(tmp_path, value):
+  for field in (*FIELDS, 'img_channels', 'sigma_data', 'embedding_type'):
+    arguments = ARGUMENTS | {field: value}
+    network = pickle_reader.Network(KIND, {}, arguments, {}, None, 0.0, {})
+
+    def read(network=network):
+      # As `released.read` does.
+      with files.refusing(tmp_path / 'x.pkl', 'a network'):
+        edm_configs.config_of(network)
+
+    with bounds.kept():
+      payloads.one_line(read)
+
+
+def test_an_array_for_an_argument_inside_a_pkl(tmp_path):
+  path = tmp_path / 'network.pkl'
+  test_released.write_pkl(path, 'ddpmpp', embedding_type=np.zeros(9))
+  assert 'network.pkl is refused' in refusal(path)
 
 
 def test_an_argument_inside_a_pkl(tmp_path):
@@ -183,3 +227,11 @@ def test_a_state_dict(tmp_path, state, config):
   path = official.zipped(tmp_path / 'x.pth', state)
   line = refusal(path, config)
   assert 'x.pth' in line or 'wanted a state dict' in line
+
+
+def test_a_file_of_many_operations(tmp_path):
+  """Tensors without end: what is read of them is bounded."""
+  path = tmp_path / 'x.pkl'
+  path.write_bytes(b'\x80\x02]' + b'N0' * 2**20 + b'.')
+  with bounds.kept():
+    assert 'operations' in payloads.refusal(pickle_reader.read, path)

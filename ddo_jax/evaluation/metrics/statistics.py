@@ -1,6 +1,7 @@
 """Mean and covariance of features, and the .npz files that hold them."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
@@ -11,6 +12,9 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.runtime import disk
+from ddo_jax.runtime import reading
+
+_MOST_BYTES = 2**27  # of an array; a covariance of 2,048 features has 2**25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,17 +83,29 @@ def rank_note(name: str, n: int, width: int) -> str:
   )
 
 
-def read_npz(path: pathlib.Path, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-  """Reads all arrays of an .npz except those named in `skip`, by name.
+def read_npz(
+  path: pathlib.Path, names: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+  """Reads some arrays of an .npz.
 
   Nothing is unpickled.
 
+  Args:
+    path: the file.
+    names: the arrays that are wanted, where the file has them.
+
+  Returns:
+    (the arrays by name, the names of all that the file has).
+
   Raises:
-    UserError: the file is missing or damaged, or holds Python objects.
+    UserError: the file is missing or damaged, or one of those arrays is larger
+      than any covariance or holds Python objects.
   """
   try:
-    with np.load(path, allow_pickle=False) as arrays:
-      return {key: arrays[key] for key in arrays.files if key not in skip}
+    with reading.Npz(path) as file:
+      found = [name for name in names if name in file.names]
+      arrays = {name: file.read(name, _MOST_BYTES) for name in found}
+      return arrays, file.names
   except Exception as error:  # zipfile, zlib and numpy each raise their own
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise errors.UserError(
