@@ -21,6 +21,7 @@ from ddo_jax import errors
 from ddo_jax.data import transforms
 from ddo_jax.runtime import reading
 
+_REASON = 240  # characters of what a library says of a file
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP')
 _MOVING = ('GIF', 'PNG', 'WEBP')  # those of them that may be animations
 _AS_IT_IS = transforms.Fit()
@@ -50,7 +51,8 @@ def user_error(message: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # Damaged files make libraries raise all kinds.
-    raise errors.UserError(f'{message} ({error})') from error
+    reason = ' '.join(str(error).split())[:_REASON] or type(error).__name__
+    raise errors.UserError(f'{message} ({reason})') from error
 
 
 class Opened(NamedTuple):

@@ -375,6 +375,8 @@ def open_set(
   columns = [image, label] if label else [image]
   with encoded.user_error(f'{where} holds a damaged table, write it again'):
     table = _read(tables, columns, cache)
+    # Offsets that lead out of a column would end the program when followed.
+    table.validate(full=True)
   if not len(table):
     raise errors.UserError(f'{where} has no rows')
   labels = np.zeros(len(table), np.int32)

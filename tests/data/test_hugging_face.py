@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import sys
 
 import numpy as np
@@ -213,3 +214,22 @@ def test_a_set_of_the_hub_that_is_not_there(tmp_path, monkeypatch):
   monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
   line = sets.refusal('hf:me/animals')
   assert 'hf:me/animals cannot be fetched' in line and 'no route' in line
+
+
+def test_a_table_that_would_end_the_program(tmp_path):
+  """Arrow follows an offset that leads out of a column, unless it looks."""
+  save(tmp_path / 'set', table_of())
+  path = tmp_path / 'set/data-00000-of-00001.arrow'
+  content = path.read_bytes()
+  first, second = (len(sets.encode(image)) for image in IMAGES[:2])
+  offsets = struct.pack('<3i', 0, first, first + second)
+  assert offsets in content
+  wrong = struct.pack('<3i', 0, first, 2**30)
+  path.write_bytes(content.replace(offsets, wrong))
+  assert 'holds a damaged table' in sets.refusal(tmp_path / 'set')
+
+
+def test_what_a_library_says_becomes_one_line(tmp_path):
+  path = tmp_path / 'x.parquet'
+  path.write_bytes(b'PAR1' + bytes(99) + b'\x09\0\0\0PAR1')
+  assert 'holds no whole table' in sets.refusal(path)
