@@ -2,21 +2,26 @@
 
 import dataclasses
 import functools
+import io
+import json
 import shutil
 import signal
 import time
 import types
+import zipfile
 
 import chex
 import interruption
 import jax
 import numpy as np
+from PIL import Image
 import placing
 import pytest
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
+from ddo_jax.data import files
 from ddo_jax.data import sources
 from ddo_jax.method import ddo
 from ddo_jax.method import noise
@@ -483,3 +488,26 @@ def test_law_7_the_loop_forbids_implicit_transfers(make_job, monkeypatch):
   monkeypatch.setattr(job.executor, 'place_batch', place)
   with pytest.raises(Exception, match='Disallowed host-to-device'):
     loop_lib.run(job)
+
+
+def test_law_7_rows_that_processes_read_train_the_same(
+  finished, make_job, tmp_path
+):
+  """Nothing goes to the devices unasked, and nothing is retraced."""
+  _, expected = finished
+  job = elsewhere(make_job(Judge(*SCORES)), tmp_path)
+  images = {}
+  for i, image in enumerate(job.real.stored):
+    content = io.BytesIO()
+    Image.fromarray(image[..., 0]).save(content, 'PNG')
+    images[f'{i:03d}.png'] = content.getvalue()
+  classes = zip(images, job.real.classes.tolist(), strict=True)
+  with zipfile.ZipFile(tmp_path / 'real.zip', 'w') as archive:
+    archive.writestr('dataset.json', json.dumps({'labels': list(classes)}))
+    for name, content in images.items():
+      archive.writestr(name, content)
+  real = files.open_files(tmp_path / 'real.zip')
+  compiled = len(job.executor._compiled)
+  job = dataclasses.replace(job, real=real, workers=1)
+  assert outcome(job, loop_lib.run(job)) == expected
+  assert len(job.executor._compiled) == compiled
