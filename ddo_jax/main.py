@@ -45,6 +45,7 @@ import shlex
 import sys
 from typing import Any
 from typing import NamedTuple
+from typing import NoReturn
 
 from absl import app
 from absl import flags
@@ -635,10 +636,24 @@ def _print(result: Any) -> None:
       print(f'{name:16} {gap:+.4f} against {_AGAINST.value}')
 
 
+def _fail(error: errors.UserError) -> NoReturn:
+  """Ends the program at once, with the lines of a mistake.
+
+  Python would wait for its threads: after a save that failed, those of Orbax
+  wait for minutes, and then print tracebacks.
+  """
+  sys.stdout.flush()
+  for line in str(error).splitlines():
+    print(f'FATAL {line}', file=sys.stderr)
+  sys.stderr.flush()
+  os._exit(1)
+
+
 def _main(argv: Sequence[str]) -> None:
   _check_flags(argv)
   # Orbax speaks through absl, we through the logger below, jax has its own.
-  absl_logging.set_verbosity(absl_logging.ERROR)
+  # What goes wrong in Orbax is also raised.
+  absl_logging.set_verbosity(absl_logging.FATAL)
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     cache = pathlib.Path('~/.cache/ddo_jax/xla').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache))
@@ -655,8 +670,7 @@ def _main(argv: Sequence[str]) -> None:
       if processes.is_main():
         _print(result)
   except errors.UserError as error:
-    lines = str(error).splitlines()
-    sys.exit('\n'.join(f'FATAL {line}' for line in lines))
+    _fail(error)
 
 
 if __name__ == '__main__':

@@ -35,6 +35,7 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.evaluation.networks import resize
+from ddo_jax.runtime import manifest
 from ddo_jax.runtime import records
 
 # 'random': every image's class is drawn (EDM's and EDM2's generators).
@@ -283,9 +284,15 @@ def get(name: str) -> Protocol:
       f'{errors.near_miss(name, PROTOCOLS)}'
     )
   path = _file(name)
+  for file, fault in manifest.faults(path.parent).items():
+    raise errors.UserError(
+      f'{path.parent / file} {fault}: write the statistics anew with'
+      ' --mode=fid_stats'
+    )
   recorded = records.read_json(path)
   try:
     protocol = from_json(recorded)
+    _check_types(protocol)
   except (TypeError, ValueError, KeyError, AttributeError) as error:
     raise errors.UserError(
       f'{path} is no protocol ({str(error)[:200]}): write it anew with'
@@ -295,8 +302,25 @@ def get(name: str) -> Protocol:
 
 
 def write(folder: pathlib.Path, protocol: Protocol) -> None:
-  """Writes a protocol beside its statistics."""
-  records.write_json(folder / FILE, dataclasses.asdict(protocol))
+  """Writes a protocol beside its statistics, which are there."""
+  kept = manifest.Manifest(folder, (), top=True)
+  kept.write_json(FILE, dataclasses.asdict(protocol))
+  kept.add(*sorted(path.name for path in folder.glob('*.npz')))
+
+
+def _check_types(protocol: Protocol) -> None:
+  """Raises ValueError where a recorded protocol holds values of other types."""
+  counts = (protocol.num_images, protocol.num_blocks, protocol.pixel_values)
+  numbers = (*protocol.image_shape, *protocol.class_shares, *counts)
+  texts = (protocol.name, protocol.fid_stats, protocol.data, *protocol.features)
+  if len(protocol.image_shape) != 3:
+    raise ValueError(f'image_shape is {protocol.image_shape}')
+  for value in numbers:
+    if type(value) is not int or value < 0:
+      raise ValueError(f'{value!r} stands for a number')
+  for text in texts:
+    if not isinstance(text, str):
+      raise ValueError(f'{text!r} stands for a text')
 
 
 def from_json(recorded: Mapping[str, Any]) -> Protocol:

@@ -302,6 +302,9 @@ def _recorded_scores(result: Mapping[str, Any]) -> dict[str, protocols.Score]:
   files = result['files']
   # Earlier versions called the statistics a reference.
   fid_stats = files['fid_stats'] if 'fid_stats' in files else files['reference']
+  for name, score in result['scores'].items():
+    if not isinstance(score['mean'], int | float):
+      raise TypeError(f'the mean of {name} is {score["mean"]!r}')
   return {
     name: protocols.Score(
       metric=name,
@@ -325,10 +328,18 @@ def compare(
 
   Raises:
     errors.UserError: they are not of one protocol, number of images and file
-      of statistics; the line says what differs.
+      of statistics, and the line says what differs; or the other is damaged.
   """
   ours = _recorded_scores(result)
-  theirs = _recorded_scores(other)
+  try:
+    theirs = _recorded_scores(other)
+  except errors.UserError:
+    raise
+  except (LookupError, TypeError, ValueError, AttributeError) as error:
+    raise errors.UserError(
+      f'what is compared with is no eval.json that --mode=evaluate wrote'
+      f' ({type(error).__name__} {error}): write it again, or name another'
+    ) from error
   return {
     name: protocols.difference(ours[name], theirs[name])
     for name in ours

@@ -57,7 +57,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
   with contextlib.suppress(errors.UserError, ValueError):
     content = records.unsealed(records.read_json(path))
-    # A run may be given another name, a stage is not another one.
+    # A run may be given another name; a stage is not another one.
     if content['top'] or content['of'] == _name_of(folder):
       return content
   raise errors.UserError(
@@ -159,7 +159,7 @@ class Manifest:
     Args:
       folder: the folder.
       left: patterns of the files and folders that earlier versions left in it.
-      top: whether the folder is a run's, which has the name that a user gives.
+      top: whether the folder has a name that its user gives, and may change.
 
     Raises:
       errors.UserError: the manifest is damaged, or cannot be written.

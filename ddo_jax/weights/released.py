@@ -26,6 +26,7 @@ from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import manifest
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.weights import edm_configs
@@ -229,8 +230,8 @@ def load_folder(folder: pathlib.Path, recipe: Any = None) -> Weights:
 
 def _is_of(folder: pathlib.Path, path: pathlib.Path) -> bool:
   """Returns whether a folder was made of what a file holds now."""
-  recorded = checkpoint.load_meta(folder)['provenance']['sha256']
-  return recorded == download.sha256_of(path)
+  origin = checkpoint.load_meta(folder).get('provenance', {})
+  return origin.get('sha256') == download.sha256_of(path)
 
 
 def _made(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -239,20 +240,28 @@ def _made(name: str, folder: pathlib.Path) -> pathlib.Path:
   return folder / (asset.name if asset else pathlib.PurePath(name).stem)
 
 
-def found(name: str, folder: pathlib.Path) -> pathlib.Path | None:
+def found(
+  name: str, folder: pathlib.Path, deep: bool = False
+) -> pathlib.Path | None:
   """Returns the folder of params that a setting names, if it is there already.
 
   Args:
     name: see `folder_of`.
     folder: where it would have been converted.
+    deep: whether all of what was converted is read, to see whether it is whole.
 
   Returns:
-    None where something is yet to be fetched or converted.
+    None where something is yet to be fetched or converted, or to be converted
+    again because it is damaged.
   """
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return path
   made = _made(name, folder)
+  damaged = manifest.faults(folder, made.name, deep)
+  for file, fault in damaged.items():
+    _LOGGER.warning('%s %s: converting it again', folder / file, fault)
+    return None
   if made.exists() and (not path.is_file() or _is_of(made, path)):
     return made
   return None
@@ -279,7 +288,7 @@ def folder_of(
       refused.
   """
   with processes.main_first(f'convert {name}'):
-    there = found(name, folder)
+    there = found(name, folder, deep=True)
     return there or _convert(name, folder, setting, config)
 
 
@@ -292,5 +301,7 @@ def _convert(
   weights = read(store.resolve(name, setting), source, config)
   _LOGGER.info('licence of %s: %s', name, weights.provenance['licence'])
   made = _made(name, folder)
+  kept = manifest.Manifest(folder, ('*',))
   save_folder(made, weights)
+  kept.add(made.name)
   return made

@@ -138,6 +138,16 @@ def test_a_set_is_at_no_distance_from_itself(settings, tmp_path):
     score.compare(other, changed)
   with pytest.raises(errors.UserError, match='without a protocol'):
     score.compare(other, {'scores': {}})
+  for name, value in (
+    ('files', []),
+    ('samples', None),
+    ('scores', {'fid': 1}),
+    ('scores', {'fid': {'mean': 'low'}}),
+    ('protocol', [1]),
+  ):
+    with pytest.raises(errors.UserError) as caught:
+      score.compare(other, result | {name: value})
+    assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
@@ -494,6 +504,9 @@ def test_a_protocol_of_ones_own(own, tmp_path):
   with pytest.raises(errors.UserError, match='a protocol of images like'):
     score_images(own, tmp_path / 'data.npz', tmp_path)
   (moved / 'protocol.json').write_text('{"name": "x"}')
+  with pytest.raises(errors.UserError, match='is damaged: write'):
+    evaluator_lib.check(own.evaluation)
+  (moved / 'manifest.json').unlink()
   with pytest.raises(errors.UserError, match='is no protocol'):
     evaluator_lib.check(own.evaluation)
 

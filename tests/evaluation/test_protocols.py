@@ -48,6 +48,46 @@ def test_a_recorded_protocol_is_read_again():
   assert protocols.from_json(recorded) == protocol
 
 
+@pytest.fixture
+def own(tmp_path):
+  """A protocol of one's own, beside its statistics."""
+  protocol = dataclasses.replace(protocols.get('edm-cifar10'), name='own')
+  (tmp_path / 'fid.npz').write_bytes(b'moments')
+  protocols.write(tmp_path, protocol)
+  return tmp_path
+
+
+@pytest.mark.parametrize('name', ['fid.npz', 'protocol.json'])
+def test_damaged_statistics_are_named(own, name):
+  assert protocols.get(str(own)).name == 'own'
+  content = (own / name).read_bytes()
+  (own / name).write_bytes(content[:-3] + b'}' + content[-2:])
+  with pytest.raises(errors.UserError, match=f'{own / name} is damaged'):
+    protocols.get(str(own))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'num_images': '5'},
+    {'image_shape': [32, 32]},
+    {'image_shape': 'abc'},
+    {'features': [1]},
+    {'class_shares': [-1]},
+    {'name': 3},
+    {'resize': []},
+    {'more': 1},
+  ],
+)
+def test_a_protocol_of_another_form_is_one_line(own, change):
+  recorded = json.loads((own / 'protocol.json').read_text()) | change
+  (own / 'manifest.json').unlink()  # as earlier versions wrote none
+  (own / 'protocol.json').write_text(json.dumps(recorded))
+  with pytest.raises(errors.UserError) as caught:
+    protocols.get(str(own))
+  assert '\n' not in str(caught.value)
+
+
 def test_balanced_classes():
   protocol = protocols.get('edm2-img64')
   ids = np.arange(50_000, 100_000)

@@ -355,3 +355,32 @@ def test_converted_weights_denoise_as_the_original(tmp_path):
     weights.params, x.astype(np.float32), golden['sigma'], label
   )
   assert golden_io.max_error(got, golden_io.nhwc(golden['D_noaug_f32'])) < 5e-6
+
+
+def test_damaged_conversions_are_made_again(tmp_path, monkeypatch, caplog):
+  converted = []
+
+  def read(path, source, config):
+    return released.Weights(config, {}, {'licence': 'none'})
+
+  def save_folder(folder, weights):
+    converted.append(folder.name)
+    (folder / 'params').mkdir(parents=True, exist_ok=True)
+    (folder / 'params' / 'x').write_bytes(b'weights')
+
+  source = tmp_path / 'net.pth'
+  source.write_bytes(b'net')
+  monkeypatch.setattr(released, 'read', read)
+  monkeypatch.setattr(released, 'save_folder', save_folder)
+  monkeypatch.setattr(released, '_is_of', lambda folder, path: True)
+
+  def ask():
+    return released.folder_of(str(source), tmp_path / 'weights', '--x')
+
+  made = ask()
+  assert ask() == made == tmp_path / 'weights' / 'net'
+  assert converted == ['net'] and not caplog.records
+  (made / 'params' / 'x').write_bytes(b'Weights')
+  assert ask() == made and converted == ['net', 'net']
+  assert f'{made / "params" / "x"} is damaged: converting' in caplog.text
+  assert ask() == made and len(converted) == 2

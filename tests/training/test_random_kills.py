@@ -1,0 +1,111 @@
+"""Law 4, at random: runs are killed at any moment, and end as whole ones.
+
+The result of the long test is kept in experiments/results/faults.md.
+"""
+
+import collections
+import logging
+import multiprocessing
+import os
+import random
+import time
+
+import pytest
+import test_resume as resume
+
+from ddo_jax.runtime import records
+from ddo_jax.training import run as run_lib
+
+images = resume.images
+KILLS = int(os.environ.get('DDO_JAX_KILLS', '50'))
+
+
+def child(images, workdir):
+  logging.disable(logging.INFO)
+  run_lib.play(resume.make_config(images), workdir)
+
+
+def stage_of(workdir):
+  """What a run was at when it was killed."""
+  if not (workdir / 'config.json').exists():
+    return 'start'
+  if not (workdir / 'pretrain' / 'done.json').exists():
+    return 'pretraining'
+  for index in range(2):
+    folder = workdir / f'round_{index:03d}'
+    if (folder / 'done.json').exists():
+      continue
+    if not (folder / 'reference').exists():
+      return 'reference'
+    if len(list(folder.glob('fakes/*.npz'))) < 3:
+      return 'pool'
+    if not (folder / 'promoted').exists():
+      busy = any(folder.glob('selection/*/*/*'))
+      saving = any(folder.glob('checkpoints/*tmp*'))
+      return 'saving' if saving else 'selection' if busy else 'training'
+    return 'report scores'
+  return 'summary and report'
+
+
+@pytest.fixture(scope='module')
+def context(tmp_path_factory):
+  """Starts processes that have imported all, and share what they compile."""
+  with pytest.MonkeyPatch.context() as patch:
+    cache = tmp_path_factory.mktemp('compiled')
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(cache))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    found = multiprocessing.get_context('forkserver')
+    found.set_forkserver_preload(['test_random_kills', 'ddo_jax.report.page'])
+    yield found
+
+
+def play(context, images, workdir, delay=None):
+  """Plays in a process of its own; returns its exit status."""
+  process = context.Process(target=child, args=(images, workdir))
+  process.start()
+  process.join(delay)
+  process.kill()
+  process.join()
+  return process.exitcode
+
+
+@pytest.mark.faults
+def test_runs_that_are_killed_end_as_the_whole_one(context, images, tmp_path):
+  assert play(context, images, tmp_path / 'warm') == 0  # compiles all
+  begin = time.monotonic()
+  assert play(context, images, tmp_path / 'whole') == 0
+  length = time.monotonic() - begin
+  expected = resume.outcome(tmp_path / 'whole')
+  warm = resume.outcome(tmp_path / 'warm')
+  assert expected == warm
+  promoted = [r['promoted']['step'] for r in expected['summary']['rounds']]
+  assert any(promoted), promoted  # or there is little to compare
+  clock = random.Random(0)
+  where = collections.Counter()
+  runs = 0
+  while where.total() < KILLS:
+    workdir = tmp_path / f'run_{runs}'
+    runs += 1
+    status = None
+    while status != 0:
+      last = where.total() >= KILLS
+      delay = None if last else clock.uniform(0.2, 1) * length
+      status = play(context, images, workdir, delay)
+      assert status in (0, -9), f'after {where.total()} kills: {status}'
+      if status:
+        where[stage_of(workdir)] += 1
+    got = resume.outcome(workdir)
+    for part, value in expected.items():
+      assert got[part] == value, (part, runs, where)
+    evals = [
+      records.read_json(workdir / f'round_{i:03d}' / 'eval.json')
+      for i in range(2)
+    ]
+    assert [e['after'] for e in evals] == [
+      r['after'] for r in expected['summary']['rounds']
+    ]
+  seconds = time.monotonic() - begin
+  print(
+    f'KILLS {where.total()} in {runs} runs of {length:.0f} s,'
+    f' {seconds:.0f} s: {dict(where.most_common())}'
+  )
