@@ -185,11 +185,51 @@ def _sources(
   return sources
 
 
-def _peak(jaxpr: core.Jaxpr) -> int:
-  """Returns the most bytes that arrays made by a program take at once."""
+def _hoisted(ops: list[Op], num_constants: int) -> tuple[set[int], set[int]]:
+  """Returns the arrays of a loop's body that XLA makes once, before the loop.
+
+  They follow from its constants alone, such as weights that are normalized, and
+  stand for as long as the loop runs.
+
+  Args:
+    ops: the operations of the body.
+    num_constants: the number of its first arguments that are the same in every
+      turn.
+
+  Returns:
+    All that follow from them, and those among these that stand.
+  """
+  # What is computed twice, such as for two calls of a network, is made once.
+  first = {number: number for number in range(num_constants)}
+  made: dict[Any, list[int]] = {}
+  hoisted = set()
+  read = set()
+  for op in ops:
+    if not op.inputs or not first.keys() >= set(op.inputs):
+      read.update(first[i] for i in op.inputs if i in first)
+      continue
+    what = (op.name, *(first[number] for number in op.inputs))
+    outputs = made.setdefault(what, op.outputs)
+    first.update(zip(op.outputs, outputs, strict=True))
+    if op.name not in _CHEAP or hoisted.intersection(op.inputs):
+      hoisted.update(op.outputs)
+  return hoisted, hoisted & read
+
+
+def _peak(jaxpr: core.Jaxpr, num_constants: int = 0) -> int:
+  """Returns the most bytes that arrays made by a program take at once.
+
+  Args:
+    jaxpr: the program.
+    num_constants: if it is the body of a loop, see `_hoisted`.
+  """
   ops, sizes, results = flatten(jaxpr)
   # The arguments stand whether the program runs or not.
   sizes = [0] * len(jaxpr.invars) + sizes[len(jaxpr.invars) :]
+  hoisted, once = _hoisted(ops, num_constants)
+  stands = sum(sizes[number] for number in once)
+  for number in hoisted:
+    sizes[number] = 0
   sources = _sources(ops, results, sizes)
   last_read: dict[int, int] = {}
   for time, op in enumerate(ops):
@@ -207,10 +247,11 @@ def _peak(jaxpr: core.Jaxpr) -> int:
         end = last_read.get(number, time)
         alive += sizes[number]
         ending[end] = ending.get(end, 0) + sizes[number]
-    inside = max((_peak(body) for body in op.bodies), default=0)
+    constants = op.equation.params.get('num_consts', 0)
+    inside = max((_peak(body, constants) for body in op.bodies), default=0)
     most = max(most, alive + inside)
     alive -= ending.get(time, 0)
-  return most
+  return most + stands
 
 
 def on_device(tree: Any) -> Any:

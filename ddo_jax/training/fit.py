@@ -7,6 +7,7 @@ changes what a step computes beyond its rounding.
 import bisect
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -33,8 +34,12 @@ _FEW = 4
 _CALL = 1_000  # images a call of the sampler, where that many fit
 
 
-class Stage(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
   """What one phase trains.
+
+  Stages of equal models are equal, so that what is counted of one, which takes
+  seconds, is counted once for whatever devices and settings are tried.
 
   Attributes:
     name: the name of the phase in the config, such as 'ddo'.
@@ -49,6 +54,18 @@ class Stage(NamedTuple):
   build: Callable[[bool], Any]
   frozen: likelihood.Frozen
   sampler: Any
+
+  @functools.cached_property
+  def _key(self) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten(self.frozen)
+    model = self.build(False)
+    return self.name, self.phase, model, self.sampler, tree, *leaves
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, Stage) and self._key == other._key
+
+  def __hash__(self) -> int:
+    return hash(self._key)
 
 
 class Fit(NamedTuple):
@@ -111,6 +128,7 @@ def make_rows(stage: Stage, model: Any, count: int) -> Any:
   return jax.eval_shape(make)
 
 
+@functools.lru_cache(maxsize=32)
 def state_shapes(stage: Stage) -> state_lib.TrainState:
   """Returns the shapes of a phase's training state."""
   model = stage.build(False)
@@ -151,6 +169,29 @@ def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
   }
 
 
+@functools.lru_cache(maxsize=256)
+def _gradient_bytes(stage: Stage, remat: bool, count: int) -> int:
+  """Returns the most bytes that computing a gradient makes at once.
+
+  Args:
+    stage: what is trained.
+    remat: whether the activations inside a block are recomputed.
+    count: the real rows of a device.
+  """
+  model = stage.build(remat)
+  rows = make_rows(stage, model, count)
+  params = state_shapes(stage).params
+  reference = jax.eval_shape(model.rules.reduce, params)
+
+  def gradient(params, reference, frozen, rows):
+    _, _, grads = step_lib.gradient_of(
+      params, reference, frozen, rows, model, stage.phase, stage.sampler
+    )
+    return grads
+
+  return memory.peak(gradient, params, reference, stage.frozen, rows)
+
+
 def step_parts(
   stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool
 ) -> dict[str, int]:
@@ -167,19 +208,10 @@ def step_parts(
     microbatches, and the 'activations', all else that computing the gradient of
     a device's rows holds at once.
   """
-  model = stage.build(remat)
-  params = jax.eval_shape(model.init, rng.stream(0))
   parts = layout.num_devices * accumulate
-  rows = make_rows(stage, model, math.ceil(stage.phase.batch_size / parts))
-
-  def gradient(params, reference, frozen, rows):
-    _, _, grads = step_lib.gradient_of(
-      params, reference, frozen, rows, model, stage.phase, stage.sampler
-    )
-    return grads
-
-  reference = jax.eval_shape(model.rules.reduce, params)
-  made = memory.peak(gradient, params, reference, stage.frozen, rows)
+  count = math.ceil(stage.phase.batch_size / parts)
+  made = _gradient_bytes(stage, remat, count)
+  params = state_shapes(stage).params
   # A gradient is made on every device, and kept as the moments are.
   share = layout.share(params, 'gradient')
   activations = made - memory.size_of(params)
@@ -202,6 +234,7 @@ def step_bytes(
   return sum(step_parts(stage, layout, accumulate, remat).values())
 
 
+@functools.lru_cache(maxsize=64)
 def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
   """Returns the bytes that a call of the sampler takes of a device.
 
@@ -213,7 +246,7 @@ def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
     rows: the number of images that the device draws.
   """
   model = stage.build(False)
-  params = jax.eval_shape(model.init, rng.stream(0))
+  params = state_shapes(stage).params
   labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
   ids = jax.ShapeDtypeStruct((rows,), jnp.uint32)
 

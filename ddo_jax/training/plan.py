@@ -8,6 +8,7 @@ written.
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import textwrap
@@ -198,6 +199,12 @@ def _clock(hours: float) -> tuple[str, int]:
   return 'seconds', 1
 
 
+def duration(hours: float) -> str:
+  """Returns a time as it is well read, such as '12.9 hours'."""
+  unit, seconds = _clock(hours)
+  return f'{hours * 3_600 / seconds:,.3g} {unit}'
+
+
 def _table(rows: list[list[str]]) -> str:
   """Returns rows as lines, all columns but the first to the right."""
   widths = [
@@ -213,13 +220,14 @@ def _table(rows: list[list[str]]) -> str:
   return '\n'.join(lines)
 
 
+@functools.lru_cache(maxsize=64)
 def _step_work(
-  stage: fit_lib.Stage, layout: layout_lib.Layout, fit: fit_lib.Fit
+  stage: fit_lib.Stage, num_devices: int, accumulate: int, remat: bool
 ) -> work_lib.Work:
   """Returns what a training step does on one device."""
-  model = stage.build(fit.remat)
-  params = jax.eval_shape(model.init, rng.stream(0))
-  count = math.ceil(stage.phase.batch_size / layout.num_devices)
+  model = stage.build(remat)
+  state = fit_lib.state_shapes(stage)
+  count = math.ceil(stage.phase.batch_size / num_devices)
   rows = fit_lib.make_rows(stage, model, count)
 
   def step(state, reference, frozen, real, fake):
@@ -233,19 +241,20 @@ def _step_work(
       stage.phase,
       rng.stream(0),
       sampler=stage.sampler,
-      accumulate=fit.accumulate,
+      accumulate=accumulate,
     )
 
   return work_lib.of(
     step,
-    fit_lib.state_shapes(stage),
-    jax.eval_shape(model.rules.reduce, params),
+    state,
+    jax.eval_shape(model.rules.reduce, state.params),
     stage.frozen,
     rows.real,
     rows.fake,
   )
 
 
+@functools.lru_cache(maxsize=64)
 def _sample_work(
   stage: fit_lib.Stage, sampler: Any, rows: int
 ) -> work_lib.Work:
@@ -258,7 +267,7 @@ def _sample_work(
 
   return work_lib.of(
     draw,
-    jax.eval_shape(model.init, rng.stream(0)),
+    fit_lib.state_shapes(stage).params,
     stage.frozen,
     jax.ShapeDtypeStruct((rows,), jnp.int32),
     jax.ShapeDtypeStruct((rows,), jnp.uint32),
@@ -305,7 +314,7 @@ def _calls(run: workspace.Run) -> dict[str, Call]:
   calls = {}
   for name in run.phases:
     trained = run.stage(name)
-    work = _step_work(trained, run.layout, run.fit)
+    work = _step_work(trained, num_devices, run.fit.accumulate, run.fit.remat)
     calls[f'{name} step'] = Call(trained.phase.batch_size, work)
   rows = math.ceil(run.sample_batch / num_devices)
   work = _sample_work(stage, config.sampler, rows)
@@ -674,9 +683,8 @@ def _filled(
   swept = [part for part in parts if part.name in _SWEPT]
   if seconds and swept:
     hours = sum(made.hours(part) / part.times for part in swept)
-    unit, length = _clock(hours)
     notes.append(
       'a sweep over alpha and beta: each further setting of a round takes'
-      f' {hours * 3_600 / length:.3g} {unit}, on the same pool'
+      f' {duration(hours)}, on the same pool'
     )
   return made

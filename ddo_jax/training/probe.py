@@ -78,7 +78,7 @@ def step(
   """
   model = stage.build(fit.remat)
   params = executor.make_state(model.init, rng.stream(0))
-  reference = executor.make_state(model.rules.reduce, params)
+  reference = executor.make_state(model.rules.reduce, params, part='reference')
   frozen = _zeros(stage.frozen, executor)
 
   def create(params):

@@ -203,7 +203,7 @@ def test_averages_on_the_host_are_not_counted_while_rows_are():
     wanted = layout.ExecutorConfig(kind='fsdp', offload=offload)
     phase = dataclasses.replace(what.phase, batch_size=batch_size)
     return fit.step_parts(
-      what._replace(phase=phase), layout.Layout(wanted, 1), 1, False
+      dataclasses.replace(what, phase=phase), layout.Layout(wanted, 1), 1, False
     )
 
   here = counted((), 2_048)
