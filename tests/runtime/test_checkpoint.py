@@ -245,6 +245,25 @@ def test_a_checkpoint_that_may_not_be_read_stays(folder, monkeypatch):
   assert kept(folder) == [2, 4]
 
 
+def test_processes_go_back_together(monkeypatch):
+  """Where one cannot read its part, the others have read theirs in vain."""
+  monkeypatch.setattr(checkpoint.processes, 'count', lambda: 2)
+  for other, failed in (([0], False), ([1], True)):
+    sent = []
+
+    def exchange(flag, other=other, sent=sent):
+      sent.extend(flag)
+      return np.concatenate([flag, np.uint32(other)])
+
+    monkeypatch.setattr(checkpoint.devices, 'exchange', exchange)
+    if failed:
+      with pytest.raises(checkpoint.DamagedError, match='another process'):
+        checkpoint._on_all(int)
+    else:
+      assert checkpoint._on_all(int) == 0
+    assert sent == [0]
+
+
 def test_notes_come_back(tmp_path):
   notes = [{'step': 0, 'selection': 0.1}]
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
