@@ -46,7 +46,7 @@ KINDS = [
   Kind('pretrain/manifest.json', 'round_000/manifest.json'),
   Kind('pretrain/done.json', 'round_000/done.json'),
   Kind('pretrain/params/**/d/*', 'round_000/promoted/**/d/*'),
-  Kind('pretrain/params/meta/metadata', 'round_000/promoted/meta/metadata'),
+  Kind('pretrain/params/meta/data.json', 'round_000/promoted/meta/data.json'),
   Kind('round_000/manifest.json', 'round_001/manifest.json'),
   Kind('round_000/done.json', 'round_000/eval.json'),
   Kind('round_000/eval.json', 'round_000/done.json'),
@@ -54,14 +54,16 @@ KINDS = [
   Kind('round_000/neighbours.png', 'round_000/real.png'),
   Kind('round_000/promoted/**/d/*', 'round_000/reference/**/d/*'),
   Kind(
-    'round_000/promoted/params/_METADATA', 'round_000/promoted/meta/metadata'
+    'round_000/promoted/params/_METADATA', 'round_000/promoted/meta/data.json'
   ),
-  Kind('round_000/promoted/meta/metadata', 'round_000/reference/meta/metadata'),
+  Kind(
+    'round_000/promoted/meta/data.json', 'round_000/reference/meta/data.json'
+  ),
   Kind('round_000/reference/**/d/*', 'round_000/promoted/**/d/*', spare=True),
   Kind('round_000/fakes/000001.npz', 'round_000/fakes/000000.npz', spare=True),
   Kind('round_001/manifest.json', 'round_000/manifest.json'),
   Kind('round_001/reference/**/d/*', 'round_000/reference/**/d/*'),
-  Kind('round_001/reference/meta/metadata', 'pretrain/params/meta/metadata'),
+  Kind('round_001/reference/meta/data.json', 'pretrain/params/meta/data.json'),
   Kind('round_001/fakes/000001.npz', 'round_001/fakes/000000.npz'),
   Kind('round_001/fakes/000002.npz', 'round_000/fakes/000002.npz'),
   Kind('round_001/fakes/pool.json', 'round_000/fakes/pool.json'),
