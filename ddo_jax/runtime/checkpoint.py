@@ -79,7 +79,7 @@ def _describe(tree: Any) -> dict[str, dict[str, Any]]:
     arrays[name] = {
       'shape': list(leaf.shape),
       'dtype': str(leaf.dtype),
-      'checksum': f'{int(_checksum(leaf)):08x}',
+      'checksum': f'{int(_checksum(devices.from_host(leaf))):08x}',
     }
   return arrays
 

@@ -35,7 +35,7 @@ ExecutorConfig = layout.ExecutorConfig
 _LAG = 2  # steps between a process's wish and the answer to it
 
 
-def _from_host(tree: Any) -> Any:
+def from_host(tree: Any) -> Any:
   """Copies what is offloaded of a tree of arrays to the devices."""
 
   def place(leaf):
@@ -324,7 +324,7 @@ class Executor(layout.Layout):
     """
     batch = math.ceil(batch / self.num_devices) * self.num_devices
     if self.offload:
-      params = _from_host(params)
+      params = from_host(params)
     pending = None
     count = 0
     for rows in blocks:

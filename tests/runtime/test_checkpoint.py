@@ -342,6 +342,22 @@ def test_checksums_hold_on_other_numbers_of_devices(tmp_path):
   assert described == described[:1] * 5
 
 
+def test_what_lies_in_the_hosts_memory_is_saved_and_verified(tmp_path):
+  state = make_state(1)
+  offloaded = HERE.with_memory_kind('pinned_host')
+  placed = jax.device_put(state, offloaded)
+  target = jax.tree.map(lambda _: offloaded, state)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(placed, 1)
+    checkpoints.wait()
+    target = checkpoint.abstract(state, target)
+    _, restored, _ = checkpoints.restore_newest(target)
+  assert_equal(restored, state)
+  for leaf in jax.tree.leaves(restored):
+    assert leaf.sharding.memory_kind == 'pinned_host'
+  assert checkpoint._describe(placed) == checkpoint._describe(state)
+
+
 @pytest.mark.parametrize(
   'dtype', ['float32', 'bfloat16', 'int8', 'bool', 'int32']
 )
