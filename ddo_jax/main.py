@@ -63,6 +63,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
+from ddo_jax.method import siblings  # noqa: F401 (the command line names them)
 from ddo_jax.report import page
 from ddo_jax.runtime import chips
 from ddo_jax.runtime import interruption
