@@ -229,8 +229,8 @@ def initialize(
     process_id: this one's number, from 0.
 
   Raises:
-    errors.UserError: the arguments make no sense, or the processes do not have
-      equally many devices.
+    errors.UserError: the arguments make no sense, or the processes do not find
+      each other.
   """
   _check(coordinator, num_processes, process_id)
   if num_processes == 1 or (num_processes is None and _launched_alone()):
@@ -273,7 +273,6 @@ def initialize(
   if jax.process_count() == 1:
     return
   threading.Thread(target=_watch, daemon=True).start()
-  _check_devices()
 
 
 def _check(
@@ -446,11 +445,15 @@ def _see_off() -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-  """Ends this process with the others, however the body ends."""
+  """Ends this process with the others, however the body ends.
+
+  It ends at once where they do not have equally many devices.
+  """
   if count() == 1:
     yield
     return
   try:
+    _check_devices()
     yield
   except errors.UserError as error:
     _end(str(error), 1)
