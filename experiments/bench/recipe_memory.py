@@ -135,7 +135,8 @@ def table(known: dict[str, Any], environment: dict[str, str]) -> str:
   ]
   for name, made in sorted(known.items()):
     for phase, found in made['phases'].items():
-      counted, planned = found['counted'], found['planned by XLA']
+      counted = found['counted']
+      planned = found['planned by XLA']
       cells = [
         name,
         phase,

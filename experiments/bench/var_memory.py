@@ -110,14 +110,9 @@ def compiled(
   """Returns the GiB that XLA allots on each device at one real row a device."""
   executor = devices_lib.Executor(config_lib.Executor(kind='fsdp'), devices)
   args = _arguments(model, frozen, executor, _phase(devices))
-  kept = jax.tree.map(lambda leaf: leaf.sharding, args[0])
   start = time.perf_counter()
-  jitted = jax.jit(
-    step_lib.train_step,
-    donate_argnums=0,
-    out_shardings=(kept, None),
-  )
-  done = jitted.lower(*args).compile()
+  step = executor.traceable_step(step_lib.train_step)
+  done = step.lower(*args).compile()
   return {
     'allotted': memory_lib.allotted(done) / 2**30,
     'compile seconds': time.perf_counter() - start,
