@@ -292,7 +292,6 @@ def get(name: str) -> Protocol:
   recorded = records.read_json(path)
   try:
     protocol = from_json(recorded)
-    _check_types(protocol)
   except (TypeError, ValueError, KeyError, AttributeError) as error:
     raise errors.UserError(
       f'{path} is no protocol ({str(error)[:200]}): write it anew with'
@@ -306,21 +305,6 @@ def write(folder: pathlib.Path, protocol: Protocol) -> None:
   kept = manifest.Manifest(folder, (), top=True)
   kept.write_json(FILE, dataclasses.asdict(protocol))
   kept.add(*sorted(path.name for path in folder.glob('*.npz')))
-
-
-def _check_types(protocol: Protocol) -> None:
-  """Raises ValueError where a recorded protocol holds values of other types."""
-  counts = (protocol.num_images, protocol.num_blocks, protocol.pixel_values)
-  numbers = (*protocol.image_shape, *protocol.class_shares, *counts)
-  texts = (protocol.name, protocol.fid_stats, protocol.data, *protocol.features)
-  if len(protocol.image_shape) != 3:
-    raise ValueError(f'image_shape is {protocol.image_shape}')
-  for value in numbers:
-    if type(value) is not int or value < 0:
-      raise ValueError(f'{value!r} stands for a number')
-  for text in texts:
-    if not isinstance(text, str):
-      raise ValueError(f'{text!r} stands for a text')
 
 
 def from_json(recorded: Mapping[str, Any]) -> Protocol:

@@ -104,6 +104,7 @@ def test_runs_that_are_killed_end_as_the_whole_one(context, images, tmp_path):
     assert [e['after'] for e in evals] == [
       r['after'] for r in expected['summary']['rounds']
     ]
+    print(f'SAME after {where.total()} kills, {runs} runs', flush=True)
   seconds = time.monotonic() - begin
   print(
     f'KILLS {where.total()} in {runs} runs of {length:.0f} s,'
