@@ -213,6 +213,36 @@ def test_checkpoints_move_whichever_leaves_are_split(
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), TREE)
 
 
+def test_law_4_a_checkpoint_moves_between_all_kinds_and_devices(tmp_path):
+  """8 devices, 4, 2, 1, and 8 again; split, offloaded and whole."""
+  filled = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), a_state())
+  filled = filled.replace(params=TREE)
+  shapes = jax.eval_shape(lambda: filled)
+
+  def opened(kind, devices, fsdp_devices=0, offload=()):
+    settings = layout.ExecutorConfig(
+      kind=kind, fsdp_devices=fsdp_devices, offload=offload
+    )
+    return devices_lib.Executor(settings, devices)
+
+  state = placing.place_state(opened('fsdp', 8, 4), filled)
+  places = (
+    opened('zero1', 4),
+    opened('fsdp', 2, offload=('ema', 'reference')),
+    opened('pmap', 1),
+    opened('zero1', 8, 2, ('ema',)),
+  )
+  for step, place in enumerate(places):
+    shardings = place.state_shardings(shapes)
+    with checkpoint.Checkpoints(tmp_path / str(step)) as checkpoints:
+      checkpoints.save(state, step)
+      checkpoints.wait()
+      target = checkpoint.abstract(shapes, shardings)
+      state, _ = checkpoints.restore(step, target)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), filled)
+
+
 @pytest.mark.parametrize(
   ('kind', 'shape', 'shard'),
   [('pmap', (8, 2, 3), (1, 2, 3)), ('fsdp', (16, 3), (2, 3))],
