@@ -8,13 +8,11 @@ planned again, unless --again names them. The page has beside these tables what
 `experiments.bench.plan` measured.
 """
 
+import argparse
 import dataclasses
 import importlib
 import pathlib
 from typing import Any
-
-from absl import app
-from absl import flags
 
 from ddo_jax import errors
 from ddo_jax import recipes
@@ -22,11 +20,6 @@ from ddo_jax.runtime import chips
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import plan as plan_lib
-
-_AGAIN = flags.DEFINE_list('again', [], 'Recipes that are planned again.')
-_OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/plan', 'The files to write, less .json and .md'
-)
 
 _MEASURED = pathlib.Path('experiments/results/plan_measured.json')
 
@@ -148,26 +141,33 @@ are an estimate: {chips.UTILISATION:.0%} of the chips' published rates, without
 reading data, compiling and what devices send each other; no accelerator was at
 hand. "With other settings" means that the recipe's own settings of the executor
 do not fit and the ones shown here do."""
-  sections = [head, page(known['cells']), _measured()]
+  missing = set(recipes.names()) - known['cells'].keys()
+  left = f'Not planned yet: {", ".join(sorted(missing))}.' if missing else ''
+  sections = [head, left, page(known['cells']), _measured()]
   text = '\n\n'.join(section for section in sections if section)
   path.write_text(text + '\n')
 
 
-def main(_) -> None:
-  path = pathlib.Path(f'{_OUTPUT.value}.json')
+def main() -> None:
+  parser = argparse.ArgumentParser(description='Plans every recipe.')
+  parser.add_argument('--again', nargs='*', default=[], help='recipes')
+  parser.add_argument('--output', default='experiments/results/plan')
+  args = parser.parse_args()
+  path = pathlib.Path(f'{args.output}.json')
   known = records.read_json(path)['cells'] if path.exists() else {}
   for recipe in recipes.names():
-    if recipe in known and recipe not in _AGAIN.value:
+    if recipe in known and recipe not in args.again:
       continue
-    known[recipe] = {}
+    planned = {}
     for machine, (chip, num_devices) in MACHINES.items():
-      known[recipe][machine] = cell(recipe, chip, num_devices)
-      print(recipe, machine, known[recipe][machine], flush=True)
+      planned[machine] = cell(recipe, chip, num_devices)
+      print(recipe, machine, planned[machine], flush=True)
+    known[recipe] = planned
     cells = {name: known[name] for name in recipes.names() if name in known}
     environment = devices_lib.environment()
     records.write_json(path, {'cells': cells, 'environment': environment})
-  write_page(path.with_suffix('.md'), records.read_json(path))
+    write_page(path.with_suffix('.md'), records.read_json(path))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

@@ -16,10 +16,10 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 
-from ddo_jax import main as main_lib
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import plan as plan_lib
+from ddo_jax.training import run as run_lib
 
 _RECIPES = flags.DEFINE_list('recipes', ['digits', 'digits_var'], 'Which.')
 _OUTPUT = flags.DEFINE_string(
@@ -58,7 +58,7 @@ def compare(recipe: str) -> dict[str, dict[str, float]]:
   before = planned(plan_lib.plan(config, probe=True))
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder) / 'run'
-    main_lib.selfplay(config, workdir)
+    run_lib.play(config, workdir)
     found = measured(records.read_json(workdir / 'summary.json'))
   after = planned(plan_lib.plan(config, probe=True))
   return {'planned before': before, 'measured': found, 'planned after': after}
