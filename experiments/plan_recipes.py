@@ -103,7 +103,7 @@ def _measured() -> str:
   lines = [
     '## A probe beside the run that it plans',
     '',
-    f'`python -m experiments.bench.plan`, jax {environment["jax"]} on'
+    f'`python -m experiments.bench.plan`, jax {environment["jax"]} on '
     f'{environment["devices"]}. Seconds of the stages,',
     'planned before the run and again after it, for the load of the machine',
     'changed.',
