@@ -21,6 +21,8 @@ from ddo_jax import errors
 from ddo_jax.data import transforms
 from ddo_jax.runtime import reading
 
+_SCAN = b'\xff\xda'  # the mark of a scan of a JPEG
+_MOST_SCANNED = 2**31  # pixels; 32 times those of the largest image
 _REASON = 240  # characters of what a library says of a file
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP')
 _MOVING = ('GIF', 'PNG', 'WEBP')  # those of them that may be animations
@@ -93,6 +95,14 @@ def open_image(
       f'{where} is an animation; wanted a still image: write one frame of it'
     )
   shape = fit.shape(where, image)
+  # A progressive JPEG is gone over once for each scan, of which it may have
+  # thousands in a few bytes each.
+  scans = content.count(_SCAN) if image.format in ('JPEG', 'MPO') else 1
+  if image.width * image.height * scans > _MOST_SCANNED:
+    raise errors.UserError(
+      f'{where} is {image.height}×{image.width} in {scans} scans, which takes'
+      ' very long to decode: write it as a plain JPEG or PNG'
+    )
 
   def decode() -> np.ndarray:
     with user_error(damaged):

@@ -333,15 +333,16 @@ def compare(
   ours = _recorded_scores(result)
   try:
     theirs = _recorded_scores(other)
+    return {
+      name: protocols.difference(ours[name], theirs[name])
+      for name in ours
+      if name in theirs
+    }
   except errors.UserError:
     raise
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise errors.UserError(
-      f'what is compared with is no eval.json that --mode=evaluate wrote'
-      f' ({type(error).__name__} {error}): write it again, or name another'
+      'what is compared with is no eval.json that --mode=evaluate wrote'
+      f' ({type(error).__name__}: {str(error)[:80]}): write it again, or name'
+      ' another'
     ) from error
-  return {
-    name: protocols.difference(ours[name], theirs[name])
-    for name in ours
-    if name in theirs
-  }

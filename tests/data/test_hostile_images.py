@@ -260,6 +260,21 @@ def test_a_long_strip_is_not_resized(tmp_path):
   assert sets.open_set(path, resize=64).stored_shape == (64, 64, 3)
 
 
+def test_a_jpeg_of_many_scans(tmp_path):
+  """A few hundred kilobytes that would be gone over 600 times."""
+  image = Image.new('RGB', (4_000, 4_000))
+  file = io.BytesIO()
+  image.save(file, 'JPEG', progressive=True, quality=5)
+  content = file.getvalue()
+  path = sets.write(tmp_path / 'set', {'a.jpg': content})
+  assert sets.open_set(path, resize=4).stored_shape == (4, 4, 3)
+  scan = content[content.rindex(b'\xff\xda') : -2]
+  (path / 'a.jpg').write_bytes(content[:-2] + 600 * scan + b'\xff\xd9')
+  with bounds.kept(seconds=1):
+    line = sets.refusal(path, resize=4)
+  assert 'is 4000×4000 in 610 scans' in line
+
+
 def animated(kind):
   frames = [Image.new('RGB', (6, 4), (100 * i, 0, 0)) for i in range(3)]
   file = io.BytesIO()

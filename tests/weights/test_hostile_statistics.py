@@ -17,6 +17,7 @@ import pytest
 from test_hostile_sizes import WORST
 
 from ddo_jax.evaluation import protocols
+from ddo_jax.evaluation import score
 from ddo_jax.runtime import records
 from ddo_jax.weights import dinov2
 from ddo_jax.weights import fid_stats
@@ -198,3 +199,21 @@ def test_what_is_no_file(tmp_path):
         refusal(fid_stats.read, path)
       refusal(inception.load, path)
       refusal(dinov2.load, path)
+
+
+def test_scores_that_are_none(tmp_path):
+  good = {
+    'protocol': json.loads(json.dumps(PROTOCOL)),
+    'files': {'fid_stats': {'sha256': 'a'}},
+    'samples': 5,
+    'scores': {'fid': {'mean': 1.0}},
+  }
+  assert score.compare(good, good) == {'fid': 0}
+  for change in (
+    {'protocol': [1]},
+    {'files': []},
+    {'files': {'fid_stats': 5}},
+    {'scores': [1]},
+    {'scores': {'fid': {'mean': 'x'}}},
+  ):
+    assert 'no eval.json' in refusal(score.compare, good, good | change)
