@@ -98,7 +98,8 @@ def test_the_worst_arguments_of_a_network(tmp_path, value):
         edm_configs.config_of(network)
 
     with bounds.kept():
-      payloads.one_line(read)
+      line = payloads.one_line(read)
+    assert 'integer string conversion' not in line
 
 
 def test_an_array_for_an_argument_inside_a_pkl(tmp_path):
