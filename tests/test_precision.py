@@ -16,6 +16,7 @@ from ddo_jax.method import noise
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
 from ddo_jax.models import toy
+from ddo_jax.runtime import manifest
 from ddo_jax.runtime import records
 from ddo_jax.runtime import work
 from ddo_jax.samplers import heun
@@ -133,6 +134,7 @@ def test_a_changed_precision_is_refused_in_a_begun_folder(tmp_path):
   del recorded['model.precision']  # as an earlier version left it
   del recorded['sampler.precision']
   records.write_json(tmp_path / 'config.json', recorded)
+  (tmp_path / manifest.FILE).unlink()
   (tmp_path / 'pretrain' / 'params').mkdir(parents=True)
   workspace.check_workdir(config, tmp_path)
   config.model = dataclasses.replace(MODELS['toy'], precision='high')
