@@ -125,18 +125,20 @@ def test_a_call_of_a_sampler(config, sampler, least, most):
 
 
 def test_what_is_the_same_in_every_turn_is_made_once():
-  """Weights normalized twice in a loop's body are one array beside it."""
+  """Weights normalized in a loop's body stand beside it, each of them once."""
 
-  def loop(x, kernel):
-    def normal():
+  def loop(x, kernels):
+    def normal(kernel):
       return kernel / jnp.sqrt(jnp.sum(kernel**2, axis=0, keepdims=True))
 
     def turn(x, _):
-      return x @ normal() @ normal(), None
+      for kernel in (*kernels, *kernels):
+        x = x @ normal(kernel)
+      return x, None
 
     return jax.lax.scan(turn, x, None, length=3)[0]
 
   row = jax.ShapeDtypeStruct((1, 256), jnp.float32)
-  kernel = jax.ShapeDtypeStruct((256, 256), jnp.float32)
-  size = memory.size_of(kernel)
-  assert size < memory.peak(loop, row, kernel) < 1.1 * size
+  kernels = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 3
+  size = memory.size_of(kernels)
+  assert size < memory.peak(loop, row, kernels) < 1.1 * size
