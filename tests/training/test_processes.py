@@ -172,7 +172,8 @@ def test_two_processes_killed_at_random(images, whole, tmp_path, kind):
     if ends[chosen][0] == 0:
       break
     assert status == 75 and len(fatal) == 1, printed
-    assert seconds < 90
+    # Who comes after a start that was killed waits for it, five minutes.
+    assert seconds < (330 if 'did not meet' in fatal[0] else 90)
   for status, printed in several.end(several.start(2, 2, *line)):
     assert status == 0, printed
   assert_same(workdir, whole)
