@@ -91,14 +91,18 @@ def _client() -> Any:
   return distributed.global_state.client
 
 
-def _told(key: str) -> Any:
-  """Waits for a key of the store; signals are heard meanwhile."""
-  while True:
+def _told(key: str, finished: threading.Event | None = None) -> Any:
+  """Waits for a key of the store, or until it is finished: then None.
+
+  Signals are heard meanwhile.
+  """
+  while finished is None or not finished.is_set():
     try:
       return json.loads(_client().blocking_key_value_get(key, 1_000))
     except jax.errors.JaxRuntimeError as error:
       if 'DEADLINE_EXCEEDED' not in str(error):
         raise
+  return None
 
 
 def _tell(key: str, **value: Any) -> None:
@@ -270,9 +274,6 @@ def initialize(
     raise errors.UserError(f'{wait} ({reason})') from error
   _joined = True
   _say_at_abort(_LOST)
-  if jax.process_count() == 1:
-    return
-  threading.Thread(target=_watch, daemon=True).start()
 
 
 def _check(
@@ -386,13 +387,13 @@ def _leave(line: str, status: int) -> NoReturn:
   os._exit(status)
 
 
-def _watch() -> None:
+def _watch(finished: threading.Event) -> None:
   """Ends this process when another one has said that it ends."""
   try:
-    told = _told('end')
+    told = _told('end', finished)
   except jax.errors.JaxRuntimeError:
     return  # the coordinator is gone, which ends this process too
-  if told['name'] == name():
+  if told is None or told['name'] == name():
     return
   time.sleep(_GRACE)  # most often it is ending by itself, for the same reason
   _follow(told)
@@ -452,9 +453,13 @@ def ending_together() -> Iterator[None]:
   if count() == 1:
     yield
     return
+  finished = threading.Event()
+  watcher = threading.Thread(target=_watch, args=(finished,), daemon=True)
+  watcher.start()
   try:
     _check_devices()
     yield
+    gather('the end', None)
   except errors.UserError as error:
     _end(str(error), 1)
   except SystemExit as left:
@@ -466,4 +471,8 @@ def ending_together() -> Iterator[None]:
     traceback.print_exc()
     reason = f'{type(error).__name__}: {error}'.partition('\n')[0]
     _end(reason, 1, said=True)
+  # A thread inside the runtime would not survive the interpreter's end.
+  finished.set()
+  watcher.join()
   jax.distributed.shutdown()
+  signal.signal(signal.SIGABRT, signal.SIG_DFL)
