@@ -314,7 +314,7 @@ def _silence_the_runtime() -> None:
   It reads this from the environment when it is loaded. So the process begins
   again, which takes a second.
   """
-  if _LOG_LEVEL not in os.environ:
+  if os.environ.get(_LOG_LEVEL, '1') == '1':  # JAX sets 1 where nobody did
     os.environ[_LOG_LEVEL] = '4'
     os.execv(sys.executable, sys.orig_argv)
 
