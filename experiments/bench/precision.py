@@ -35,17 +35,6 @@ from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from experiments import rounding
 
-_RECIPES = flags.DEFINE_list(
-  'recipes', ['cifar10_edm_uncond', 'imagenet64_edm2_s'], 'Names in configs/.'
-)
-_ROWS = flags.DEFINE_list(
-  'rows', ['128', '32'], 'Real rows of a microbatch, a number for each recipe.'
-)
-_CALLS = flags.DEFINE_integer('calls', 10, 'Timed calls; median reported.')
-_OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/precision_gpu.json', 'The file to write.'
-)
-
 # name: (config.model.precision, how products are split by hand)
 KINDS = {
   'highest': ('highest', None),
@@ -153,13 +142,24 @@ def compare(
 
 
 def main(_) -> None:
+  given = flags.FLAGS
   result: dict[str, Any] = {'environment': devices_lib.environment()}
-  for name, rows in zip(_RECIPES.value, _ROWS.value, strict=True):
+  for name, rows in zip(given.recipes, given.rows, strict=True):
     recipe = importlib.import_module(f'configs.{name}').get_config()
-    result[name] = compare(recipe, int(rows), _CALLS.value)
+    result[name] = compare(recipe, int(rows), given.calls)
     result[name]['rows'] = int(rows)
-    records.write_json(pathlib.Path(_OUTPUT.value), result)
+    records.write_json(pathlib.Path(given.output), result)
 
 
 if __name__ == '__main__':
+  flags.DEFINE_list(
+    'recipes', ['cifar10_edm_uncond', 'imagenet64_edm2_s'], 'Names in configs/.'
+  )
+  flags.DEFINE_list(
+    'rows', ['128', '32'], 'Real rows of a microbatch, one for each recipe.'
+  )
+  flags.DEFINE_integer('calls', 10, 'Timed calls; median reported.')
+  flags.DEFINE_string(
+    'output', 'experiments/results/precision_gpu.json', 'The file to write.'
+  )
   app.run(main)

@@ -35,10 +35,6 @@ from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 from ddo_jax.training import workspace
 
-_RECIPE = flags.DEFINE_multi_string('recipe', [], 'Recipes; none are all.')
-_OUTPUT = flags.DEFINE_string(
-  'output', 'experiments/results/memory_recipes.json', 'The file to write.'
-)
 _STATED = re.compile(r'^Devices: (\d+) with (\d+) GiB', re.MULTILINE)
 RECIPES = sorted(
   path.stem for path in pathlib.Path(__file__).parents[2].glob('configs/*.py')
@@ -160,9 +156,9 @@ def main(_) -> None:
     ]
   )
   jax.config.update('jax_num_cpu_devices', 8)
-  path = pathlib.Path(_OUTPUT.value)
+  path = pathlib.Path(flags.FLAGS.output)
   known = records.read_json(path)['recipes'] if path.exists() else {}
-  for name in _RECIPE.value or RECIPES:
+  for name in flags.FLAGS.recipe or RECIPES:
     if name not in known:
       known[name] = measure(name)
       environment = devices_lib.environment()
@@ -172,4 +168,8 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_multi_string('recipe', [], 'Recipes; none are all.')
+  flags.DEFINE_string(
+    'output', 'experiments/results/memory_recipes.json', 'The file to write.'
+  )
   app.run(main)

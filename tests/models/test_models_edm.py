@@ -273,7 +273,7 @@ def test_dropout_is_by_row():
   def apply(rows):
     keys, x, embedding = rows
     rows = {'x': x, 'embedding': embedding}
-    return layers.apply_training(block, params, keys, rows)
+    return layers.apply_training(block, params, keys, rows, 'highest')
 
   rows = (keys, x, embedding)
   together = apply(rows)

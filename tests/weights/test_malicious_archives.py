@@ -273,7 +273,7 @@ RENAMED = {
   'legacy as pkl': (PKL_READER, write(official.legacy({})), 'behind the end'),
   'empty as pth': (PTH_READER, write(b''), 'empty'),
   'safetensors as pth': (PTH_READER, write(b'\2' + bytes(7)), 'no file'),
-  'folder as pth': (PTH_READER, lambda path: path.mkdir(), 'directory'),
+  'folder as pth': (PTH_READER, lambda path: path.mkdir(), 'a folder'),
   'nothing as pth': (PTH_READER, lambda path: None, 'No such file'),
 }
 
