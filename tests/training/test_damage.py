@@ -68,9 +68,7 @@ KINDS = [
   Kind('round_001/fakes/000002.npz', 'round_000/fakes/000002.npz'),
   Kind('round_001/fakes/pool.json', 'round_000/fakes/pool.json'),
   Kind('round_001/fakes/manifest.json', 'round_000/fakes/manifest.json'),
-  Kind(
-    'round_001/selection/12/*_30/*.rows', 'round_001/selection/12/*_60/*.rows'
-  ),
+  Kind('round_001/selection/12/*_30/*.rows', 'round_001/fakes/000000.npz'),
 ]
 FINISHED = [
   Kind('summary.json', 'config.json'),
@@ -163,10 +161,11 @@ def check(images, whole, start, kind, how, tmp_path):
     # Both are damaged, and the first that is asked for is named.
     assert place in line or (how == 'swapped' and 'manifest.json' in line)
     return
-  if kind.spare:  # it stays as it is, and so does what it was swapped with
-    for pool in start.glob('round_*/fakes'):
-      copy = workdir / pool.relative_to(start)
-      shutil.copytree(pool, copy, dirs_exist_ok=True)
+  # What nobody needs any more stays as it is. The first round's pool is that,
+  # and may be what the file was swapped with.
+  for pool in start.glob('round_*/fakes' if kind.spare else 'round_000/fakes'):
+    copy = workdir / pool.relative_to(start)
+    shutil.copytree(pool, copy, dirs_exist_ok=True)
   resume.assert_same(workdir, whole)
   if kind.spare and how == 'deleted':
     return
