@@ -21,7 +21,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective as objective_lib
-from ddo_jax.runtime import devices
+from ddo_jax.runtime import layout
 from ddo_jax.samplers import contract
 from ddo_jax.training import bad_numbers
 from ddo_jax.training import state as state_lib
@@ -60,7 +60,7 @@ def _static(default: Any) -> Any:
 Averages = state_lib.Averages
 BadNumbers = bad_numbers.BadNumbers
 Data = sources.Data
-Executor = devices.ExecutorConfig
+Executor = layout.ExecutorConfig
 Evaluation = evaluator_lib.Evaluation
 Optimizer = state_lib.Optimizer
 

@@ -169,14 +169,13 @@ class Generator:
     missing = processes.decide(f'missing in {pool.folder}', pool.missing)
     done = pool.size - sum(len(pool.ids(shard)) for shard in missing)
 
-    def block(shard: int) -> tuple[np.ndarray, np.ndarray]:
+    blocks = []
+    for shard in missing:
       ids = pool.ids(shard)
-      return ids, shares.labels(ids)
-
-    parts = self._blocks(params, key, map(block, missing), pool.size)
+      blocks.append((ids, shares.labels(ids)))
+    parts = self._blocks(params, key, blocks, pool.size)
     with progress.follow('fake pool', pool.size, done=done) as bar:
-      for shard in missing:
-        ids, labels = block(shard)
+      for shard, (ids, labels) in zip(missing, blocks, strict=True):
         drawn = [next(parts)]
         while sum(map(len, drawn)) < len(ids):
           drawn.append(next(parts))

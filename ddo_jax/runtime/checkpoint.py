@@ -477,9 +477,7 @@ def _reading(folder: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def save_params(
-  folder: pathlib.Path, params: Any, meta: dict[str, Any]
-) -> None:
+def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> str:
   """Writes a folder of params, whole or not at all.
 
   Args:
@@ -488,16 +486,21 @@ def save_params(
     meta: JSON values kept beside them; the hash of the params is added as
       `sha256`.
 
+  Returns:
+    That hash.
+
   Raises:
     errors.UserError: the disk is full.
   """
-  meta = meta | {'sha256': tree_hash(params)}
+  sha256 = tree_hash(params)
+  meta = meta | {'sha256': sha256}
   if processes.is_by_itself():
     params = jax.device_get(params)  # arrays on devices are of all processes
   with disk.guarded(folder), _context():
     ocp.save_checkpointables(
       folder.absolute(), {'params': params, 'meta': meta}, overwrite=True
     )
+  return sha256
 
 
 def load_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -515,21 +518,25 @@ def load_meta(folder: pathlib.Path) -> dict[str, Any]:
     return ocp.load_checkpointables(folder.absolute(), {'meta': None})['meta']
 
 
-def check_params(folder: pathlib.Path, target: Any) -> None:
+def check_params(folder: pathlib.Path, target: Any) -> dict[str, Any]:
   """Checks a folder of params without reading them.
 
   Args:
     folder: the folder.
     target: a pytree of `abstract` leaves.
 
+  Returns:
+    What `load_meta` returns.
+
   Raises:
     errors.UserError: the folder holds no params, or those of another
       architecture.
   """
-  load_meta(folder)
+  meta = load_meta(folder)
   with _reading(folder), _context():
     stored = ocp.checkpointables_metadata(folder.absolute()).metadata
     check_shapes(stored['params'], target, folder)
+  return meta
 
 
 def load_params(
@@ -547,8 +554,7 @@ def load_params(
     errors.UserError: the folder holds no params, those of another
       architecture, or damaged ones.
   """
-  check_params(folder, target)
-  meta = load_meta(folder)
+  meta = check_params(folder, target)
   with _reading(folder), _context():
     loaded = ocp.load_checkpointables(folder.absolute(), {'params': target})
   params = loaded['params']

@@ -1,4 +1,4 @@
-"""The only file that knows devices: meshes, pmap, shardings, processes."""
+"""The only file that knows devices: meshes, pmap and shardings."""
 
 import collections
 from collections.abc import Callable
@@ -28,9 +28,6 @@ AXIS = 'batch'
 
 # The host's memory, as far as the devices read it by themselves.
 _HOST = 'pinned_host'
-
-# The settings stand beside what they set.
-ExecutorConfig = layout.ExecutorConfig
 
 _LAG = 2  # steps between a process's wish and the answer to it
 
@@ -64,7 +61,7 @@ class Executor(layout.Layout):
   under another.
   """
 
-  def __init__(self, config: ExecutorConfig, num_devices: int = 0):
+  def __init__(self, config: layout.ExecutorConfig, num_devices: int = 0):
     """Takes the first `num_devices` devices; 0 takes all.
 
     A process that works by itself takes its own.

@@ -138,9 +138,9 @@ def read_log(
 class MetricsLog:
   """Writes metrics.jsonl, one JSON object a line.
 
-  Every record holds `stage` (the folder's name), `kind` ('train' or 'eval'),
-  `step` and `images`. In-round evaluations are recorded here and nowhere else.
-  If tensorboardX is installed, numbers go to TensorBoard as well.
+  Every record holds `stage` (the folder's name), `kind` ('train', 'eval' or
+  'bad'), `step` and `images`. What is promoted does not hang on it. If
+  tensorboardX is installed, numbers go to TensorBoard as well.
   """
 
   def __init__(self, workdir: pathlib.Path):

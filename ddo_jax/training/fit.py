@@ -234,6 +234,30 @@ def step_bytes(
   return sum(step_parts(stage, layout, accumulate, remat).values())
 
 
+def sample_call(
+  stage: Stage, sampler: Any, rows: int
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """Returns a device's part of a call of the sampler, to be counted.
+
+  Args:
+    stage: the phase that trains the model.
+    sampler: the sampler.
+    rows: the number of images that the device draws.
+
+  Returns:
+    (the function, the shapes of its arguments).
+  """
+  model = stage.build(False)
+
+  def draw(params, frozen, labels, ids):
+    keys = rng.per_example(rng.stream(0), ids)
+    return model.draw(params, frozen, labels, keys, sampler)
+
+  labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  ids = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+  return draw, (state_shapes(stage).params, stage.frozen, labels, ids)
+
+
 @functools.lru_cache(maxsize=64)
 def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
   """Returns the bytes that a call of the sampler takes of a device.
@@ -245,16 +269,8 @@ def sample_bytes(stage: Stage, sampler: Any, rows: int) -> int:
     sampler: the sampler.
     rows: the number of images that the device draws.
   """
-  model = stage.build(False)
-  params = state_shapes(stage).params
-  labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  ids = jax.ShapeDtypeStruct((rows,), jnp.uint32)
-
-  def draw(params, frozen, labels, ids):
-    keys = rng.per_example(rng.stream(0), ids)
-    return model.draw(params, frozen, labels, keys, sampler)
-
-  return memory.peak(draw, params, stage.frozen, labels, ids)
+  draw, shapes = sample_call(stage, sampler, rows)
+  return memory.peak(draw, *shapes)
 
 
 def _first(

@@ -259,19 +259,8 @@ def _sample_work(
   stage: fit_lib.Stage, sampler: Any, rows: int
 ) -> work_lib.Work:
   """Returns what a call of the sampler does on one device that draws `rows`."""
-  model = stage.build(False)
-
-  def draw(params, frozen, labels, ids):
-    keys = rng.per_example(rng.stream(0), ids)
-    return model.draw(params, frozen, labels, keys, sampler)
-
-  return work_lib.of(
-    draw,
-    fit_lib.state_shapes(stage).params,
-    stage.frozen,
-    jax.ShapeDtypeStruct((rows,), jnp.int32),
-    jax.ShapeDtypeStruct((rows,), jnp.uint32),
-  )
+  draw, shapes = fit_lib.sample_call(stage, sampler, rows)
+  return work_lib.of(draw, *shapes)
 
 
 def _stored(model: likelihood.LikelihoodModel, rows: int) -> Any:

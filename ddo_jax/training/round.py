@@ -136,9 +136,8 @@ def _save_promoted(
     'class_shares': run.shares.counts,
     'config': settings.to_json(run.config),
   }
-  checkpoint.save_params(folder / 'promoted', promotion.params, meta)
-  saved = checkpoint.load_meta(folder / 'promoted')
-  manifest.add_params('promoted', saved['sha256'])
+  sha256 = checkpoint.save_params(folder / 'promoted', promotion.params, meta)
+  manifest.add_params('promoted', sha256)
 
 
 def _draw_sheets(

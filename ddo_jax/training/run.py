@@ -46,9 +46,8 @@ def _learn(
   begin = time.perf_counter()
   if not manifest.holds('params'):
     workspace.check_source(manifest, 'params', phase.steps())
-    _train(run, folder, phase, model, frozen)
-    meta = checkpoint.load_meta(params_folder)
-    manifest.add_params('params', meta['sha256'])
+    sha256 = _train(run, folder, phase, model, frozen)
+    manifest.add_params('params', sha256)
   seconds = time.perf_counter() - begin
   manifest.holds('done.json')
   manifest.write_json('done.json', {'seconds': seconds})
@@ -61,8 +60,8 @@ def _train(
   phase: config_lib.Phase,
   model: likelihood.LikelihoodModel,
   frozen: likelihood.Frozen,
-) -> None:
-  """Trains a model by MLE from scratch, or goes on; saves its params."""
+) -> str:
+  """Trains by MLE from scratch, or goes on; returns the hash of its params."""
   key = rng.stream(run.config.seed, 'init')
   init = functools.partial(run.executor.make_state, model.init, key)
   job = run.job(
@@ -80,7 +79,7 @@ def _train(
     'class_shares': run.shares.counts,
     'config': settings.to_json(run.config),
   }
-  checkpoint.save_params(folder / 'params', promotion.params, meta)
+  return checkpoint.save_params(folder / 'params', promotion.params, meta)
 
 
 def _pretrain(run: workspace.Run) -> pathlib.Path:

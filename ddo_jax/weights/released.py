@@ -26,6 +26,7 @@ from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import layout as layout_lib
 from ddo_jax.runtime import manifest
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
@@ -222,7 +223,7 @@ def load_folder(folder: pathlib.Path, recipe: Any = None) -> Weights:
     # A run records the config of the whole model beside its tokenizer, too.
     config = config.tokenizer
   shapes = _shapes(config)
-  executor = devices_lib.Executor(devices_lib.ExecutorConfig())
+  executor = devices_lib.Executor(layout_lib.ExecutorConfig())
   target = checkpoint.abstract(shapes, executor.state_shardings(shapes))
   params, _ = checkpoint.load_params(folder, target)
   return Weights(config, devices_lib.fetch(params), meta.get('provenance', {}))

@@ -73,6 +73,7 @@ def measure_steps(folder: pathlib.Path) -> dict[str, float]:
   from ddo_jax.data import loader
   from ddo_jax.data import sources
   from ddo_jax.runtime import devices as devices_lib
+  from ddo_jax.runtime import layout as layout_lib
   from ddo_jax.runtime import progress
   from ddo_jax.runtime import records
   from ddo_jax.training import loop
@@ -81,7 +82,7 @@ def measure_steps(folder: pathlib.Path) -> dict[str, float]:
   images = random.integers(0, 256, (50_000, *SHAPE), np.uint8)
   source = sources.ArraySource('random', images, np.arange(50_000) % 10, 10)
   streams = [loader.batches(source, seed, BATCH, 0, 10**6) for seed in range(2)]
-  executor = devices_lib.Executor(devices_lib.ExecutorConfig())
+  executor = devices_lib.Executor(layout_lib.ExecutorConfig())
   step_fn = executor.compile_step(stand_in)
   state = make_tree(executor, _LEAVES.value, (16,))
   reference = make_tree(executor, _LEAVES.value, (16,))[0]
@@ -130,9 +131,10 @@ def measure_save(folder: pathlib.Path) -> dict[str, Any]:
 
   from ddo_jax.runtime import checkpoint
   from ddo_jax.runtime import devices as devices_lib
+  from ddo_jax.runtime import layout as layout_lib
   from ddo_jax.training import state as state_lib
 
-  executor = devices_lib.Executor(devices_lib.ExecutorConfig())
+  executor = devices_lib.Executor(layout_lib.ExecutorConfig())
   size = _SAVED.value * 2**20 // (4 * 4 * 16)
   params, first, second, average = make_tree(executor, 16, (size,))
   state = state_lib.TrainState(

@@ -10,6 +10,7 @@ from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import generate
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import layout as layout_lib
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_the_next_shard_is_under_way_while_one_is_written(monkeypatch):
     return sample(weights, rows, **static)
 
   monkeypatch.setattr(generate, '_sample', dispatch)
-  executor = devices_lib.Executor(devices_lib.ExecutorConfig(), 1)
+  executor = devices_lib.Executor(layout_lib.ExecutorConfig(), 1)
   generator = generate.Generator(Model(), {}, None, executor, batch=2)
   generator.fill(
     Pool(events),

@@ -39,7 +39,7 @@ def stage(batch_size: int = 512, **fields: Any) -> fit.Stage:
 
 
 def plan(devices: int = 1, batch_size: int = 512, **wanted: Any) -> fit.Fit:
-  executor = devices_lib.ExecutorConfig(**wanted)
+  executor = layout.ExecutorConfig(**wanted)
   return fit.plan(
     [stage(batch_size)], executor, devices_lib.Executor(executor, devices)
   )
@@ -105,7 +105,7 @@ def test_settings_that_do_not_fit_are_told_what_would(a_gib_a_row):
 
 def test_all_phases_fit(a_gib_a_row):
   """And their rows divide alike."""
-  wanted = devices_lib.ExecutorConfig(device_memory_gib=80)
+  wanted = layout.ExecutorConfig(device_memory_gib=80)
   executor = devices_lib.Executor(wanted, 1)
   found = fit.plan([stage(48), stage(360)], wanted, executor)
   assert found == (6, False, 61 * GIB, 80 * GIB)
@@ -114,7 +114,7 @@ def test_all_phases_fit(a_gib_a_row):
 def test_a_step_takes_what_the_compiler_plans():
   """Params, moments, average, reference, gradient, and what rows keep."""
   what = stage(2_048, averages=config_lib.Averages(halflife=(100.0,)))
-  executor = devices_lib.Executor(devices_lib.ExecutorConfig(), 1)
+  executor = devices_lib.Executor(layout.ExecutorConfig(), 1)
   model = what.build(False)
   phase = what.phase
   params = jax.eval_shape(model.init, rng.stream(0))
@@ -160,7 +160,7 @@ def test_a_step_takes_what_the_compiler_plans():
 def test_what_stands_is_counted_to_the_byte(wanted):
   """Beside the arrays of a device that holds them."""
   what = stage(16, averages=config_lib.Averages(halflife=(9.0,), width=(0.1,)))
-  executor = devices_lib.Executor(devices_lib.ExecutorConfig(**wanted))
+  executor = devices_lib.Executor(layout.ExecutorConfig(**wanted))
   model = what.build(False)
 
   def create(params):
@@ -188,8 +188,8 @@ def test_what_stands_is_counted_to_the_byte(wanted):
 
 def test_fsdp_splits_what_stands(monkeypatch):
   monkeypatch.setattr(layout, 'SMALLEST_SPLIT', 1_024)
-  whole = devices_lib.Executor(devices_lib.ExecutorConfig())
-  split = devices_lib.Executor(devices_lib.ExecutorConfig(kind='fsdp'))
+  whole = devices_lib.Executor(layout.ExecutorConfig())
+  split = devices_lib.Executor(layout.ExecutorConfig(kind='fsdp'))
   parts = [
     sum(fit.standing(stage(), executor).values()) for executor in (whole, split)
   ]
@@ -239,7 +239,7 @@ def test_calls_of_the_sampler(monkeypatch):
   monkeypatch.setattr(fit, 'standing', lambda stage, layout: {'all': 20 * GIB})
 
   def size(devices=1, **wanted):
-    knobs = devices_lib.ExecutorConfig(**wanted)
+    knobs = layout.ExecutorConfig(**wanted)
     executor = devices_lib.Executor(knobs, devices)
     return fit.call_size(stage(), None, knobs, executor)
 
