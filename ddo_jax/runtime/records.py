@@ -159,20 +159,20 @@ class MetricsLog:
     return read_log(self.path.parent, stage)
 
   def rewind(
-    self, stage: str, step: int, evaluations: list[dict[str, Any]]
+    self, stage: str, step: int, standing: list[dict[str, Any]]
   ) -> None:
     """Drops the records that a stage which resumes at `step` writes again.
 
     Args:
       stage: its name.
       step: the step that it goes on from.
-      evaluations: the records of its evaluations that stand. Those that the log
-        lacks are written, others are dropped.
+      standing: the records of its evaluations and bad steps that stand. Those
+        that the log lacks are written, others are dropped.
     """
     if not processes.is_main():
       return
     lines = []
-    own = list(evaluations)
+    own = list(standing)
     place = None
     for line, record in _read_lines(self.path):
       if record is None or record['stage'] != stage:
@@ -180,7 +180,7 @@ class MetricsLog:
         continue
       if place is None:
         place = len(lines)
-      if record['kind'] != 'eval' and record['step'] < step:
+      if record['kind'] not in ('eval', 'bad') and record['step'] < step:
         own.append(record)
     # A state is evaluated before it is trained on.
     own.sort(key=lambda record: (record['step'], record['kind'] != 'eval'))

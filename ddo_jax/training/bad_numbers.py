@@ -33,8 +33,9 @@ class BadNumbers:
   cuts them. Spikes are looked for once Adam has taken 20 steps.
 
   Each bad step is a record of metrics.jsonl, of kind 'bad', and the report says
-  how many there were. These settings may change inside one run's folder: a run
-  that stopped goes on under another policy.
+  how many there were; what counts are the checkpoints, which carry the records,
+  too. These settings may change inside one run's folder: a run that stopped
+  goes on under another policy.
 
   Attributes:
     policy: 'stop' ends the run, with one line. 'skip' leaves weights, averages

@@ -37,6 +37,7 @@ from ddo_jax.training import step as step_lib
 _LOGGER = logging.getLogger(__name__)
 _TOLERANCE = 1e-3  # of |βΔ| at step 0: what rounding may leave
 _REMEDY = 'lower the learning rate or set clip_norm'
+_Record = dict[str, Any]  # of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,24 +134,30 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
 
 
 class _GoneBad(Exception):
-  """The numbers of a step are bad, and the phase is to go back."""
+  """The numbers of a step are bad, and the phase is to go back.
 
-  def __init__(self, step: int):
+  Attributes:
+    bad: the records of the phase's bad steps, of which it is the last.
+  """
+
+  def __init__(self, bad: list[_Record]):
     super().__init__()
-    self.step = step
+    self.bad = bad
 
 
 class _Logger:
   """Fetches a step's metrics while the device computes the next one."""
 
-  def __init__(self, job: Job, checkpoints: checkpoint.Checkpoints):
+  def __init__(
+    self, job: Job, checkpoints: checkpoint.Checkpoints, bad: list[_Record]
+  ):
+    """Of a phase whose bad steps so far are `bad`, to which others come."""
     self._job = job
     self._checkpoints = checkpoints
+    self._bad = bad
     self._pending: tuple[int, step_lib.Metrics, bool] | None = None
     # What of steps the policy for bad numbers is still to be told.
     self._unjudged: list[tuple[int, step_lib.Metrics]] = []
-    logged = processes.decide('log', functools.partial(job.log.read, job.name))
-    self._bad = [log['step'] for log in logged if log['kind'] == 'bad']
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -219,7 +226,15 @@ class _Logger:
     reason = rule.reason(numbers['loss'], numbers['grad_norm'])
     if rule.policy == 'stop':
       self._stop(step, reason, _REMEDY)
-    self._bad.append(step)
+    record = {
+      'stage': self._job.name,
+      'kind': 'bad',
+      'step': step,
+      'images': step * self._job.phase.batch_size,
+      'reason': reason,
+      'policy': rule.policy,
+    }
+    self._bad.append(record)
     count = len(self._bad)
     _LOGGER.warning(
       '%s step %d: %s; %s, %d of at most %d',
@@ -230,20 +245,12 @@ class _Logger:
       count,
       rule.limit,
     )
-    record = {
-      'stage': self._job.name,
-      'kind': 'bad',
-      'step': step,
-      'images': step * self._job.phase.batch_size,
-      'reason': reason,
-      'policy': rule.policy,
-    }
     self._job.log.write(record)
     if count >= rule.limit:
       reason += f', and the number of bad steps, {count}, is at its limit'
       self._stop(step, reason, f'{_REMEDY}, or raise bad_numbers.limit')
     if rule.policy == 'rollback':
-      raise _GoneBad(step)
+      raise _GoneBad(self._bad)
 
   def _check(self, step: int, metrics: dict[str, Any]) -> None:
     where = f'{self._job.name} step {step}'
@@ -336,6 +343,7 @@ def _save(
   job: Job,
   checkpoints: checkpoint.Checkpoints,
   evaluations: evaluations_lib.Evaluations,
+  bad: list[_Record],
   state: state_lib.TrainState,
   step: int,
 ) -> None:
@@ -345,7 +353,7 @@ def _save(
   checkpoints.save(
     state,
     step,
-    notes=evaluations.all(),
+    notes={'evaluations': evaluations.all(), 'bad': list(bad)},
     best=best['step'] if best else None,
     anchor=_anchor(job, step) if rolls_back else None,
   )
@@ -355,15 +363,16 @@ def _go_back(
   job: Job,
   checkpoints: checkpoint.Checkpoints,
   evaluations: evaluations_lib.Evaluations,
+  bad: list[_Record],
   target: Any,
-  bad_step: int,
 ) -> None:
-  """Saves the state before a bad step's anchor as the one after the step.
+  """Saves the state before the last bad step's anchor as the one after it.
 
   Training goes on from there as from any checkpoint, see
   `bad_numbers.BadNumbers`.
   """
   checkpoints.wait()
+  bad_step = bad[-1]['step']
   anchor = _anchor(job, bad_step)
   found = 0
   for step in reversed([at for at in checkpoints.steps() if at <= anchor]):
@@ -377,7 +386,7 @@ def _go_back(
     state = _fresh_state(job)
   after = bad_step + 1
   state = state_lib.at_step(state, job.executor.replicate(np.int32(after)))
-  _save(job, checkpoints, evaluations, state, after)
+  _save(job, checkpoints, evaluations, bad, state, after)
   checkpoints.wait()
   _LOGGER.warning(
     '%s: back at the state of step %d, steps %d to %d are left out',
@@ -471,28 +480,46 @@ def _compile_step(job: Job) -> Callable[..., Any]:
   return step
 
 
+def _notes(job: Job, step: int, carried: Any) -> dict[str, list[_Record]]:
+  """Returns what the checkpoint of a step says of the steps before it.
+
+  Earlier versions kept the bad ones in the log alone, and the first ones the
+  evaluations, too.
+  """
+  if isinstance(carried, dict):
+    return carried
+  logged = processes.decide('log', functools.partial(job.log.read, job.name))
+  if carried is None:
+    carried = [record for record in logged if record['kind'] == 'eval']
+  bad = [record for record in logged if record['kind'] == 'bad']
+  bad = [record for record in bad if record['step'] < step]
+  return {'evaluations': carried, 'bad': bad}
+
+
 def _resume(
   job: Job,
   checkpoints: checkpoint.Checkpoints,
   evaluations: evaluations_lib.Evaluations,
   target: Any,
-) -> tuple[int, state_lib.TrainState]:
-  """Returns the step to go on from, with its state; the records go back."""
+) -> tuple[int, state_lib.TrainState, list[_Record]]:
+  """Returns the step to go on from, its state and the bad steps before it.
+
+  The records go back to that step.
+  """
   newest = checkpoints.restore_newest(target)
   if newest is None:
     start = 0
-    carried = []
     state = _fresh_state(job)
+    notes = {'evaluations': [], 'bad': []}
   else:
     start, state, carried = newest
-  if carried is None:  # earlier versions kept them in the log alone
-    logged = job.log.read(job.name)
-    carried = [record for record in logged if record['kind'] == 'eval']
-  evaluations.resume(start, carried)
-  job.log.rewind(job.name, start, evaluations.all())
+    notes = _notes(job, start, carried)
+  evaluations.resume(start, notes['evaluations'])
+  bad = notes['bad']
+  job.log.rewind(job.name, start, evaluations.all() + bad)
   _forget_evaluations(job, start)
   _LOGGER.info('%s: from step %d of %d', job.name, start, job.phase.steps())
-  return start, state
+  return start, state, bad
 
 
 def _train(
@@ -509,9 +536,9 @@ def _train(
         _train_on(job, step_fn, checkpoints, evaluations, target, deferral)
         return
       except _GoneBad as gone_bad:
-        step = gone_bad.step
+        bad = gone_bad.bad
       # Here nothing holds the state that went bad any more.
-      _go_back(job, checkpoints, evaluations, target, step)
+      _go_back(job, checkpoints, evaluations, bad, target)
 
 
 def _train_on(
@@ -532,8 +559,8 @@ def _train_on(
   batch_size = phase.batch_size
   steps = phase.steps()
   with deferral.saved():
-    start, state = _resume(job, checkpoints, evaluations, target)
-  logger = _Logger(job, checkpoints)
+    start, state, bad = _resume(job, checkpoints, evaluations, target)
+  logger = _Logger(job, checkpoints, bad)
   bar = progress.follow(
     job.name, steps * batch_size, done=start * batch_size, leave=True
   )
@@ -552,7 +579,7 @@ def _train_on(
       save = last or _due(step, rhythm.save_images, batch_size)
       if (save or must_save or evaluate or signum) and step > start:
         logger.flush()
-        _save(job, checkpoints, evaluations, state, step)
+        _save(job, checkpoints, evaluations, bad, state, step)
         saved_at = time.monotonic()
         logger.restart_clock()
       if signum:

@@ -205,8 +205,9 @@ def test_the_limit_stops_and_law_1_holds_at_the_first_good_step(
   make_job, monkeypatch
 ):
   rule = dataclasses.replace(SKIP, limit=2)
-  for _ in range(2):  # the count is not forgotten
-    job = make_job(rule, nan=0)
+  job = make_job(rule, nan=0)
+  for _ in range(2):  # the count is not forgotten, whatever becomes of the log
+    job.log.path.unlink(missing_ok=True)
     with pytest.raises(errors.UserError) as caught:
       loop_lib.run(job)
     line = str(caught.value)
@@ -232,6 +233,23 @@ def test_a_run_that_stopped_goes_on_under_another_policy(make_job):
   job = make_job()
   loop_lib.run(job)
   assert list(bad_steps(job)) == [NAN, INFINITE, SPIKE]
+
+
+def test_the_log_of_an_earlier_version_counts(make_job, monkeypatch):
+  """Its checkpoints held a list of evaluations, and no bad steps."""
+  save = checkpoint.Checkpoints.save
+
+  def formerly(checkpoints, state, step, notes, **kept):
+    save(checkpoints, state, step, notes['evaluations'], **kept)
+
+  rule = dataclasses.replace(SKIP, limit=3)
+  job = make_job(rule)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, 'save', formerly)
+    interruption.interrupted(job, 9)
+  assert list(bad_steps(job)) == [NAN, INFINITE]
+  with pytest.raises(errors.UserError, match=f'step {SPIKE}: .* 3, is at its'):
+    loop_lib.run(job)
 
 
 def trained_by(job, steps):
