@@ -25,6 +25,7 @@ from ddo_jax.runtime import layout
 from ddo_jax.samplers import contract
 from ddo_jax.training import bad_numbers
 from ddo_jax.training import state as state_lib
+from ddo_jax.tuning import tune as tune_lib
 
 
 def _group(default: Any, *, science: bool = True) -> Any:
@@ -63,6 +64,7 @@ Data = sources.Data
 Executor = layout.ExecutorConfig
 Evaluation = evaluator_lib.Evaluation
 Optimizer = state_lib.Optimizer
+Tune = tune_lib.Tune
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -158,6 +160,7 @@ class Config:
     tokenizer: how a tokenizer is trained, where one is.
     pretrain: the pretraining.
     ddo: each round.
+    tune: how many members a round tries with other numbers, and which is kept.
     evaluation: how checkpoints are chosen and reported.
     executor: how a step runs on the devices.
   """
@@ -177,6 +180,7 @@ class Config:
   tokenizer: Phase = _group(Phase(objective=objective_lib.MLE()))
   pretrain: Phase = _group(Phase(objective=objective_lib.MLE()))
   ddo: Phase = _group(Phase())
+  tune: Tune = _group(Tune())
   evaluation: Evaluation = _group(Evaluation())
   executor: Executor = _group(Executor(), science=False)
 
@@ -324,6 +328,15 @@ def validate(config: Config) -> None:
     errors.require(0 <= seed < 2**32, 'seed', seed, 'in [0, 2**32)')
   for name in PHASES:
     _validate_phase(problems, name, getattr(config, name))
+  with problems.gather():
+    config.tune.check('tune')
+  with problems.gather():
+    errors.require(
+      not config.tune.members or config.ddo.rhythm.eval_images > 0,
+      'ddo.rhythm.eval_images',
+      config.ddo.rhythm.eval_images,
+      'positive where config.tune.members is',
+    )
   with problems.gather():
     config.data.check()
   with problems.gather():

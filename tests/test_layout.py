@@ -26,10 +26,11 @@ FLOORS = (
     'training.bad_numbers',
     'training.state',
     'training.step',
+    'tuning.tune',
   ),
   ('weights', 'evaluation'),
   ('config',),
-  ('report', 'training', 'evaluation.score'),
+  ('report', 'training', 'tuning', 'evaluation.score'),
   ('main', '__main__'),
 )
 

@@ -30,6 +30,7 @@ class Evaluations:
     self._path = folder / 'evaluations.json'
     self._stage = stage
     self._by_step: dict[int, dict[str, Any]] = {}
+    self._ended: dict[str, Any] = {}
 
   def resume(self, step: int, carried: Iterable[dict[str, Any]]) -> None:
     """Takes what is known of the states up to the one that the phase goes on.
@@ -41,11 +42,13 @@ class Evaluations:
       carried: what the checkpoint of that step carries; it is right where the
         file says something else.
     """
-    read = processes.decide('evaluations', self._read)
-    found = {record['step']: record for record in read or []}
+    read = processes.decide('evaluations', self._read) or {}
+    found = {record['step']: record for record in read.get('evaluations', [])}
     found |= {record['step']: record for record in carried}
     self._by_step = {at: found[at] for at in sorted(found) if at <= step}
-    if self.all() != read:
+    ended = read.get('ended', {})
+    self._ended = ended if ended and ended['step'] <= step else {}
+    if self._content() != read:
       self._write()
 
   def add(self, record: dict[str, Any]) -> None:
@@ -56,6 +59,16 @@ class Evaluations:
     """
     self._by_step[record['step']] = record
     self._write()
+
+  def end(self, reason: str) -> None:
+    """Keeps that the phase ended at its newest evaluation, and why."""
+    self._ended = {'step': self.all()[-1]['step'], 'reason': reason}
+    self._write()
+
+  @property
+  def ended(self) -> str:
+    """Why the phase ended before its last step; '' where it did not."""
+    return self._ended.get('reason', '')
 
   def __contains__(self, step: int) -> bool:
     return step in self._by_step
@@ -69,21 +82,24 @@ class Evaluations:
     found = self.all()
     return min(found, key=lambda record: record['selection'], default=None)
 
-  def _write(self) -> None:
+  def _content(self) -> dict[str, Any]:
     content = {'stage': self._stage, 'evaluations': self.all()}
-    records.write_json(self._path, records.sealed(content))
+    return content | ({'ended': self._ended} if self._ended else {})
 
-  def _read(self) -> list[dict[str, Any]] | None:
+  def _write(self) -> None:
+    records.write_json(self._path, records.sealed(self._content()))
+
+  def _read(self) -> dict[str, Any] | None:
     """Returns what the file holds; None where that is of no use."""
     if not self._path.exists():
-      return []
+      return {'stage': self._stage, 'evaluations': []}
     try:
       content = records.unsealed(records.read_json(self._path))
     except (errors.UserError, ValueError) as error:
       found = f'damaged ({str(error).partition(";")[0]})'
     else:
       if content['stage'] == self._stage:
-        return content['evaluations']
+        return content
       found = f'of {content["stage"]}'
     _LOGGER.warning(
       '%s is %s; what the newest checkpoint does not carry is evaluated again',

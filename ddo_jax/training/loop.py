@@ -38,6 +38,11 @@ _LOGGER = logging.getLogger(__name__)
 _TOLERANCE = 1e-3  # of |βΔ| at step 0: what rounding may leave
 _REMEDY = 'lower the learning rate or set clip_norm'
 _Record = dict[str, Any]  # of metrics.jsonl
+Records = list[_Record]
+
+
+class BadNumbersError(errors.UserError):
+  """A phase cannot go on, because of what its numbers have become."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,12 @@ class Job:
       one goes on with.
     metric: the score that chooses; lower is better.
     workers: the processes that read images on disk; 0 reads in threads.
+    clock: the name under which noise and the order of rows are drawn; None:
+      the stage's. Phases that are to be compared share it.
+    watch: (evaluations, train records, each so far) -> why the phase ends here,
+      in a line; None: it goes on. It is asked after each evaluation, on process
+      0, and after an interruption perhaps once more: with equal arguments it
+      gives equal answers.
   """
 
   name: str
@@ -84,6 +95,8 @@ class Job:
   evaluate: Callable[..., dict[str, float]] | None
   metric: str
   workers: int = 0
+  clock: str | None = None
+  watch: Callable[[Records, Records], str | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +108,16 @@ class Promotion:
     step: the optimizer steps of this phase behind it; 0 is the reference.
     profile: which average of the weights it is ('params' is θ itself).
     selection: its selection score; None where nothing was evaluated.
+    evaluations: the records of all evaluations of the phase.
+    ended: why the phase ended before its last step; '' where it did not.
   """
 
   params: likelihood.Params
   step: int
   profile: str
   selection: float | None
+  evaluations: Records = dataclasses.field(default_factory=list)
+  ended: str = ''
 
 
 def batches(job: Job, start: int) -> Generator[Any, None, None]:
@@ -110,7 +127,7 @@ def batches(job: Job, start: int) -> Generator[Any, None, None]:
   def rows(source, name):
     stream = loader.batches(
       source,
-      rng.order_seed(job.seed, job.name, name),
+      rng.order_seed(job.seed, job.clock or job.name, name),
       phase.batch_size,
       start,
       phase.steps(),
@@ -213,7 +230,7 @@ class _Logger:
     self._checkpoints.wait()
     kept = self._checkpoints.steps()
     good = self._checkpoints.folder / str(kept[-1]) if kept else 'none'
-    raise errors.UserError(
+    raise BadNumbersError(
       f'{self._job.name} step {step}: {reason}; last good checkpoint: {good};'
       f' {remedy}'
     )
@@ -284,7 +301,7 @@ def _evaluate(
     scores = job.evaluate(params, folder=folder / profile)
     selection = scores[job.metric]
     if not np.isfinite(selection):
-      raise errors.UserError(
+      raise BadNumbersError(
         f'{job.name} step {step}: {job.metric} of {profile} is {selection}'
       )
     if best is None or selection < best['selection']:
@@ -292,6 +309,19 @@ def _evaluate(
   images = step * job.phase.batch_size
   record = {'stage': job.name, 'kind': 'eval', 'step': step, 'images': images}
   return records.plain(record | best)
+
+
+def _ask(job: Job, evaluations: evaluations_lib.Evaluations) -> None:
+  """Asks whether the phase is to go on after its newest evaluation."""
+
+  def ask():
+    logged = job.log.read(job.name)
+    train = [record for record in logged if record['kind'] == 'train']
+    return job.watch(evaluations.all(), train)
+
+  reason = processes.decide(f'watch {job.name}', ask)
+  if reason:
+    evaluations.end(reason)
 
 
 def _evaluation_folder(job: Job, step: int) -> pathlib.Path:
@@ -412,8 +442,9 @@ def _promote(
     None where the phase is to be trained again.
   """
   best = evaluations.best()
+  history = (evaluations.all(), evaluations.ended)
   if best and best['step'] == 0:
-    return Promotion(job.start(), 0, 'params', best['selection'])
+    return Promotion(job.start(), 0, 'params', best['selection'], *history)
   step = best['step'] if best else job.phase.steps()
   try:
     state, _ = checkpoints.restore(step, target)
@@ -427,7 +458,7 @@ def _promote(
   candidates = state.candidates()
   profile = best['profile'] if best else next(iter(candidates))
   selection = best['selection'] if best else None
-  return Promotion(candidates[profile], step, profile, selection)
+  return Promotion(candidates[profile], step, profile, selection, *history)
 
 
 def _abstract_state(job: Job) -> Any:
@@ -470,7 +501,7 @@ def _compile_step(job: Job) -> Callable[..., Any]:
   )
   # What is traced goes to the devices once: the numbers of the round.
   numbers = jax.tree.map(jnp.float32, (job.model, job.phase))
-  key = rng.stream(job.seed, 'train', job.name)
+  key = rng.stream(job.seed, 'train', job.clock or job.name)
   model, phase, key = executor.replicate((*numbers, key))
 
   def step(state, real, fake):
@@ -529,7 +560,10 @@ def _train(
   evaluations: evaluations_lib.Evaluations,
   target: Any,
 ) -> None:
-  """Trains to the end, so that the last step is saved and evaluated."""
+  """Trains to the end, so that the last step is saved and evaluated.
+
+  Numbers that go bad end a phase that is watched where it was last evaluated.
+  """
   with interruption.deferred() as deferral:
     while True:
       try:
@@ -537,6 +571,11 @@ def _train(
         return
       except _GoneBad as gone_bad:
         bad = gone_bad.bad
+      except BadNumbersError as error:
+        if job.watch is None or not evaluations.all():
+          raise
+        evaluations.end(str(error))
+        return
       # Here nothing holds the state that went bad any more.
       _go_back(job, checkpoints, evaluations, bad, target)
 
@@ -560,6 +599,8 @@ def _train_on(
   steps = phase.steps()
   with deferral.saved():
     start, state, bad = _resume(job, checkpoints, evaluations, target)
+  if evaluations.ended:
+    return
   logger = _Logger(job, checkpoints, bad)
   bar = progress.follow(
     job.name, steps * batch_size, done=start * batch_size, leave=True
@@ -598,7 +639,9 @@ def _train_on(
         bar.set_postfix_str(f'{job.metric} {record["selection"]:.4g}')
         saved_at = time.monotonic()  # nothing was trained since
         logger.restart_clock()
-      if last:
+      if job.watch and step in evaluations:
+        _ask(job, evaluations)
+      if last or evaluations.ended:
         break
 
       # Train.

@@ -1,5 +1,6 @@
 """The loop of one phase: promotion, what stops it, what it fetches."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -511,3 +512,88 @@ def test_law_7_rows_that_processes_read_train_the_same(
   job = dataclasses.replace(job, real=real, workers=1)
   assert outcome(job, loop_lib.run(job)) == expected
   assert len(job.executor._compiled) == compiled
+
+
+class Watch:
+  """Ends a phase at a step, and keeps what it was asked."""
+
+  def __init__(self, end):
+    self.end, self.asked = end, []
+
+  def __call__(self, evaluations, train):
+    self.asked.append(([r['step'] for r in evaluations], len(train)))
+    return 'it is enough' if evaluations[-1]['step'] == self.end else None
+
+
+def test_a_watched_phase_ends_where_it_is_told(make_job, tmp_path):
+  watch = Watch(6)
+  job = elsewhere(make_job(Judge(*SCORES)), tmp_path)
+  job = dataclasses.replace(job, watch=watch)
+  promotion = loop_lib.run(job)
+  assert len(records.read_log(tmp_path)) == 5  # 3 steps, 2 scores
+  assert (promotion.step, promotion.profile, promotion.selection) == BEST
+  assert promotion.ended == 'it is enough'
+  assert [r['step'] for r in promotion.evaluations] == [0, 6]
+  assert kept(job) == [3, 6]
+  assert watch.asked == [([0], 0), ([0, 6], 3)]
+  # It does not go on, and nobody is asked again.
+  again = loop_lib.run(dataclasses.replace(job, evaluate=Judge(), watch=Watch))
+  assert outcome(job, again) == outcome(job, promotion)
+  assert again.ended == promotion.ended
+
+
+def test_a_watched_phase_that_is_killed_asks_again(make_job, tmp_path):
+  """Between an evaluation and the answer to it."""
+  first = elsewhere(make_job(Judge(*SCORES)), tmp_path / 'first')
+  whole = dataclasses.replace(first, watch=Watch(6))
+  expected = outcome(whole, loop_lib.run(whole))
+
+  def killed(evaluations, train):
+    if evaluations[-1]['step'] == 6:
+      raise KeyboardInterrupt
+
+  job = elsewhere(make_job(Judge(*SCORES)), tmp_path / 'second')
+  job = dataclasses.replace(job, watch=killed)
+  with pytest.raises(KeyboardInterrupt):
+    loop_lib.run(job)
+  watch = Watch(6)
+  job = dataclasses.replace(job, watch=watch, evaluate=Judge())
+  assert outcome(job, loop_lib.run(job)) == expected
+  assert watch.asked == [([0, 6], 3)]
+
+
+@pytest.mark.parametrize('scores', [SCORES[:4], (*SCORES[:4], np.nan)])
+def test_bad_numbers_end_a_watched_phase(make_job, monkeypatch, scores):
+  """A loss at step 8, or a score at step 12, on every start."""
+
+  def fail():
+    raise loop_lib.BadNumbersError('round_000 step 8: loss is nan')
+
+  if len(scores) == 4:
+    at_step(monkeypatch, 8, fail)
+  job = make_job(Judge(*scores, *[np.nan] * 9))
+  with pytest.raises(loop_lib.BadNumbersError):
+    loop_lib.run(job)
+  for _ in range(2):
+    promotion = loop_lib.run(dataclasses.replace(job, watch=Watch(-1)))
+    assert (promotion.step, promotion.profile, promotion.selection) == BEST
+    assert ' is nan' in promotion.ended
+
+
+def test_phases_of_one_clock_see_the_same_rows_and_noise(make_job):
+  def first_loss(name, clock=None):
+    job = dataclasses.replace(make_job(), name=name, clock=clock)
+    with contextlib.closing(loop_lib.batches(job, 0)) as rows:
+      real, fake = next(rows)
+    images = jax.device_get(real['stored']).tolist()
+    # Of the reference, whose loss says nothing: after a first step.
+    state = loop_lib._fresh_state(job)
+    step = loop_lib._compile_step(job)
+    for _ in range(2):
+      state, metrics = step(state, real, fake)
+    return images, float(jax.device_get(metrics['loss']))
+
+  images, loss = first_loss('round_000')
+  assert first_loss('a', 'round_000') == (images, loss)
+  other_images, other_loss = first_loss('b')
+  assert other_images != images and other_loss != loss

@@ -1,0 +1,1 @@
+"""Rounds that need no hand: probe, sweep, alarms, candidates, ledger."""
