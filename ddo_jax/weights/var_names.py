@@ -14,13 +14,12 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-from flax import traverse_util
 import numpy as np
 
-from ddo_jax import errors
+from ddo_jax.weights import block_names
 
-Path = tuple[str, ...]
-State = dict[str, np.ndarray]
+Path = block_names.Path
+State = block_names.State
 # Constants among the official tensors; they are not read but made anew.
 _BUFFERS = (
   'zero_k_bias',
@@ -29,11 +28,6 @@ _BUFFERS = (
   'ema_vocab_hit_SV',
 )
 _EMBEDDINGS = ('class_emb', 'lvl_embed', 'embedding')
-_MAX_BLOCKS = 2**10  # the largest VAR has 30
-_WRAPPERS = ('_orig_mod.', 'module.')
-_TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
-_TO_OFFICIAL = {4: (3, 2, 0, 1), 2: (1, 0)}
-_BLOCK = re.compile(r'blocks\.(\d+)\.(.+)')
 # Where the official names have a dot and Flax's an underscore: in the
 # tokenizer's resolutions and its φ, and in AdaLN's linear layer.
 _JOINED = (
@@ -48,16 +42,6 @@ _SPLIT = (
   (re.compile(r'\bqresi_ls_'), 'quant_resi.qresi_ls.'),
   (re.compile(r'ada_lin\.'), 'ada_lin.1.'),
 )
-
-
-def _is_state(tree: Any) -> bool:
-  """Whether a tree is a state dict: a table of arrays, and not empty."""
-  if not isinstance(tree, Mapping) or not tree:
-    return False
-  return all(
-    isinstance(key, str) and isinstance(leaf, np.ndarray)
-    for key, leaf in tree.items()
-  )
 
 
 def unwrap(tree: Any) -> State:
@@ -79,24 +63,7 @@ def unwrap(tree: Any) -> State:
   for name in ('trainer', 'var_wo_ddp'):
     if isinstance(tree, Mapping) and name in tree:
       tree = tree[name]
-  if not _is_state(tree):
-    got = sorted(map(str, tree)) if isinstance(tree, Mapping) else tree
-    raise errors.UserError(
-      f'the file holds {errors.brief(got)}; wanted a state dict of tensors,'
-      " plain or under 'trainer' and 'var_wo_ddp': is it a checkpoint of VAR?"
-    )
-  state = {}
-  for key, tensor in tree.items():
-    state[_without_wrappers(key)] = tensor
-  return state
-
-
-def _without_wrappers(key: str) -> str:
-  """Strips the prefixes of compiled and of distributed modules."""
-  while key.startswith(_WRAPPERS):
-    for wrapper in _WRAPPERS:
-      key = key.removeprefix(wrapper)
-  return key
+  return block_names.unwrapped(tree, "'trainer' and 'var_wo_ddp'", 'VAR')
 
 
 def is_tokenizer(state: Mapping[str, np.ndarray]) -> bool:
@@ -127,26 +94,6 @@ def _to_key(path: Path) -> str:
   return key
 
 
-def _transposed(
-  tensor: np.ndarray, leaf: str, axes: Mapping[int, tuple[int, ...]]
-) -> np.ndarray:
-  """Reorders the axes of a layer's kernel; other parameters keep theirs."""
-  if leaf != 'kernel':
-    return tensor
-  return np.transpose(tensor, axes[tensor.ndim])
-
-
-def _stack(key: str, rows: Mapping[int, np.ndarray], depth: int) -> np.ndarray:
-  """Stacks one tensor of the blocks 0 … depth−1 to an array [depth,...]."""
-  shapes = {row.shape for row in rows.values()}
-  if sorted(rows) != list(range(depth)) or len(shapes) != 1:
-    raise errors.UserError(
-      f'{key} is there for blocks {sorted(rows)}, in shapes {sorted(shapes)};'
-      f' wanted one shape for each of {depth} blocks: the file is not whole'
-    )
-  return np.stack([rows[i] for i in range(depth)])
-
-
 def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """Returns the Flax params of an official state dict, dtypes kept.
 
@@ -157,26 +104,11 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
   Raises:
     errors.UserError: blocks are missing or of different shapes.
   """
-  flat = {}
-  blocks = {}  # path -> {number of the block: tensor}
-  depth = 0
+  kept = {}
   for key, tensor in state.items():
-    if key.rpartition('.')[2] in _BUFFERS:
-      continue
-    match = _BLOCK.fullmatch(key)
-    path = _to_path(match[2] if match else key, tensor.ndim)
-    tensor = _transposed(tensor, path[-1], _TO_FLAX)
-    if match:
-      number = int(match[1])
-      if number >= _MAX_BLOCKS:
-        raise ValueError(f'a block of the number {number}')
-      blocks.setdefault(('blocks', *path), {})[number] = tensor
-      depth = max(depth, number + 1)
-    else:
-      flat[path] = tensor
-  for path, rows in blocks.items():
-    flat[path] = _stack('.'.join(path), rows, depth)
-  return traverse_util.unflatten_dict(flat)
+    if key.rpartition('.')[2] not in _BUFFERS:
+      kept[key] = tensor
+  return block_names.to_flax(kept, _to_path)
 
 
 def to_official(
@@ -192,19 +124,7 @@ def to_official(
     Official key -> tensor, dtypes kept, contiguous; with the constants. Among
     these, the statistic of how often each code was used is zeros.
   """
-  state = {}
-
-  def put(path, tensor):
-    tensor = _transposed(tensor, path[-1], _TO_OFFICIAL)
-    state[_to_key(path)] = np.require(tensor, requirements='C')
-
-  for path, leaf in traverse_util.flatten_dict(dict(params)).items():
-    leaf = np.asarray(leaf)
-    if path[0] == 'blocks':
-      for i, row in enumerate(leaf):
-        put(('blocks', str(i), *path[1:]), row)
-    else:
-      put(path, leaf)
+  state = block_names.to_official(params, _to_key)
   if 'blocks' in params:
     return state | _transformer_buffers(state, patch_nums)
   return state | _tokenizer_buffers(state, patch_nums)
