@@ -26,6 +26,7 @@ FLOORS = (
     'training.bad_numbers',
     'training.state',
     'training.step',
+    'tuning.alarms',
     'tuning.tune',
   ),
   ('weights', 'evaluation'),

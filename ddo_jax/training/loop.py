@@ -76,6 +76,9 @@ class Job:
       in a line; None: it goes on. It is asked after each evaluation, on process
       0, and after an interruption perhaps once more: with equal arguments it
       gives equal answers.
+    keep_averages: whether the power-function averages of every evaluated state
+      are kept, of which others can be made after the training; see
+      `averages_folder`.
   """
 
   name: str
@@ -97,6 +100,7 @@ class Job:
   workers: int = 0
   clock: str | None = None
   watch: Callable[[Records, Records], str | None] | None = None
+  keep_averages: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +331,24 @@ def _ask(job: Job, evaluations: evaluations_lib.Evaluations) -> None:
 def _evaluation_folder(job: Job, step: int) -> pathlib.Path:
   """Where an evaluation keeps what it has until it is done."""
   return job.folder / 'selection' / str(step)
+
+
+def averages_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns where the averages of an evaluated state are kept.
+
+  Args:
+    folder: the stage's.
+    step: the state's. Each of its power-function averages is a folder of
+      params there, by its name.
+  """
+  return folder / 'averages' / str(step)
+
+
+def _keep_averages(job: Job, state: state_lib.TrainState, step: int) -> None:
+  """Keeps the averages of a state that is about to be evaluated."""
+  folder = averages_folder(job.folder, step)
+  for name in job.phase.averages.power_names():
+    checkpoint.save_params(folder / name, state.ema[name], {'step': step})
 
 
 def _forget_evaluations(job: Job, start: int) -> None:
@@ -630,6 +652,8 @@ def _train_on(
       # Evaluate what is saved, so that this may be cut off.
       if evaluate:
         with deferral.saved():
+          if job.keep_averages and step:
+            _keep_averages(job, state, step)
           record = _evaluate(job, state, step)
           evaluations.add(record)
           job.log.write(record)

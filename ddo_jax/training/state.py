@@ -179,9 +179,12 @@ class Averages:
 
   def names(self) -> tuple[str, ...]:
     """Returns the profiles' names, as they stand on disk."""
-    names = [f'halflife_{half:g}' for half in self.halflife]
-    names += [f'power_{width:.3f}' for width in self.width]
-    return tuple(names)
+    halflives = [f'halflife_{half:g}' for half in self.halflife]
+    return (*halflives, *self.power_names())
+
+  def power_names(self) -> tuple[str, ...]:
+    """Returns the names of the power-function averages, as in `width`."""
+    return tuple(f'power_{width:.3f}' for width in self.width)
 
   def weights(self, step: jax.Array, batch_size: int) -> list[jax.Array]:
     """Returns the weight of the new params in each profile.
