@@ -186,6 +186,18 @@ def train(folder, kind, signal_at=0):
       print(f'promoted {promotion.step} {promotion.profile}', flush=True)
 
 
+def score(folder, params):
+  """Scores under a protocol of one's own, with a stand-in for Inception."""
+  from evaluation import test_fidelity
+  import pytest
+
+  with pytest.MonkeyPatch.context() as patch:
+    test_fidelity.stand_in(patch)
+    paths = map(pathlib.Path, (folder, params))
+    count = test_fidelity.score_under_its_own(*paths)
+  print(f'read {count}', flush=True)
+
+
 def fail(process, line):
   """One process makes out a mistake while the others are busy."""
   from ddo_jax import errors

@@ -1,6 +1,5 @@
 """The feature networks of a protocol, run over images in one pass."""
 
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -34,30 +33,38 @@ def _file(name: str, setting: str) -> pathlib.Path | None:
   return store.resolve(name, setting) if name else None
 
 
+class _Unread:
+  """A chunk of a source's images: a process reads those that it takes."""
+
+  def __init__(self, source: sources.Source, index: np.ndarray):
+    self._source = source
+    self._index = index
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __getitem__(self, taken: Any) -> np.ndarray:
+    images, _ = self._source.read(self._index[taken])
+    return images
+
+
 def of_source(
   source: sources.Source, index: np.ndarray | None = None
-) -> tuple[rows_lib.Images, np.ndarray]:
-  """Returns the images of a source, and where their labels will stand.
+) -> rows_lib.Images:
+  """Returns the images of a source, for `rows.gather`.
 
   Args:
     source: holds images, not latents.
     index: [N] the source's rows that images 0 .. N−1 are; None takes all.
-
-  Returns:
-    What `rows.gather` takes, and an array [N] int32 that receives the labels of
-    images as they are read.
   """
   if index is None:
     index = np.arange(len(source))
-  labels = np.zeros(len(index), np.int32)
 
-  def images(ids: np.ndarray) -> Iterator[np.ndarray]:
+  def images(ids: np.ndarray) -> Iterator[_Unread]:
     for start in range(0, len(ids), _CHUNK):
-      places = ids[start : start + _CHUNK]
-      chunk, labels[places] = source.read(index[places])
-      yield chunk
+      yield _Unread(source, index[ids[start : start + _CHUNK]])
 
-  return images, labels
+  return images
 
 
 def param_shapes(kinds: Sequence[str]) -> dict[str, Any]:
@@ -160,11 +167,6 @@ class Extractor:
       functools.partial(apply, protocol=self.protocol, kept=tuple(self._widths))
     )
 
-  def _checked(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    for images in chunks:
-      self.protocol.check_images(images.dtype, images.shape[1:])
-      yield images
-
   def rows(
     self,
     images: rows_lib.Images,
@@ -186,12 +188,14 @@ class Extractor:
       errors.UserError: the images are not what the protocol measures.
     """
 
-    def checked(ids: np.ndarray) -> Iterator[np.ndarray]:
-      return self._checked(images(ids))
-
     def embed(
       take: rows_lib.Take, ids: np.ndarray
     ) -> Iterator[tuple[np.ndarray, rows_lib.Rows]]:
-      return extract.by_blocks(self._apply, self._params, take, ids, devices)
+      def checked(ids: np.ndarray) -> np.ndarray:
+        taken = take(ids)
+        self.protocol.check_images(taken.dtype, taken.shape[1:])
+        return taken
 
-    return rows_lib.gather(embed, self._widths, checked, count, name, folder)
+      return extract.by_blocks(self._apply, self._params, checked, ids, devices)
+
+    return rows_lib.gather(embed, self._widths, images, count, name, folder)

@@ -168,7 +168,7 @@ class FidelityEvaluator:
       return None
     positions = np.arange(min(count, len(train)))
     index = loader.order(0, positions, len(train))
-    chunks, _ = features.of_source(train, index)
+    chunks = features.of_source(train, index)
     return self.extractor.rows(chunks, len(index), train.name)
 
   def identity(self) -> dict[str, Any]:

@@ -120,9 +120,9 @@ def read(
   Returns:
     The rows and the source's labels, None if it has none.
   """
-  images, labels = features.of_source(source)
+  images = features.of_source(source)
   rows = evaluator.embed(images, len(source), source.name)
-  return rows, labels if source.num_classes else None
+  return rows, source.labels() if source.num_classes else None
 
 
 def selection_scores(

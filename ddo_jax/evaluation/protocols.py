@@ -272,6 +272,8 @@ def is_there(name: str) -> bool:
 def get(name: str) -> Protocol:
   """Returns the protocol of a name, or the one that lies at a path.
 
+  The statistics beside it are held to their checksums where they are read.
+
   Raises:
     errors.UserError: there is none, or the file is damaged.
   """
@@ -284,11 +286,7 @@ def get(name: str) -> Protocol:
       f'{errors.near_miss(name, PROTOCOLS)}'
     )
   path = _file(name)
-  for file, fault in manifest.faults(path.parent).items():
-    raise errors.UserError(
-      f'{path.parent / file} {fault}: write the statistics anew with'
-      ' --mode=fid_stats'
-    )
+  manifest.check(path.parent, FILE, 'write it anew with --mode=fid_stats')
   recorded = records.read_json(path)
   try:
     protocol = from_json(recorded)

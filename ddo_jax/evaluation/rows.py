@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import logging
 import pathlib
+from typing import Any
 from typing import NamedTuple
 import zlib
 
@@ -26,8 +27,10 @@ from ddo_jax.runtime import progress
 # What was measured, by kind: [N, D] floats, row i for image i.
 Rows = dict[str, np.ndarray]
 
-# Gives the images [b,H,W,C] of ascending ids [B], in chunks of any size.
-Images = Callable[[np.ndarray], Iterable[np.ndarray]]
+# Gives the images [b,H,W,C] of ascending ids [B], in chunks of any size. A
+# chunk is an array, or reads what is asked of it: it has a length b, and at a
+# mask [b] or a slice the images.
+Images = Callable[[np.ndarray], Iterable[Any]]
 
 # Gives exactly the images of the ids that are asked for.
 Take = Callable[[np.ndarray], np.ndarray]
@@ -117,14 +120,14 @@ def _of_main(mask: np.ndarray) -> np.ndarray:
 def _embed_together(
   embed: Embed,
   kinds: Mapping[str, Kind],
-  chunks: Iterable[np.ndarray],
+  chunks: Iterable[Any],
   ids: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, Rows]]:
   """Embeds images of ids [B] by all processes; yields ids and their rows.
 
-  The processes take turns at blocks of `_SHARE` ids. All of them draw all
-  images together, so each takes them all from the stream before the rows are
-  exchanged.
+  The processes take turns at blocks of `_SHARE` ids. What is drawn is drawn by
+  all of them together, so each takes all chunks from the stream before the
+  rows are exchanged; of a chunk that is still to be read it takes its own.
   """
   turn = _SHARE * processes.count()
   own = ids // _SHARE % processes.count() == processes.index()
@@ -148,9 +151,7 @@ def _embed_together(
 class _Buffer:
   """Hands out a stream of chunks in the portions that are asked for."""
 
-  def __init__(
-    self, chunks: Iterable[np.ndarray], wanted: np.ndarray | None = None
-  ):
+  def __init__(self, chunks: Iterable[Any], wanted: np.ndarray | None = None):
     """Reads nothing yet.
 
     Args:
@@ -164,13 +165,15 @@ class _Buffer:
     self._held = 0
 
   def _read_chunk(self) -> None:
-    part = next(self._chunks)
-    span = slice(self._read, self._read + len(part))
-    self._read += len(part)
+    chunk = next(self._chunks)
+    taken: Any = slice(None)
     if self._wanted is not None:
-      part = part[self._wanted[span]]
-    self._parts.append(part)
-    self._held += len(part)
+      taken = self._wanted[self._read : self._read + len(chunk)]
+    self._read += len(chunk)
+    if self._wanted is None or taken.any():
+      part = chunk[taken]
+      self._parts.append(part)
+      self._held += len(part)
 
   def read_to(self, place: int) -> None:
     """Reads the stream up to a place in it, at least."""

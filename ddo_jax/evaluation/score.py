@@ -261,18 +261,20 @@ def write_fid_stats(
   source = sources.open_source(data, data.train_split)
   protocol = _own_protocol(settings, data, source, labels)
   extractor = features.Extractor(settings, protocol)
-  images, _ = features.of_source(source)
+  images = features.of_source(source)
   rows = extractor.rows(images, len(source), source.name)
   origin = {'data': source.name, 'resize': extractor.protocol.resize}
   for network, provenance in extractor.provenance.items():
     origin[f'{network}_sha256'] = provenance['sha256']
-  if not processes.is_main():  # it has no rows
-    return output
-  for kind in extractor.kinds:
-    sums = frechet.Statistics.of(rows[kind])
-    moments = statistics.Moments.of(sums, origin)
-    statistics.save(output / f'{kind}.npz', moments)
-  protocols.write(output, protocol)
+
+  def write():
+    for kind in extractor.kinds:
+      sums = frechet.Statistics.of(rows[kind])
+      moments = statistics.Moments.of(sums, origin)
+      statistics.save(output / f'{kind}.npz', moments)
+    protocols.write(output, protocol)
+
+  processes.decide(f'write {output}', write)  # process 0 has all rows
   return output
 
 

@@ -113,6 +113,18 @@ def faults(
   return found
 
 
+def check(folder: pathlib.Path, under: str, remedy: str) -> None:
+  """Raises UserError, naming the first file with which something is wrong.
+
+  Args:
+    folder: see `faults`.
+    under: see `faults`.
+    remedy: what is to be done about it.
+  """
+  for name, fault in faults(folder, under).items():
+    raise errors.UserError(f'{folder / name} {fault}: {remedy}')
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object that a run left, and holds it to its checksum.
 
@@ -120,12 +132,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     errors.UserError: the file is missing or damaged.
   """
   content = records.read_json(path)
-  fault = faults(path.parent, path.name).get(path.name)
-  if fault:
-    raise errors.UserError(
-      f'{path} {fault}: it is not what was written; run the same command'
-      ' again to make it anew'
-    )
+  remedy = 'it is not what was written; run the same command again to make it'
+  check(path.parent, path.name, f'{remedy} anew')
   return content
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax.evaluation.metrics import statistics
+from ddo_jax.runtime import manifest
 from ddo_jax.runtime import reading
 from ddo_jax.weights import files
 from ddo_jax.weights import pickle_reader
@@ -143,7 +144,8 @@ def _read_pickle(path: pathlib.Path, origin: dict[str, str]) -> FidStats:
 
 
 def _read_folder(folder: pathlib.Path) -> FidStats:
-  """Reads a folder of `<kind>.npz`."""
+  """Reads a folder of `<kind>.npz`, held to the checksums that it has."""
+  manifest.check(folder, '', 'write it anew with --mode=fid_stats')
   moments: dict[str, statistics.Moments] = {}
   for kind in WIDTHS:
     path = folder / f'{kind}.npz'

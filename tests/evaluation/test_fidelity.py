@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import several
 
 from configs import digits
 from ddo_jax import config as config_lib
@@ -37,6 +38,7 @@ from ddo_jax.weights import inception as inception_weights
 SHAPE = (4, 4, 3)
 WIDTH = 6
 COUNT = 150
+SEVERAL = 2_500  # images that two processes share
 TINY = dataclasses.replace(
   protocols.get('adm-img256'),
   name='tiny',
@@ -49,9 +51,8 @@ TINY = dataclasses.replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-  """A protocol of tiny images, and a projection in Inception's place."""
+def stand_in(patch):
+  """Puts a projection in Inception's place; returns its matrix."""
   draw = np.random.default_rng(0)
   matrix = draw.normal(size=(48, WIDTH + 5)).astype(np.float32) / 500
 
@@ -64,14 +65,20 @@ def small(monkeypatch):
     return inception.Taps(**taps)
 
   origin = {'file': 'stand-in', 'sha256': 'f' * 64}
-  monkeypatch.setattr(inception, 'apply', apply)
-  monkeypatch.setattr(inception, 'CLASSES', 5)
-  monkeypatch.setattr(
+  patch.setattr(inception, 'apply', apply)
+  patch.setattr(inception, 'CLASSES', 5)
+  patch.setattr(
     inception_weights, 'load', lambda path: ({'matrix': matrix}, origin)
   )
-  monkeypatch.setitem(fid_stats.WIDTHS, 'fid', WIDTH)
-  monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
+  patch.setitem(fid_stats.WIDTHS, 'fid', WIDTH)
   return matrix
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+  """A protocol of tiny images, measured by a projection."""
+  monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', TINY)
+  return stand_in(monkeypatch)
 
 
 def images_of(count=COUNT, seed=0):
@@ -90,12 +97,26 @@ def score_images(config, path, output):
   )
 
 
+def make_config(tmp_path, count=COUNT):
+  """A config whose data are `images_of(count)`."""
+  np.savez(
+    tmp_path / 'data.npz', image=images_of(count), label=np.arange(count) % 3
+  )
+  config = digits.get_config()
+  config.data.source = str(tmp_path / 'data.npz')
+  config.model.image_shape = SHAPE
+  config.model.num_classes = 3
+  config.model.hidden = 8
+  config.model.pixel_values = 256
+  config.sampler.num_steps = 2
+  config.executor.sample_batch = 40
+  return config
+
+
 @pytest.fixture
 def settings(tmp_path):
   """A config whose fid_stats are those of `images_of()`."""
-  np.savez(tmp_path / 'data.npz', image=images_of(), label=np.arange(COUNT) % 3)
-  config = digits.get_config()
-  config.data.source = str(tmp_path / 'data.npz')
+  config = make_config(tmp_path)
   config.evaluation = config_lib.Evaluation(
     protocol='tiny',
     metric='fid',
@@ -103,12 +124,6 @@ def settings(tmp_path):
     seeds=2,  # the protocol has three
     fid_stats=str(tmp_path / 'fid.npz'),
   )
-  config.model.image_shape = SHAPE
-  config.model.num_classes = 3
-  config.model.hidden = 8
-  config.model.pixel_values = 256
-  config.sampler.num_steps = 2
-  config.executor.sample_batch = 40
   score.write_fid_stats(config.evaluation, config.data, tmp_path)
   return config
 
@@ -524,6 +539,65 @@ def test_labels_of_a_protocol_of_ones_own(own, tmp_path):
   np.savez(own.data.source, image=images_of())  # without labels
   main.fid_stats(own, tmp_path / 'plain')
   assert protocols.get(str(tmp_path / 'plain')).labels == 'random'
+
+
+def score_under_its_own(folder, params):
+  """Makes a protocol of a data set, and scores params under it.
+
+  Returns:
+    How many of the set's images were read for the protocol, by this process.
+  """
+  config = make_config(folder, SEVERAL)
+  config.executor.sample_batch = 400
+  config.evaluation = config_lib.Evaluation(samples=SEVERAL)
+  read = sources.ArraySource.read
+  counts = []
+
+  def counted(source, index):
+    counts.append(len(index))
+    return read(source, index)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sources.ArraySource, 'read', counted)
+    main.fid_stats(config, folder / 'own')
+  config.evaluation.protocol = str(folder / 'own')
+  config.evaluation.metric = 'fid'
+  config.evaluation.real_images = 500
+  main.evaluate(config, folder / 'run', params, folder / 'out')
+  return sum(counts)
+
+
+def test_law_3_two_processes_score_as_one(run_folder):
+  """Each reads its share of a data set, and measures its share of samples."""
+  params = run_folder / 'params'
+  one, two = run_folder / 'one', run_folder / 'two'
+  one.mkdir()
+  two.mkdir()
+  assert score_under_its_own(one, params) == SEVERAL
+  scene = {'folder': str(two), 'params': str(params)}
+  played = several.play(2, 1, ('score', scene))
+  # They take turns at 1,024 images.
+  shares = (1_024 + 452, 1_024)
+  for (status, printed), share in zip(played, shares, strict=True):
+    assert status == 0, printed
+    assert f'read {share}\n' in printed, printed
+  moments = [fid_stats.read(folder / 'own').of('fid') for folder in (one, two)]
+  assert moments[0].n == moments[1].n == SEVERAL
+  for name in ('mean', 'covariance'):
+    np.testing.assert_allclose(
+      *(getattr(each, name) for each in moments), rtol=1e-5, atol=1e-7
+    )
+  left = [
+    json.loads((folder / 'out' / 'eval.json').read_text())
+    for folder in (one, two)
+  ]
+  assert left[0]['scores'].keys() == left[1]['scores'].keys()
+  assert {'fid', 'kid', 'precision', 'recall'} == left[0]['scores'].keys()
+  for name, scores in left[0]['scores'].items():
+    # A pixel between two levels may be rounded either way.
+    values = left[1]['scores'][name]['values']
+    np.testing.assert_allclose(values, scores['values'], rtol=1e-3, atol=1e-4)
+  assert 'uncertainty' in left[1]
 
 
 def test_few_pixel_values_and_grey_images_are_measured_as_they_look(settings):

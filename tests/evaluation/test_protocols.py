@@ -8,6 +8,7 @@ import pytest
 
 from ddo_jax import errors
 from ddo_jax.evaluation import protocols
+from ddo_jax.weights import fid_stats
 
 
 def test_the_names():
@@ -57,13 +58,21 @@ def own(tmp_path):
   return tmp_path
 
 
-@pytest.mark.parametrize('name', ['fid.npz', 'protocol.json'])
-def test_damaged_statistics_are_named(own, name):
+@pytest.mark.parametrize(
+  ('name', 'read'),
+  [
+    ('fid.npz', fid_stats.read),
+    ('protocol.json', fid_stats.read),
+    ('protocol.json', protocols.get),
+  ],
+)
+def test_damaged_statistics_are_named(own, name, read):
+  """By the protocol, whose file is small, and where they are read."""
   assert protocols.get(str(own)).name == 'own'
   content = (own / name).read_bytes()
   (own / name).write_bytes(content[:-3] + b'}' + content[-2:])
   with pytest.raises(errors.UserError, match=f'{own / name} is damaged'):
-    protocols.get(str(own))
+    read(own if read is fid_stats.read else str(own))
 
 
 @pytest.mark.parametrize(
