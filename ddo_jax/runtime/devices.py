@@ -375,6 +375,11 @@ def environment() -> dict[str, str]:
   return {'jax': jax.__version__, 'devices': f'{jax.device_count()} × {kind}'}
 
 
+def are_done(tree: Any) -> bool:
+  """Says whether all arrays are computed, without waiting for them."""
+  return all(leaf.is_ready() for leaf in jax.tree.leaves(tree))
+
+
 def fetch(tree: Any) -> Any:
   """Copies global arrays to numpy, on every process."""
   return jax.device_get(gathered(tree))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Generator
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
@@ -185,6 +186,21 @@ class _Logger:
     """Leaves what came before out of images/s."""
     self._time = time.perf_counter()
     self._images = 0
+    self._waited = 0.0
+
+  def next(self, rows: Iterator[Any]) -> Any:
+    """Returns the next rows; counts the time that the devices wait for them.
+
+    They do where the step before is done by the time that the rows are there,
+    which is asked without waiting for it. They may have begun to wait later
+    than the loop did, so that the time counted is an upper bound.
+    """
+    begin = time.perf_counter()
+    found = next(rows)
+    seconds = time.perf_counter() - begin
+    if self._pending is None or devices_lib.are_done(self._pending[1]):
+      self._waited += seconds
+    return found
 
   def push(self, step: int, metrics: step_lib.Metrics, log: bool) -> None:
     """Takes the metrics of a step just begun; writes those due before it."""
@@ -225,7 +241,10 @@ class _Logger:
       'step': step,
       'images': step * batch,
     }
-    rate = {'images_per_second': self._images / seconds}
+    rate = {
+      'images_per_second': self._images / seconds,
+      'waiting': self._waited / seconds,
+    }
     self._job.log.write(record | metrics | rate)
     self.restart_clock()
 
@@ -670,7 +689,7 @@ def _train_on(
 
       # Train.
       with job.executor.no_implicit_transfers():
-        real, fake = next(rows)
+        real, fake = logger.next(rows)
         state, metrics = step_fn(state, real, fake)
       log = _due(step, rhythm.log_images, batch_size)
       logger.push(step, metrics, log)

@@ -256,6 +256,7 @@ def outcome(job, promotion):
   log = records.read_log(job.folder)
   for record in log:
     record.pop('images_per_second', None)
+    record.pop('waiting', None)
   sha256 = checkpoint.tree_hash(promotion.params)
   chosen = (promotion.step, promotion.profile, promotion.selection)
   return chosen, sha256, log
@@ -460,6 +461,29 @@ def test_law_1_a_start_that_is_not_at_chance_stops_the_run(
       patch.setattr(devices_lib, 'fetch', changed)
       with pytest.raises(errors.UserError, match=r'step 0: .* two passes'):
         loop_lib.run(make_job())
+
+
+def test_the_log_tells_of_waiting_for_rows(finished):
+  folder, _ = finished
+  log = records.read_log(folder)
+  shares = [record['waiting'] for record in log if record['kind'] == 'train']
+  assert len(shares) == 6
+  assert all(0 < share < 1 for share in shares)
+
+
+@pytest.mark.parametrize('ready', [False, True])
+def test_rows_that_come_while_the_devices_work_cost_nothing(make_job, ready):
+  """Devices are asked whether they are done, and not waited for."""
+
+  def slowly():
+    time.sleep(0.05)
+    yield 'rows'
+
+  logger = loop_lib._Logger(make_job(), None, [])
+  loss = types.SimpleNamespace(is_ready=lambda: ready)
+  logger.push(0, {'loss': loss}, log=False)
+  assert logger.next(slowly()) == 'rows'
+  assert (logger._waited > 0.04) == ready
 
 
 def test_law_7_what_the_loop_fetches(make_job, monkeypatch):

@@ -163,7 +163,7 @@ def without(value, *names):
 
 def log_of(workdir):
   log = records.MetricsLog(workdir).read()
-  return without(log, 'images_per_second')
+  return without(log, 'images_per_second', 'waiting')
 
 
 def outcome(workdir):
