@@ -1,6 +1,7 @@
 """The evaluator of data that no protocol is about, such as the digits."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
 import hashlib
 import logging
@@ -17,6 +18,7 @@ from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import memorisation
+from ddo_jax.evaluation.metrics import mind
 from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
@@ -88,7 +90,9 @@ class ClassifierEvaluator:
   The classifier is trained on the training split, always to the same weights.
   The scores are `fd_train` and `fd_test` (Fréchet distances to both splits),
   `accuracy` (the share of samples classified as their own label), `precision`,
-  `recall`, `nn_ratio` and `memorised` (see `metrics`).
+  `recall`, `nn_ratio` and `memorised` (see `metrics`). Where they are asked
+  for, there are also `fd_train_inf` and `fd_test_inf`, of infinitely many
+  images, and `mind`.
 
   Attributes:
     num_images: 5,000.
@@ -102,7 +106,11 @@ class ClassifierEvaluator:
   minima: tuple[str, ...] = ()
 
   def __init__(
-    self, train: sources.Source, test: sources.Source, rule: str = 'data'
+    self,
+    train: sources.Source,
+    test: sources.Source,
+    rule: str = 'data',
+    extra: Sequence[str] = (),
   ):
     """Takes both splits; the classifier is fitted when it is first needed.
 
@@ -110,6 +118,7 @@ class ClassifierEvaluator:
       train: the training images.
       test: the held-out images.
       rule: how often each class is drawn, one of `labels.RULES`.
+      extra: what else is measured; see `evaluator.extras`.
 
     Raises:
       errors.UserError: the data has no labels, or the held-out images are of
@@ -124,6 +133,7 @@ class ClassifierEvaluator:
     if copied is not None:  # else it is known once all is measured
       memorisation.describe_held_out(1.0 - copied)
     self._sources = (train, test)
+    self._extra = tuple(extra)
     self._shares = labels_lib.Shares.of(rule, train.labels())
     self.label_rule = str(self._shares)
 
@@ -257,7 +267,18 @@ class ClassifierEvaluator:
       scores['accuracy'] = float(np.mean(rows['predicted'][:, 0] == labels))
     scores |= prdc.precision_recall(self._fitted.features, features)._asdict()
     near = memorisation.compare(rows['nearest'][:, 0], self._fitted.held_out)
-    return scores | near._asdict()
+    return scores | near._asdict() | self._extras(features)
+
+  def _extras(self, features: np.ndarray) -> evaluator.Scores:
+    """Returns what else is measured of the features [N, D] of the images."""
+    scores = {}
+    for name, real in self._fitted.statistics.items():
+      limit = name + evaluator.LIMIT
+      if limit in self._extra:
+        scores[limit] = uncertainty.limit_of_distance(features, real).value
+    if evaluator.MIND in self._extra:
+      scores[evaluator.MIND] = mind.mind(self._fitted.features, features)
+    return scores
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
     """Returns the sampling errors of both Fréchet distances."""

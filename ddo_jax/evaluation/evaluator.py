@@ -20,11 +20,18 @@ import numpy as np
 from ddo_jax import errors
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import rows as rows_lib
+from ddo_jax.evaluation.metrics import uncertainty
+from ddo_jax.evaluation.networks import classifier
+from ddo_jax.weights import fid_stats
 
 Scores = dict[str, float]
 
 # Those scores of the classifier that may choose a checkpoint.
 CLASSIFIER_METRICS = ('fd_train', 'fd_test')
+
+# What is added to a Fréchet distance's name where it is extrapolated.
+LIMIT = '_inf'
+MIND = 'mind'
 
 
 def _not_science(default: Any) -> Any:
@@ -42,6 +49,10 @@ class Evaluation:
       are compared with statistics; '' fits a small
       classifier to the training split and measures in its features.
     metric: the score that selects checkpoints; lower is better.
+    extra: scores that are measured only where they are named here or as the
+      metric: the limit of infinitely many images of a Fréchet distance,
+      'fd_train_inf' or 'fid_inf', and 'mind'; see `metrics`. Beside the metric
+      they are a second opinion on every checkpoint.
     selection_samples: the number of images a checkpoint is selected by, drawn
       from one fixed seed that no report uses.
     samples: the number of images in each block of a report; 0 takes the
@@ -52,7 +63,7 @@ class Evaluation:
     features: the kinds of the protocol's features that are compared; () takes
       all of them.
     real_images: under a protocol, the number of training images embedded for
-      kid, precision and recall; 0 leaves these scores out.
+      kid, mind, precision and recall; 0 leaves these scores out.
     fid_stats: the file of published statistics, by its path or by the name of
       an asset; '' takes the protocol's, which is fetched where it is missing.
     inception: the file of Inception's weights, likewise.
@@ -61,6 +72,7 @@ class Evaluation:
 
   protocol: str = ''
   metric: str = 'fd_train'
+  extra: tuple[str, ...] = ()
   selection_samples: int = 5_000
   samples: int = 0
   seeds: int = 0
@@ -75,6 +87,60 @@ def kinds(settings: Evaluation) -> tuple[str, ...]:
   """Returns the protocol's kinds of features that the settings ask for."""
   features = tuple(settings.features)
   return features or protocols.get(settings.protocol).features
+
+
+def _distances(settings: Evaluation) -> dict[str, int]:
+  """Returns the Fréchet distances that are measured, with their features."""
+  if not settings.protocol:
+    return dict.fromkeys(CLASSIFIER_METRICS, classifier.FEATURES)
+  return {kind: fid_stats.WIDTHS[kind] for kind in kinds(settings)}
+
+
+def _known_extras(settings: Evaluation) -> tuple[str, ...]:
+  """Returns the scores that are measured only where they are asked for."""
+  distances = _distances(settings)
+  limits = [f'{name}{LIMIT}' for name in distances]
+  if settings.protocol and 'fid' not in distances:
+    return tuple(limits)
+  return (*limits, MIND)
+
+
+def extras(settings: Evaluation) -> tuple[str, ...]:
+  """Returns those of them that are asked for, as the metric or beside it."""
+  asked = (settings.metric, *settings.extra)
+  return tuple(name for name in _known_extras(settings) if name in asked)
+
+
+def _check_metrics(settings: Evaluation) -> None:
+  """Raises UserError unless metric and extras are measured, and can be."""
+  distances = _distances(settings)
+  known = _known_extras(settings)
+  metrics = (*distances, *known)
+  errors.require(
+    settings.metric in metrics,
+    'evaluation.metric',
+    settings.metric,
+    f'one of {metrics}, which these settings measure'
+    f'{errors.near_miss(settings.metric, metrics)}',
+  )
+  errors.require(
+    all(name in known for name in settings.extra),
+    'evaluation.extra',
+    settings.extra,
+    f'() or some of {known}, which these settings can measure',
+  )
+  for name in extras(settings):
+    if name == MIND:
+      continue
+    least = uncertainty.least_images(distances[name.removesuffix(LIMIT)])
+    for field in ('selection_samples', 'samples'):
+      count = getattr(settings, field)
+      errors.require(
+        not count or count >= least,
+        f'evaluation.{field}',
+        count,
+        f'{least} or more: {name} is extrapolated from parts of these images',
+      )
 
 
 def _check_features(settings: Evaluation) -> None:
@@ -112,19 +178,12 @@ def check(settings: Evaluation) -> None:
     f'{errors.near_miss(settings.protocol, names)}',
   )
   _check_features(settings)
-  metrics = kinds(settings) if settings.protocol else CLASSIFIER_METRICS
-  errors.require(
-    settings.metric in metrics,
-    'evaluation.metric',
-    settings.metric,
-    f'one of {metrics}, which these settings measure'
-    f'{errors.near_miss(settings.metric, metrics)}',
-  )
   value = settings.selection_samples
   errors.require_integer('evaluation.selection_samples', value, 1)
   for field in ('samples', 'seeds', 'real_images'):
     value = getattr(settings, field)
     errors.require_integer(f'evaluation.{field}', value, 0)
+  _check_metrics(settings)
 
 
 class Evaluator(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ddo_jax import errors
 from ddo_jax.assets import store
 from ddo_jax.assets import table
 from ddo_jax.data import loader
@@ -20,6 +21,7 @@ from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.metrics import kid
+from ddo_jax.evaluation.metrics import mind
 from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import statistics
 from ddo_jax.evaluation.metrics import uncertainty
@@ -98,7 +100,8 @@ class FidelityEvaluator:
   The scores are the Fréchet distance of each kind of features (`fid`, `sfid`,
   `fd_dinov2`), `inception_score` where the protocol has one, and, where there
   are real images to compare with, `kid`, `precision` and `recall` in the
-  features of FID.
+  features of FID. Where they are asked for, there are also the limits of
+  infinitely many images (`fid_inf` and so on) and `mind`, in FID's features.
 
   Attributes:
     extractor: the feature networks.
@@ -141,6 +144,14 @@ class FidelityEvaluator:
     }
     self._train = train
     self._count = settings.real_images
+    self._extra = evaluator.extras(settings)
+    has_real = self._count or self._fid_stats.has_images
+    errors.require(
+      evaluator.MIND not in self._extra or bool(has_real),
+      'evaluation.real_images',
+      self._count,
+      f'positive: {evaluator.MIND} compares with real images',
+    )
     if train is not None:
       stored, _ = train.read(np.arange(1))
       if stored.dtype == np.uint8:  # what latents decode to is not known here
@@ -216,6 +227,10 @@ class FidelityEvaluator:
     for kind, moments in self._moments.items():
       sums = frechet.Statistics.of(rows[kind])
       scores[kind] = frechet.distance(sums, moments)
+      limit = kind + evaluator.LIMIT
+      if limit in self._extra:
+        found = uncertainty.limit_of_distance(rows[kind], moments)
+        scores[limit] = found.value
     if features.LOGITS in rows:
       logits = rows[features.LOGITS]
       scores['inception_score'] = self._inception_score(logits, from_file)
@@ -225,6 +240,8 @@ class FidelityEvaluator:
       size = min(_KID_SUBSET, len(real), len(fake))
       scores['kid'] = kid.kid(real, fake, size=size).mean
       scores |= prdc.precision_recall(real, fake)._asdict()
+      if evaluator.MIND in self._extra:
+        scores[evaluator.MIND] = mind.mind(real, fake)
     return scores
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def open_evaluator(
   evaluator_lib.check(settings)
   if settings.protocol:
     return fidelity.FidelityEvaluator(settings, seed, train)
-  return classifier_evaluator.ClassifierEvaluator(train, open_test(), labels)
+  return classifier_evaluator.ClassifierEvaluator(
+    train, open_test(), labels, evaluator_lib.extras(settings)
+  )
 
 
 def num_images(

@@ -23,6 +23,7 @@ from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation import score
 from ddo_jax.evaluation.metrics import meanings
 from ddo_jax.evaluation.metrics import memorisation
+from ddo_jax.evaluation.metrics import mind
 from ddo_jax.evaluation.networks import classifier
 
 PROTOCOLS = ('', *protocols.PROTOCOLS)
@@ -52,6 +53,10 @@ def test_every_combination_is_accepted_or_refused_at_once(protocol):
     measured = features or KNOWN[protocol]
     if not protocol:
       measured = ('fd_train', 'fd_test')
+    extra = tuple(f'{name}_inf' for name in measured)
+    if not protocol or 'fid' in measured:
+      extra += ('mind',)
+    measured += extra
     if not set(features) <= set(KNOWN[protocol]):
       wrong = ('evaluation.features', features)
     elif metric not in measured:
@@ -170,6 +175,58 @@ def test_scores_of_a_classifier(evaluator):
   copies, _ = measure.read(evaluator, train)
   assert evaluator.scores(copies)['memorised'] == 1
   assert abs(evaluator.scores(copies)['fd_train']) < 1e-9
+
+
+def test_scores_that_are_asked_for(evaluator, monkeypatch):
+  """They stand beside the others, which stay as they are."""
+  rows, labels = measure.read(evaluator, make_source(2, 300))
+  plain = evaluator.scores(rows, labels)
+  for metric, extra in (
+    ('fd_train', ('fd_test_inf', 'mind')),
+    ('mind', ('fd_test_inf',)),
+  ):
+    settings = evaluator_lib.Evaluation(
+      metric=metric, extra=extra, selection_samples=300
+    )
+    evaluator_lib.check(settings)
+    asked = evaluator_lib.extras(settings)
+    monkeypatch.setattr(evaluator, '_extra', asked)
+    scores = evaluator.scores(rows, labels)
+    assert scores.keys() - plain.keys() == {'fd_test_inf', 'mind'}
+    assert plain.items() <= scores.items()
+    assert scores.keys() <= meanings.MEANINGS.keys()
+    limit = evaluator.uncertainty(rows)['fd_test']['limit']['value']
+    assert scores['fd_test_inf'] == limit
+    features = evaluator._fitted.features
+    assert scores['mind'] == mind.mind(features, rows['features'])
+  assert 0 < scores['fd_test_inf'] < scores['fd_test']
+
+
+@pytest.mark.parametrize(
+  ('fields', 'line'),
+  [
+    (
+      {'extra': ('recall',)},
+      "config.evaluation.extra is ('recall',); it must be () or some of"
+      " ('fd_train_inf', 'fd_test_inf', 'mind'), which these settings can"
+      ' measure',
+    ),
+    (
+      {'metric': 'fd_test_inf', 'selection_samples': 65},
+      'config.evaluation.selection_samples is 65; it must be 66 or more:'
+      ' fd_test_inf is extrapolated from parts of these images',
+    ),
+    (
+      {'protocol': 'edm-cifar10', 'metric': 'fid_inf', 'samples': 4_000},
+      'config.evaluation.samples is 4000; it must be 4098 or more: fid_inf is'
+      ' extrapolated from parts of these images',
+    ),
+  ],
+)
+def test_extras_that_cannot_be_measured_are_refused(fields, line):
+  with pytest.raises(errors.UserError) as caught:
+    evaluator_lib.check(evaluator_lib.Evaluation(**fields))
+  assert str(caught.value) == line
 
 
 def test_rows_go_on_where_they_were_cut_off(evaluator, tmp_path):

@@ -28,6 +28,7 @@ from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import score
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
+from ddo_jax.evaluation.metrics import mind
 from ddo_jax.evaluation.networks import inception
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
@@ -246,6 +247,21 @@ def test_drawn_images_do_not_depend_on_the_batch(settings):
 
   measure.draw(evaluator, Drawn(7), None, None, np.arange(COUNT), keep=keep)
   assert kept == {i: i % 10 for i in range(COUNT)}
+
+
+def test_scores_that_are_asked_for(settings):
+  """The limit of FID, and mind, which compares with real images."""
+  settings.evaluation.metric = 'fid_inf'
+  settings.evaluation.extra = ('mind',)
+  with pytest.raises(errors.UserError, match='real_images is 0'):
+    fidelity.FidelityEvaluator(settings.evaluation, 0)
+  settings.evaluation.real_images = 100
+  evaluator = workspace.Run(settings, None).evaluator
+  rows, _ = measure.draw(evaluator, Drawn(64), None, None, np.arange(90))
+  scores = evaluator.scores(rows)
+  limit = evaluator.uncertainty(rows)['fid']['limit']['value']
+  assert scores['fid_inf'] == limit != scores['fid']
+  assert scores['mind'] == mind.mind(evaluator._real['fid'], rows['fid'])
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from ddo_jax import errors
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.metrics import kid
+from ddo_jax.evaluation.metrics import mind
 from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.metrics import uncertainty
 
@@ -257,6 +258,68 @@ def test_estimates_of_a_distance_need_enough_images():
   assert uncertainty.of_distance(rows[:32], real) == {}
 
 
+def test_the_limit_takes_as_many_groups_as_there_are_images_for():
+  """Four, or as few as two of just more images than features."""
+  random = np.random.default_rng(7)
+  real = frechet.Statistics.of(random.normal(size=(500, 8)))
+  for count, sizes in (
+    (200, [50, 100, 200]),
+    (35, [11, 22, 33]),
+    (27, [9, 18, 27]),
+    (18, [9, 18]),
+  ):
+    rows = random.normal(size=(count, 8))
+    limit = uncertainty.limit_of_distance(rows, real)
+    assert limit.sizes.tolist() == sizes
+  # Of two sizes the line goes through both.
+  half, whole = limit.scores
+  assert limit.value == pytest.approx(2 * whole - half)
+  assert uncertainty.least_images(8) == 18
+  with pytest.raises(errors.UserError, match='18 or more'):
+    uncertainty.limit_of_distance(rows[:17], real)
+
+
+# --- Monge Inception Distance -------------------------------------------------
+
+
+def test_mind_is_the_mean_of_distances_along_lines():
+  """Against its definition: sorted points, coupled in their order.
+
+  Sets of two sizes are coupled as if each point were there as often as makes
+  them equally many.
+  """
+  random = np.random.default_rng(8)
+  real = random.normal(size=(60, 5)).astype(np.float32)
+  fake = (2 + random.normal(size=(40, 5))).astype(np.float32)
+  lines = mind.directions(5, 30)
+  np.testing.assert_allclose(np.linalg.norm(lines, axis=0), 1, rtol=1e-6)
+  wanted = []
+  for line in lines.T.astype(np.float64):
+    a = np.repeat(np.sort(real @ line), 2)
+    b = np.repeat(np.sort(fake @ line), 3)
+    wanted.append(np.mean((a - b) ** 2))
+  got = mind.mind(real, fake, 30)
+  assert got == pytest.approx(3 * 5 * np.mean(wanted), rel=1e-5)
+  assert mind.mind(fake, real, 30) == pytest.approx(got, rel=1e-5)
+  assert mind.mind(real, real[::-1], 30) == 0
+  # Where nothing but the mean moves, it is three times the shift's square.
+  got = mind.mind(real, real + np.float32([1, 0, 0, -2, 0]), 4_000)
+  assert got == pytest.approx(3 * 5, rel=0.05)
+  # Far from 0 no digits are lost.
+  far = mind.mind(1_000 + real, 1_000 + fake, 30)
+  assert far == pytest.approx(mind.mind(real, fake, 30), rel=1e-3)
+
+
+def test_mistakes_in_mind_raise():
+  rows = np.ones((4, 3), np.float32)
+  with pytest.raises(errors.UserError, match='3 real and 2 fake features'):
+    mind.mind(rows, rows[:, :2])
+  with pytest.raises(errors.UserError, match='on 0 lines'):
+    mind.mind(rows, rows, 0)
+  with pytest.raises(errors.UserError, match='fake has NaN'):
+    mind.mind(rows, np.full((4, 3), np.nan))
+
+
 def test_mistakes_in_uncertainty_raise():
   rows = np.random.default_rng(5).normal(size=(40, 3))
 
@@ -268,7 +331,7 @@ def test_mistakes_in_uncertainty_raise():
   uneven = [*groups_of(rows, 5), frechet.Statistics.of(rows[:3])]
   with pytest.raises(errors.UserError, match=r'of \[3, 8\] images'):
     uncertainty.jackknife(uneven, metric)
-  with pytest.raises(errors.UserError, match='2 groups'):
-    uncertainty.extrapolate(groups_of(rows, 2), metric)
+  with pytest.raises(errors.UserError, match='1 groups'):
+    uncertainty.extrapolate(groups_of(rows, 1), metric)
   with pytest.raises(errors.UserError, match='2 images for 3 features'):
     uncertainty.extrapolate(groups_of(rows, 20), metric)

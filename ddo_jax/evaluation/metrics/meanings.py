@@ -45,12 +45,20 @@ def _excess_memorised(value: float) -> float:
   return max(value - 0.02, 0)
 
 
+_INFINITE = 'Fréchet distance of infinitely many images, extrapolated: '
+
 MEANINGS = {
   'fd_train': _low('Fréchet distance of samples to the training images'),
   'fd_test': _low('Fréchet distance of samples to held-out images'),
   'fid': _low('Fréchet distance in Inception features'),
   'sfid': _low('Fréchet distance in spatial Inception features'),
   'fd_dinov2': _low('Fréchet distance in DINOv2 features'),
+  'fd_train_inf': _low(f'{_INFINITE}to the training images'),
+  'fd_test_inf': _low(f'{_INFINITE}to held-out images'),
+  'fid_inf': _low(f'{_INFINITE}in Inception features'),
+  'sfid_inf': _low(f'{_INFINITE}in spatial Inception features'),
+  'fd_dinov2_inf': _low(f'{_INFINITE}in DINOv2 features'),
+  'mind': _low('Sliced Wasserstein distance of features to real images'),
   'kid': _low('Kernel distance in Inception features'),
   'inception_score': _high('Inception Score: sharp and varied classes'),
   'accuracy': _high('Share of samples classified as the class asked for'),

@@ -122,7 +122,7 @@ def extrapolate(groups: Sequence[frechet.Statistics], metric: Metric) -> Limit:
   size weighted by its number of sets. (arXiv 1911.07023 draws random subsets.)
 
   Args:
-    groups: G ≥ 4 disjoint groups of equally many images, each of more images
+    groups: G ≥ 2 disjoint groups of equally many images, each of more images
       than features: the law holds from there on.
     metric: the score; it is called about 2·G times.
 
@@ -130,7 +130,7 @@ def extrapolate(groups: Sequence[frechet.Statistics], metric: Metric) -> Limit:
     UserError: there are too few groups, or they differ in size or are too
       small.
   """
-  total = _total(groups, 4)
+  total = _total(groups, 2)
   each = groups[0].n
   width = len(total.total)
   if each <= width:
@@ -155,6 +155,48 @@ def extrapolate(groups: Sequence[frechet.Statistics], metric: Metric) -> Limit:
   return Limit(float(value), float(slope), sizes, np.array(scores), label)
 
 
+def _groups(features: np.ndarray, count: int) -> list[frechet.Statistics]:
+  """Cuts features [N, D] into groups; what does not divide evenly is left."""
+  even = features[: len(features) - len(features) % count]
+  return [frechet.Statistics.of(part) for part in np.split(even, count)]
+
+
+def least_images(width: int) -> int:
+  """Returns the fewest images of which `limit_of_distance` makes a limit."""
+  return 2 * (width + 1)
+
+
+def limit_of_distance(features: np.ndarray, real: frechet.HasMoments) -> Limit:
+  """Estimates the Fréchet distance of infinitely many images.
+
+  Of N images the distance is too large by about a constant over N, which
+  depends on the model; see `extrapolate`. The images are cut into four groups,
+  or into as many as have more images than features. The estimate is unbiased to
+  first order, and scatters more than the distance itself.
+
+  Args:
+    features: [N, D] of the samples, in the order of their seeds.
+    real: what they are compared with, as it is: its own number of images is not
+      extrapolated.
+
+  Raises:
+    UserError: N is less than 2·(D + 1).
+  """
+
+  def metric(sums: frechet.Statistics) -> float:
+    return frechet.distance(sums, real)
+
+  count, width = features.shape
+  most = min(_LIMIT_GROUPS, count // (width + 1))
+  if most < 2:
+    raise errors.UserError(
+      f'{count} images for {width} features; a limit needs'
+      f' {least_images(width)} or more: raise'
+      ' --config.evaluation.selection_samples or samples'
+    )
+  return extrapolate(_groups(features, most), metric)
+
+
 def of_distance(
   features: np.ndarray, real: frechet.Statistics | statistics.Moments
 ) -> dict[str, dict[str, Any]]:
@@ -173,17 +215,13 @@ def of_distance(
   def metric(sums: frechet.Statistics) -> float:
     return frechet.distance(sums, real)
 
-  def groups(count: int) -> list[frechet.Statistics]:
-    even = features[: len(features) - len(features) % count]
-    return [frechet.Statistics.of(part) for part in np.split(even, count)]
-
   count, width = features.shape
   found = {}
   if count // _JACKKNIFE_GROUPS > width:
-    interval = jackknife(groups(_JACKKNIFE_GROUPS), metric)
+    interval = jackknife(_groups(features, _JACKKNIFE_GROUPS), metric)
     found['jackknife'] = interval._asdict()
   if count // _LIMIT_GROUPS > width:
-    limit = extrapolate(groups(_LIMIT_GROUPS), metric)
+    limit = limit_of_distance(features, real)
     found['limit'] = limit._asdict() | {
       'sizes': limit.sizes.tolist(),
       'scores': limit.scores.tolist(),
