@@ -41,7 +41,9 @@ from ddo_jax.training import state as state_lib
 from ddo_jax.training import workspace
 from ddo_jax.weights import released
 
-_KEPT = 3  # checkpoints of a stage that stay: its newest two, and its best
+# Checkpoints of a stage that stay: its newest two, its best, and the one that a
+# rollback would go back to.
+_KEPT = {'stop': 3, 'skip': 3, 'rollback': 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,12 +363,13 @@ def _disk(plan: Plan) -> str:
   bytes_of = {
     name: _phase_bytes(plan, name, phase) for name, phase in plan.phases.items()
   }
-  for name in plan.stages:
+  for name, phase in plan.stages.items():
     pool, params, state = bytes_of[phase_of(name)]
+    kept = _KEPT[phase.bad_numbers.policy]
     copies = 2 if name.startswith('round_') else 1  # reference and promoted
     files = [path for path in (workdir / name).rglob('*') if path.is_file()]
     pools += pool
-    needed += pool + copies * params + _KEPT * state
+    needed += pool + copies * params + kept * state
     needed -= sum(path.stat().st_size for path in files)
     largest = max(largest, state)
   needed = max(needed, 0) + largest
