@@ -209,8 +209,12 @@ def _fetch_address(
 
 
 @contextlib.contextmanager
-def alone(path: pathlib.Path) -> Iterator[None]:
-  """Lets one process at a time look for a file and fetch it.
+def alone(path: pathlib.Path, does: str = 'fetches') -> Iterator[None]:
+  """Lets one process at a time look for a file and bring it there.
+
+  Args:
+    path: the file, or a folder.
+    does: what the process does with it, for those that wait.
 
   Raises:
     errors.UserError: the folder of the file cannot be written.
@@ -221,7 +225,7 @@ def alone(path: pathlib.Path) -> Iterator[None]:
     try:
       lock.acquire(timeout=0)
     except filelock.Timeout:
-      _LOGGER.info('waiting for another process, which fetches %s', path.name)
+      _LOGGER.info('waiting for another process, which %s %s', does, path.name)
       lock.acquire()
   except OSError as error:
     raise errors.UserError(

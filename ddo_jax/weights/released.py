@@ -290,7 +290,11 @@ def folder_of(
   """
   with processes.main_first(f'convert {name}'):
     there = found(name, folder, deep=True)
-    return there or _convert(name, folder, setting, config)
+    if there:
+      return there
+    with download.alone(_made(name, folder), 'converts'):
+      there = found(name, folder, deep=True)  # after another run's start
+      return there or _convert(name, folder, setting, config)
 
 
 def _convert(
@@ -302,7 +306,7 @@ def _convert(
   weights = read(store.resolve(name, setting), source, config)
   _LOGGER.info('licence of %s: %s', name, weights.provenance['licence'])
   made = _made(name, folder)
-  kept = manifest.Manifest(folder, ('*',))
+  kept = manifest.Manifest(folder, ('*/',))
   save_folder(made, weights)
   kept.add(made.name)
   return made

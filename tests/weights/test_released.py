@@ -1,8 +1,10 @@
 """Released files to folders of params and back, with where they come from."""
 
+from concurrent import futures
 import dataclasses
 import json
 import pathlib
+import time
 
 import golden_io
 import jax
@@ -357,25 +359,45 @@ def test_converted_weights_denoise_as_the_original(tmp_path):
   assert golden_io.max_error(got, golden_io.nhwc(golden['D_noaug_f32'])) < 5e-6
 
 
-def test_damaged_conversions_are_made_again(tmp_path, monkeypatch, caplog):
-  converted = []
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+  """Has net.pth converted by a stand-in, which lists the folders it makes."""
+  folders = []
 
   def read(path, source, config):
     return released.Weights(config, {}, {'licence': 'none'})
 
   def save_folder(folder, weights):
-    converted.append(folder.name)
+    folders.append(folder.name)
+    time.sleep(0.05)
     (folder / 'params').mkdir(parents=True, exist_ok=True)
     (folder / 'params' / 'x').write_bytes(b'weights')
 
-  source = tmp_path / 'net.pth'
-  source.write_bytes(b'net')
+  (tmp_path / 'net.pth').write_bytes(b'net')
   monkeypatch.setattr(released, 'read', read)
   monkeypatch.setattr(released, 'save_folder', save_folder)
   monkeypatch.setattr(released, '_is_of', lambda folder, path: True)
+  return folders
 
+
+def test_two_starts_convert_weights_once(tmp_path, converted, caplog):
+  def ask(_):
+    source = str(tmp_path / 'net.pth')
+    return released.folder_of(source, tmp_path / 'weights', '--x')
+
+  caplog.set_level('INFO')
+  with futures.ThreadPoolExecutor(4) as pool:
+    made = set(pool.map(ask, range(4)))
+  assert made == {tmp_path / 'weights' / 'net'}
+  assert converted == ['net']
+  assert 'waiting for another process, which converts net' in caplog.text
+  assert 'earlier version' not in caplog.text
+
+
+def test_damaged_conversions_are_made_again(tmp_path, converted, caplog):
   def ask():
-    return released.folder_of(str(source), tmp_path / 'weights', '--x')
+    source = str(tmp_path / 'net.pth')
+    return released.folder_of(source, tmp_path / 'weights', '--x')
 
   made = ask()
   assert ask() == made == tmp_path / 'weights' / 'net'
