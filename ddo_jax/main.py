@@ -66,6 +66,7 @@ from ddo_jax.method import objective
 from ddo_jax.method import siblings  # noqa: F401 (the command line names them)
 from ddo_jax.report import page
 from ddo_jax.runtime import chips
+from ddo_jax.runtime import disk
 from ddo_jax.runtime import interruption
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
@@ -406,7 +407,11 @@ def fid_stats(config: config_lib.Config, output: pathlib.Path) -> pathlib.Path:
 
 
 def _path(flag: flags.FlagHolder) -> pathlib.Path | None:
-  return pathlib.Path(flag.value).expanduser() if flag.value else None
+  if not flag.value:
+    return None
+  path = pathlib.Path(flag.value).expanduser()
+  disk.check_path(f'--{flag.name}', path)
+  return path
 
 
 def _command() -> str:

@@ -198,6 +198,13 @@ def test_mistakes_on_the_command_line(tmp_path):
   line = command_line.fatal(recipe, workdir, '--mode=sample')
   assert 'finished stage' in line
   assert '--source and --output' in command_line.fatal('--mode=convert')
+  (tmp_path / 'link').symlink_to('nowhere')
+  for flags in (
+    (recipe, f'--workdir={tmp_path}/link'),
+    (recipe, workdir, '--mode=sample', f'--output={tmp_path}/link/x'),
+    ('--mode=report', f'--workdir={tmp_path}/link'),
+  ):
+    assert 'is a link to nowhere' in command_line.fatal(*flags)
   assert not (tmp_path / 'run').exists()
 
 

@@ -16,6 +16,35 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ('No space left', 'RESOURCE_EXHAUSTED', 'Disk quota')
 
 
+def check_path(name: str, path: pathlib.Path) -> None:
+  """Refuses a path at which nothing is and nothing can come to be.
+
+  Args:
+    name: what names it, for the error, such as '--workdir'.
+    path: it need not be there.
+
+  Raises:
+    errors.UserError: it is too long, or goes around in links, or through one
+      to nothing, or is no path at all.
+  """
+  fault = ''
+  try:
+    path.stat()
+  except FileNotFoundError:
+    for place in (path, *path.parents):
+      if place.is_symlink() and not place.exists():
+        fault = f'{place} is a link to {os.readlink(place)}, which is not there'
+  except (NotADirectoryError, PermissionError):
+    pass  # who goes there says so
+  except (OSError, ValueError) as error:
+    fault = getattr(error, 'strerror', None) or str(error)
+  if fault:
+    raise errors.UserError(
+      f'{name} is {errors.brief(str(path))} ({fault}); wanted a path that can'
+      ' be made: name another'
+    )
+
+
 @contextlib.contextmanager
 def guarded(place: pathlib.Path) -> Iterator[None]:
   """Turns what goes wrong while its body writes into one line.

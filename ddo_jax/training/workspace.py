@@ -327,7 +327,12 @@ class Run:
       workdir: its folder; None for a run that is only planned.
       layout: devices that need not be there, for a run that is only planned;
         None takes those at hand.
+
+    Raises:
+      errors.UserError: the folder's path is none that can be made.
     """
+    if workdir:
+      disk.check_path('--workdir', workdir)
     self.config = config
     self.workdir = workdir
     self._layout = layout

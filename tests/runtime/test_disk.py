@@ -51,6 +51,30 @@ def test_the_system_says_that_a_file_is_too_large(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_paths_that_cannot_be_made(tmp_path):
+  (tmp_path / 'around').symlink_to('around')
+  (tmp_path / 'dangling').symlink_to('nowhere')
+  (tmp_path / 'linked').symlink_to(tmp_path)
+  (tmp_path / 'file').touch()
+  for name, fault in (
+    ('around', 'Too many levels of symbolic links'),
+    ('around/x', 'Too many levels of symbolic links'),
+    ('dangling', 'dangling is a link to nowhere, which is not there'),
+    ('dangling/x/y', 'dangling is a link to nowhere, which is not there'),
+    ('x' * 300, 'File name too long'),
+    ('a/' * 3_000, 'File name too long'),
+    ('a\0b', 'embedded null'),
+  ):
+    with pytest.raises(errors.UserError) as caught:
+      disk.check_path('--workdir', tmp_path / name)
+    line = str(caught.value)
+    assert line.startswith('--workdir is ') and '\n' not in line
+    assert fault in line and len(line) < 500
+  # What is wrong with a place that is there, who writes to it says.
+  for name in ('linked/x/y', 'new', 'file', 'file/x', '.'):
+    disk.check_path('--workdir', tmp_path / name)
+
+
 def test_a_file_where_a_folder_is_wanted(tmp_path):
   (tmp_path / 'a').write_text('')
   assert 'cannot write' in refusal(tmp_path / 'a' / 'b')

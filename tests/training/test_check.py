@@ -1,6 +1,7 @@
 """A run is checked before it begins; a start that failed blocks nothing."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from ddo_jax.configs import digits_var
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective
 from ddo_jax.models import toy
+from ddo_jax.report import cost
 from ddo_jax.runtime import records
 from ddo_jax.samplers import heun
 from ddo_jax.training import check
@@ -199,6 +201,23 @@ def test_room_on_the_disk(config, tmp_path, monkeypatch):
   monkeypatch.undo()
   (tmp_path / 'file').write_text('')
   assert 'is a file' in fault(config, tmp_path / 'file' / 'run')
+  (tmp_path / 'around').symlink_to('around')
+  assert '(Too many levels' in fault(config, tmp_path / 'around' / 'run')
+
+
+def test_a_rollback_keeps_a_checkpoint_more(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(cost, 'short', str)
+  config.rounds = 3
+  needed = []
+  for policy in ('stop', 'rollback'):
+    config.ddo.bad_numbers.policy = policy
+    config.ddo.rhythm.save_images = config.ddo.batch_size
+    text = '\n'.join(check_run(config, tmp_path / 'run'))
+    needed.append(int(re.search(r'(\d+)B to be written', text).group(1)))
+  run = workspace.Run(config, tmp_path / 'run')
+  phases = check.stages(run, rounds=True)
+  *_, state = check._phase_bytes(check.Plan(run, phases), 'ddo', config.ddo)
+  assert needed[1] - needed[0] == 3 * state > 0
 
 
 def test_each_phase_divides_over_the_devices(tmp_path):
