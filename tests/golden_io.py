@@ -161,10 +161,7 @@ def precision(name: str):
 
 
 def fix_noise(monkeypatch, sigma, noise, p_mean, p_std, dtype):
-  """Makes a model draw these; returns the rows' keys [B].
-
-  `likelihood` draws one normal vector a row: (ln σ − p_mean)/p_std, then the
-  unit noise. Here it is looked up by the row's key.
+  """Makes a model under a log-normal law draw these; see `fix_draws`.
 
   Args:
     monkeypatch: pytest's.
@@ -174,10 +171,25 @@ def fix_noise(monkeypatch, sigma, noise, p_mean, p_std, dtype):
     p_std: its standard deviation.
     dtype: of the draws.
   """
-  first = (np.log(sigma) - p_mean) / p_std
-  table = np.concatenate([first[:, None], noise.reshape(len(sigma), -1)], 1)
+  z = (np.log(sigma) - p_mean) / p_std
+  return fix_draws(monkeypatch, z, noise, dtype)
+
+
+def fix_draws(monkeypatch, z, noise, dtype):
+  """Makes a model draw these; returns the rows' keys [B].
+
+  `diffusion` draws one normal vector a row: the noise law's number, then the
+  unit noise. Here it is looked up by the row's key.
+
+  Args:
+    monkeypatch: pytest's.
+    z: the noise law's normal numbers, [B].
+    noise: [B,H,W,C], unit variance.
+    dtype: of the draws.
+  """
+  table = np.concatenate([z[:, None], noise.reshape(len(z), -1)], 1)
   table = jnp.asarray(table, dtype)
-  keys = jax.random.split(jax.random.key(0), len(sigma))
+  keys = jax.random.split(jax.random.key(0), len(z))
   known = jax.random.key_data(keys)
 
   def normal(key, shape):

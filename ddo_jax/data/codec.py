@@ -112,6 +112,8 @@ class Latents:
     std: their standard deviation, by channel.
     sigma_data: σ_d, the standard deviation of x.
     pixel_values: a pixel of an image is one of 0 .. pixel_values − 1.
+    nearest: whether an image is rounded to the nearest pixel value, as DiT's
+      programs do. If not, it is cut off to the one below, as EDM2's do.
   """
 
   autoencoder: nn.Module
@@ -119,6 +121,7 @@ class Latents:
   std: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
   sigma_data: float = 0.5
   pixel_values: int = 256
+  nearest: bool = False
 
   def affine(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 scale and bias [1,1,1,C] of x = scale · z + bias."""
@@ -170,8 +173,9 @@ class Latents:
     """
     mean, _ = jnp.split(stored, 2, axis=-1)
     x = jnp.clip(self._apply(frozen, mean, 'decode'), 0, 1)
-    # The original cuts off too: 0.999 of a pixel value is the one below.
-    return jnp.floor(x * (self.pixel_values - 1)).astype(jnp.uint8)
+    # 0.999 of a pixel value that is cut off is the one below.
+    half = 0.5 if self.nearest else 0.0
+    return jnp.floor(x * (self.pixel_values - 1) + half).astype(jnp.uint8)
 
   def _apply(self, frozen: Frozen, x: jax.Array, method: str) -> Any:
     if 'vae' not in frozen:

@@ -67,7 +67,7 @@ class Autoregressive:
     num_bins: 1, for a token has no noise level.
   """
 
-  offers: ClassVar[str] = 'stages'
+  offers: ClassVar[tuple[str, ...]] = ('stages',)
 
   network: TokenNetwork
   codec: Any

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from typing import Any
-from typing import ClassVar
+from typing import NamedTuple
 
 import chex
 from flax import linen as nn
@@ -27,6 +27,25 @@ Params = likelihood.Params
 def _static(**options: Any) -> Any:
   """A field that is part of what the model is, not traced."""
   return struct.field(pytree_node=False, **options)
+
+
+class Noisy(NamedTuple):
+  """One draw of (σ, n) for each row.
+
+  Attributes:
+    z: the noise law's normal numbers, [B].
+    sigma: σ, [B].
+    noise: n of unit variance, [B,H,W,C].
+    x: the noisy rows x₀ + σ n, [B,H,W,C].
+    weight: the weight [B] of a squared error of what the network predicts: λ(σ)
+      where that is the clean data.
+  """
+
+  z: jax.Array
+  sigma: jax.Array
+  noise: jax.Array
+  x: jax.Array
+  weight: jax.Array
 
 
 @struct.dataclass
@@ -53,8 +72,6 @@ class Diffusion:
       and θ_ref share it; samples have that of their sampler.
   """
 
-  offers: ClassVar[str] = 'denoise'
-
   denoiser: nn.Module = _static()
   example_shape: tuple[int, int, int] = _static()
   num_classes: int = _static()
@@ -65,6 +82,11 @@ class Diffusion:
   num_bins: int = _static(default=8)
   guide: nn.Module | None = _static(default=None)
   precision: str = _static(default='highest')
+
+  @property
+  def offers(self) -> tuple[str, ...]:
+    """What a sampler can drive, see `samplers.contract`."""
+    return ('denoise',)
 
   def init(self, key: jax.Array) -> Params:
     """Returns fresh parameters, projected."""
@@ -80,14 +102,19 @@ class Diffusion:
     with precision_lib.of(self.precision):
       return self.denoiser.apply({'params': params}, x, sigma, label)
 
-  def _noisy(
-    self, batch: Batch, keys: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Draws one (σ, n) a row.
+  def _predict(
+    self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
+  ) -> jax.Array:
+    """Returns what errors are formed on: here D(x; σ), shaped as x."""
+    return self.denoise(params, x, sigma, label)
 
-    Returns:
-      The law's normal number z [B], σ [B], x + n [B,H,W,C] and λ(σ) [B].
-    """
+  def _target(self, batch: Batch, drawn: Noisy) -> jax.Array:
+    """Returns what `_predict` should be: here the clean data."""
+    del drawn
+    return batch.x
+
+  def _noisy(self, batch: Batch, keys: jax.Array) -> Noisy:
+    """Draws one (σ, n) a row."""
     chex.assert_shape(batch.x, (None, *self.example_shape))
     # One draw a row, split after: compile time grows with the number of calls.
     size = 1 + math.prod(self.example_shape)
@@ -96,16 +123,17 @@ class Diffusion:
     noise = normal[:, 1:].reshape(batch.x.shape)
     sigma = self.noise.sigma(z)
     noisy = batch.x + sigma[:, None, None, None] * noise
-    return z, sigma, noisy, self.weight(sigma, self.noise)
+    return Noisy(z, sigma, noise, noisy, self.weight(sigma, self.noise))
 
   def log_prob(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
   ) -> jax.Array:
     """Returns [B] −λ(σ) ‖D(x + n; σ) − x‖² at one draw of (σ, n) a row."""
     del frozen
-    _, sigma, noisy, weight = self._noisy(batch, keys)
-    error = self.denoise(params, noisy, sigma, batch.label) - batch.x
-    return -weight * jnp.sum(error**2, axis=(1, 2, 3))
+    drawn = self._noisy(batch, keys)
+    output = self._predict(params, drawn.x, drawn.sigma, batch.label)
+    error = output - self._target(batch, drawn)
+    return -drawn.weight * jnp.sum(error**2, axis=(1, 2, 3))
 
   def log_ratio(
     self,
@@ -122,18 +150,20 @@ class Diffusion:
     difference of two sums of thousands of squares leaves rounding noise.
     """
     del frozen
-    z, sigma, noisy, weight = self._noisy(batch, keys)
-    ours = self.denoise(params, noisy, sigma, batch.label)
-    theirs = self.denoise(reference, noisy, sigma, batch.label)
+    drawn = self._noisy(batch, keys)
+    ours = self._predict(params, drawn.x, drawn.sigma, batch.label)
+    theirs = self._predict(reference, drawn.x, drawn.sigma, batch.label)
     theirs = jax.lax.stop_gradient(theirs)
-    product = (ours - theirs) * (ours + theirs - 2 * batch.x)
+    target = self._target(batch, drawn)
+    product = (ours - theirs) * (ours + theirs - 2 * target)
     # Equal bins over two standard deviations of z; the outer ones are open.
-    noise_bin = jnp.floor((z + 2) / 4 * self.num_bins).astype(jnp.int32)
+    noise_bin = jnp.floor((drawn.z + 2) / 4 * self.num_bins).astype(jnp.int32)
+    squares = jnp.sum((ours - target) ** 2, axis=(1, 2, 3))
     info = {
       'noise_bin': jnp.clip(noise_bin, 0, self.num_bins - 1),
-      'mle_loss': weight * jnp.sum((ours - batch.x) ** 2, axis=(1, 2, 3)),
+      'mle_loss': drawn.weight * squares,
     }
-    return -weight * jnp.sum(product, axis=(1, 2, 3)), info
+    return -drawn.weight * jnp.sum(product, axis=(1, 2, 3)), info
 
   def mle_loss(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
@@ -163,19 +193,25 @@ class Diffusion:
     chex.assert_equal_shape([label, keys])
     precision_lib.check('sampler.precision', sampler.precision)
     model = dataclasses.replace(self, precision=sampler.precision)
-
-    def denoise(x, sigma):
-      return model.denoise(params, x, sigma, label)
-
+    denoise = model.driven(params, label, sampler)
     if sampler.guidance != 1:
       denoise = guidance.guided(
         denoise,
-        model._guide(params, frozen, label),
+        model._guide(params, frozen, label, sampler),
         sampler.guidance,
         sampler.guidance_min,
         sampler.guidance_max,
+        channels=sampler.guidance_channels,
+        level=sampler.level,
       )
     return sampler(denoise, self.example_shape, keys)
+
+  def driven(
+    self, params: Params, label: jax.Array, sampler: Any
+  ) -> contract.Denoise:
+    """Returns what a sampler drives, params and labels bound."""
+    del sampler
+    return lambda x, sigma: self.denoise(params, x, sigma, label)
 
   def draw(
     self,
@@ -195,7 +231,7 @@ class Diffusion:
     Raises:
       errors.UserError: the guide is no denoiser.
     """
-    if guide.offers != self.offers:
+    if 'denoise' not in guide.offers:
       raise errors.UserError(
         'config.guide is of another family than config.model: a denoiser is'
         ' guided by a denoiser'
@@ -203,18 +239,50 @@ class Diffusion:
     return dataclasses.replace(self, guide=guide.denoiser)
 
   def _guide(
-    self, params: Params, frozen: Frozen, label: jax.Array
+    self, params: Params, frozen: Frozen, label: jax.Array, sampler: Any
   ) -> contract.Denoise:
     """Returns the weaker denoiser, see `sample`."""
     if 'guide' in frozen:
       module = self.denoiser if self.guide is None else self.guide
       model = dataclasses.replace(self, denoiser=module)
-      weights = frozen['guide']
-      return lambda x, sigma: model.denoise(weights, x, sigma, label)
+      return model.driven(frozen['guide'], label, sampler)
     if not self.num_classes:
       raise errors.UserError(
         'guidance is not 1, but the model has no labels to leave out and no'
         ' guide was given: set config.sampler.guidance=1'
       )
     none = jnp.full_like(label, self.num_classes)
-    return lambda x, sigma: self.denoise(params, x, sigma, none)
+    return self.driven(params, none, sampler)
+
+
+@struct.dataclass
+class PredictionDiffusion(Diffusion):
+  """A denoiser whose errors are formed on what its network predicts.
+
+  With D = c_skip x + c_out F, λ ‖D − x₀‖² is λ c_out² ‖F − F*‖², where F* is
+  what F should be. The two agree but for rounding, which D has of x as well,
+  and magnifies by c_out: where that is large, as is DDPM's 157, differences of
+  two networks drown in it.
+
+  The denoiser is a `models.precond.Precond` that has a `target`.
+  """
+
+  def _predict(
+    self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array
+  ) -> jax.Array:
+    """Returns F without the channels of a variance, shaped as x."""
+    with precision_lib.of(self.precision):
+      output = self.denoiser.apply(
+        {'params': params}, x, sigma, label, method='predict'
+      )
+    return output[..., : x.shape[-1]]
+
+  def _target(self, batch: Batch, drawn: Noisy) -> jax.Array:
+    """Returns F*."""
+    return self.denoiser.target(batch.x, drawn.noise, drawn.sigma)
+
+  def _noisy(self, batch: Batch, keys: jax.Array) -> Noisy:
+    """Draws one (σ, n) a row, and weighs errors of F."""
+    drawn = super()._noisy(batch, keys)
+    c_out = self.denoiser.coefficients(drawn.sigma).c_out
+    return drawn._replace(weight=drawn.weight * c_out**2)

@@ -8,7 +8,6 @@ another family implements the contract itself.
 
 import dataclasses
 from typing import Any
-from typing import ClassVar
 from typing import Protocol
 
 from flax import struct
@@ -67,7 +66,9 @@ class LikelihoodModel(Protocol):
   round may vary (the noise law's numbers) is traced.
   """
 
-  offers: ClassVar[str]  # what a sampler can drive: 'denoise' or 'stages'
+  @property
+  def offers(self) -> tuple[str, ...]:
+    """What a sampler can drive, see `samplers.contract`."""
 
   @property
   def example_shape(self) -> tuple[int, ...]:
@@ -245,10 +246,12 @@ def check_sampler(model: LikelihoodModel, sampler: Any) -> None:
   """Raises UserError where a sampler is of another family than the model."""
   fits = {
     'denoise': 'follows noise levels, such as samplers.heun.Heun',
+    'variance': 'learned its variance, such as samplers.ddpm.DDPM',
+    'velocity': 'follows a velocity, such as samplers.flow_ode.FlowODE',
     'stages': 'draws tokens, such as samplers.ancestral.Ancestral',
   }
-  if sampler.drives != model.offers:
+  if sampler.drives not in model.offers:
+    wanted = ', or '.join(fits[name] for name in model.offers)
     raise errors.UserError(
-      f'config.sampler is {sampler}; this model wants one that'
-      f' {fits[model.offers]}'
+      f'config.sampler is {sampler}; this model wants one that {wanted}'
     )

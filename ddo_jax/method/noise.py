@@ -16,6 +16,7 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax import settings
+from ddo_jax.samplers import schedules
 
 
 class NoiseLaw:
@@ -105,15 +106,43 @@ class Discrete(NoiseLaw):
 
   def sigma(self, z: jax.Array) -> jax.Array:
     """Returns the level whose share of the normal quantiles z falls into."""
-    count = len(self.sigmas)
-    index = jnp.floor(stats.norm.cdf(z) * count).astype(jnp.int32)
-    return jnp.asarray(self.sigmas, z.dtype)[jnp.clip(index, 0, count - 1)]
+    return _pick(z, self.sigmas)
 
   def check(self, name: str) -> None:
     """Raises UserError unless the levels are positive and ascend."""
     errors.require_positive(f'{name}.sigmas', self.sigmas)
     rising = bool(np.all(np.diff(self.sigmas) > 0))
     errors.require(rising, f'{name}.sigmas', self.sigmas, 'ascending')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(unsafe_hash=True)
+class LinearBetas(NoiseLaw):
+  """One of the 1000 noise levels of DDPM's schedule, all equally likely.
+
+  DiT was trained under it. The levels are √((1 − ᾱ)/ᾱ), from 0.01 to 157.
+  """
+
+  def sigma(self, z: jax.Array) -> jax.Array:
+    """Returns the level whose share of the normal quantiles z falls into."""
+    return _pick(z, schedules.ddpm_sigmas())
+
+
+def _pick(z: jax.Array, sigmas: Any) -> jax.Array:
+  """Returns which of some levels [N] the normal numbers z [B] stand for."""
+  count = len(sigmas)
+  index = jnp.floor(stats.norm.cdf(z) * count).astype(jnp.int32)
+  return jnp.asarray(sigmas, z.dtype)[jnp.clip(index, 0, count - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class EpsilonWeight:
+  """λ(σ) = σ⁻²: the error of the noise, ‖ε − n‖² = ‖D − x‖²/σ²."""
+
+  def __call__(self, sigma: jax.Array, noise: Any) -> jax.Array:
+    """Returns λ [B] at σ [B]; the law is not asked."""
+    del noise
+    return sigma**-2
 
 
 @dataclasses.dataclass(frozen=True)

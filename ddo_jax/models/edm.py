@@ -353,15 +353,16 @@ class Edm(diffusion.Diffusion):
       draws = augmentation.draw(rng.split_rows(keys, 'augment'))
       x, rows['augment'] = augmentation.apply(batch.x, draws, self.augment)
       batch = dataclasses.replace(batch, x=x)
-    _, sigma, noisy, weight = self._noisy(batch, keys)
+    drawn = self._noisy(batch, keys)
     denoised = layers.apply_training(
       self.denoiser,
       params,
       rng.split_rows(keys, 'dropout'),
-      {'x': noisy, 'sigma': sigma, **rows},
+      {'x': drawn.x, 'sigma': drawn.sigma, **rows},
       self.precision,
     )
-    return weight * jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
+    squares = jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
+    return drawn.weight * squares
 
 
 def denoiser(config: EdmConfig, remat: bool = False) -> precond.Precond:

@@ -271,17 +271,17 @@ class Edm2(diffusion.Diffusion):
   ) -> jax.Array:
     """Returns [B] Σ_HWC (λ(σ) e^{−u} (D(x + n; σ) − x)² + u), u(σ) learned."""
     del frozen
-    _, sigma, noisy, weight = self._noisy(batch, keys)
+    drawn = self._noisy(batch, keys)
     denoised = layers.apply_training(
       self.denoiser,
       params,
       rng.split_rows(keys, 'dropout'),
-      {'x': noisy, 'sigma': sigma, 'label': batch.label},
+      {'x': drawn.x, 'sigma': drawn.sigma, 'label': batch.label},
       self.precision,
     )
     logvar = self.denoiser.apply(
-      {'params': params}, sigma, method='log_variance'
+      {'params': params}, drawn.sigma, method='log_variance'
     )
     squares = jnp.sum((denoised - batch.x) ** 2, axis=(1, 2, 3))
     size = math.prod(self.example_shape)
-    return weight * jnp.exp(-logvar) * squares + size * logvar
+    return drawn.weight * jnp.exp(-logvar) * squares + size * logvar

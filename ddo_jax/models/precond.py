@@ -88,10 +88,23 @@ class Precond(nn.Module):
     Returns:
       D(x; σ), [B,...,C].
     """
-    c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-    output = self.network(_like(c_in, x) * x, c_noise, label, **options)
+    c_skip, c_out, _, _ = self.coefficients(sigma)
+    output = self.predict(x, sigma, label, **options)
     output = output[..., : x.shape[-1]]
     return _like(c_skip, x) * x + _like(c_out, x) * output
+
+  def predict(
+    self, x: jax.Array, sigma: jax.Array, label: jax.Array, **options: Any
+  ) -> jax.Array:
+    """Returns the network's own output F(c_in x, c_noise), [B,...,≥C]."""
+    _, _, c_in, c_noise = self.coefficients(sigma)
+    return self.network(_like(c_in, x) * x, c_noise, label, **options)
+
+  def target(
+    self, x0: jax.Array, noise: jax.Array, sigma: jax.Array
+  ) -> jax.Array:
+    """Returns what F should be for clean data x0 and unit noise [B,...,C]."""
+    raise NotImplementedError
 
 
 def _like(values: jax.Array, x: jax.Array) -> jax.Array:
@@ -276,6 +289,13 @@ class EpsilonPrecond(Precond):
   error the network makes by σ, rounding included.
   """
 
+  def target(
+    self, x0: jax.Array, noise: jax.Array, sigma: jax.Array
+  ) -> jax.Array:
+    """Returns the noise."""
+    del x0, sigma
+    return noise
+
   def coefficients(self, sigma: jax.Array) -> Coefficients:
     """Returns the coefficients at the noise levels sigma [B]."""
     return Coefficients(
@@ -310,6 +330,13 @@ class FlowPrecond(Precond):
   At time t = σ/(1+σ) the network sees z = (1−t) x₀ + t n, which is x/(1+σ),
   and predicts the velocity v = n − x₀, so that x₀ = z − t v. It is told t.
   """
+
+  def target(
+    self, x0: jax.Array, noise: jax.Array, sigma: jax.Array
+  ) -> jax.Array:
+    """Returns the velocity n − x₀."""
+    del sigma
+    return noise - x0
 
   def coefficients(self, sigma: jax.Array) -> Coefficients:
     """Returns the coefficients at the noise levels sigma [B]."""

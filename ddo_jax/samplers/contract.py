@@ -3,13 +3,17 @@
 A `Sampler` is a mutable dataclass of settings with `unsafe_hash=True`. It is
 mutable so that `--config.sampler.x=v` can write a field, and hashed once it is
 built, as a static argument of compiled functions. It knows no model. It drives
-one of two small interfaces, which its class attribute `drives` names:
+one of four small interfaces, which its class attribute `drives` names:
 
-  'denoise'  a denoiser D(x; σ), a `Denoise`, as `heun.Heun` does;
-  'stages'   a model that is sampled stage after stage, a `Stages`, as
-             `ancestral.Ancestral` does.
+  'denoise'   a denoiser D(x; σ), a `Denoise`, as `heun.Heun` does;
+  'variance'  a denoiser that returns D and as many channels more, a learned
+              variance, as `ddpm.DDPM` does;
+  'velocity'  a `Velocity` v(x, t) from noise to data, as `flow_ode.FlowODE`
+              does;
+  'stages'    a model that is sampled stage after stage, a `Stages`, as
+              `ancestral.Ancestral` does.
 
-A model says which of the two it offers, and refuses samplers of the other kind
+A model says which of these it offers, and refuses samplers of other kinds
 (`method.likelihood.check_sampler`).
 
 Every row has a key of its own, and its sample depends on nothing else: not on
@@ -24,13 +28,24 @@ from typing import NamedTuple
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 
 class Denoise(Protocol):
   """A denoiser with its params and labels bound."""
 
-  def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, sigma: jax.Array, /) -> jax.Array:
     """Returns the clean data [B,...] expected of x [B,...] at sigma [B]."""
+
+
+class Velocity(Protocol):
+  """A velocity field with its params and labels bound."""
+
+  def __call__(self, x: jax.Array, t: jax.Array, /) -> jax.Array:
+    """Returns dx/dt [B,...] at x [B,...], at times t [B].
+
+    x is unit noise at t = 0 and data at t = 1, and t x₀ + (1 − t) n between.
+    """
 
 
 class Predict(Protocol):
@@ -120,7 +135,7 @@ class Sampler:
   canvas.
 
   Attributes:
-    drives: 'denoise' or 'stages', the interface that the sampler drives.
+    drives: the name of the interface that the sampler drives.
   """
 
   drives: ClassVar[str]
@@ -132,17 +147,19 @@ class Sampler:
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class DenoiseSampler(Sampler, abc.ABC):
-  """The base class of samplers that drive a denoiser.
+  """The base class of samplers that drive a denoiser, or its velocity.
 
-  One is called as `sampler(denoise, shape, keys)`, with a `Denoise`, the shape
-  of one sample and the rows' keys [B], and returns the samples [B, *shape] in
-  the denoiser's units. Its fields of guidance are for the model, which builds
-  the guided denoiser and hands it in.
+  One is called as `sampler(denoise, shape, keys)`, with a `Denoise` or a
+  `Velocity`, the shape of one sample and the rows' keys [B], and returns the
+  samples [B, *shape] in the denoiser's units. Its fields of guidance are for
+  the model, which builds the guided denoiser and hands it in.
 
   Attributes:
     guidance: the weight of guidance, see `guidance.guided`; 1 is none.
     guidance_min: noise levels up to this one are not guided.
     guidance_max: the largest noise level that is guided.
+    guidance_channels: how many channels are guided; 0 for all. DiT's and SiT's
+      programs guide the first 3 of 4.
     precision: that of the network's products while it draws, 'highest', 'high'
       or 'default'; see `precision`.
   """
@@ -152,7 +169,12 @@ class DenoiseSampler(Sampler, abc.ABC):
   guidance: float = 1.0
   guidance_min: float = 0.0
   guidance_max: float = 1e9
+  guidance_channels: int = 0
   precision: str = 'highest'
+
+  def level(self, told: jax.Array) -> jax.Array:
+    """Returns the noise levels [B] of what the denoiser is told, [B]."""
+    return told
 
   @abc.abstractmethod
   def __call__(
@@ -163,3 +185,21 @@ class DenoiseSampler(Sampler, abc.ABC):
   def unguided(self) -> 'DenoiseSampler':
     """Returns the sampler of the model itself, without guidance."""
     return dataclasses.replace(self, guidance=1.0)
+
+
+class VelocitySampler(DenoiseSampler):
+  """The base class of samplers that drive a velocity.
+
+  One is called as `sampler(velocity, shape, keys)`. Its intervals of guidance
+  are in noise levels σ = (1 − t)/t, as those of all samplers.
+  """
+
+  drives: ClassVar[str] = 'velocity'
+
+  def level(self, told: jax.Array) -> jax.Array:
+    """Returns the noise levels of times [B].
+
+    That of t = 0 is none and that of t = 1 is 0; they count as within the
+    widest interval, so that guidance without an interval is everywhere.
+    """
+    return jnp.clip((1 - told) / told, 1e-9, 1e9)

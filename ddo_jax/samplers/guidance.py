@@ -1,5 +1,7 @@
 """Guidance of a denoiser by a second, weaker one."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,9 @@ def guided(
   scale: float,
   low: float = 0.0,
   high: float = 1e9,
+  *,
+  channels: int = 0,
+  level: Callable[[jax.Array], jax.Array] | None = None,
 ) -> contract.Denoise:
   """Extrapolates from the guide through the model, for σ in (low, high].
 
@@ -28,6 +33,10 @@ def guided(
     scale: the weight of guidance, usually 1 to 3.
     low: noise levels up to this one are not guided.
     high: the largest noise level that is guided.
+    channels: only so many channels are guided, and the others are the model's;
+      0 for all that both have.
+    level: returns the noise levels [B] of what the denoisers are told in their
+      place, such as a time; None where they are told the noise levels.
 
   Returns:
     A denoiser. It evaluates the model at every call, and the guide at calls
@@ -42,13 +51,29 @@ def guided(
       ' the one and up to the other; set guidance to 1 for no guidance'
     )
 
-  def call(x, sigma):
-    strong = denoise(x, sigma)
+  def weaker(x, told, part):
+    return guide(x, told)[..., : part.shape[-1]]
+
+  def not_asked(x, told, part):
+    return part
+
+  def call(x, told):
+    strong = denoise(x, told)
+    part = strong[..., : channels or x.shape[-1]]
+    sigma = level(told) if level else told
     inside = (low < sigma) & (sigma <= high)
     weak = jax.lax.cond(
-      jnp.any(inside), guide, lambda x, sigma: strong, x, sigma
+      jnp.any(inside),
+      weaker,
+      not_asked,
+      x,
+      told,
+      part,
     )
     inside = inside.reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(inside, weak + scale * (strong - weak), strong)
+    moved = weak + scale * (part - weak)
+    moved = jnp.where(inside, moved, part)
+    rest = strong[..., part.shape[-1] :]
+    return jnp.concatenate([moved, rest], axis=-1) if rest.shape[-1] else moved
 
   return call

@@ -1,13 +1,16 @@
-"""Noise schedules of EDM's baselines: σ(t), its slope and its inverse.
+"""Noise schedules of EDM's baselines and of DDPM.
 
-Every schedule has three methods, which take and return float64 arrays:
-`sigma(t)` is the noise level σ(t) at time t, `slope(t)` its derivative σ'(t),
-and `time(sigma)` the time at which the noise level is σ.
+Every schedule in a continuous time has three methods, which take and return
+float64 arrays: `sigma(t)` is the noise level σ(t) at time t, `slope(t)` its
+derivative σ'(t), and `time(sigma)` the time at which the noise level is σ.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
+
+from ddo_jax import errors
 
 
 class VP(NamedTuple):
@@ -96,3 +99,64 @@ def iddpm_sigmas(steps: int, c_1: float, c_2: float) -> np.ndarray:
   for i in range(steps, 0, -1):
     u[i - 1] = np.sqrt((u[i] ** 2 + 1) / ratio[i - 1].astype(float) - 1)
   return u[:-1]
+
+
+@functools.lru_cache
+def ddpm_alpha_bar(
+  steps: int = 1000, first: float = 1e-4, last: float = 0.02
+) -> np.ndarray:
+  """Returns ᾱ of DDPM's linear schedule (Ho et al. 2020), [steps] float64.
+
+  ᾱ_t is the product of 1 − β up to t, with β in equal steps from first to last.
+  It falls, and the noise level is √((1 − ᾱ)/ᾱ).
+  """
+  return np.cumprod(1 - np.linspace(first, last, steps))
+
+
+def ddpm_sigmas() -> np.ndarray:
+  """Returns the noise levels of `ddpm_alpha_bar`, rising, [1000] float64."""
+  alpha_bar = ddpm_alpha_bar()
+  return np.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def respaced(spacing: str, steps: int) -> np.ndarray:
+  """Returns which steps of a process are kept (Nichol & Dhariwal 2021).
+
+  Args:
+    spacing: '250' for so many, evenly from the first to the last; '10,10,5' for
+      so many of each of equal sections; 'ddim50' for so many in equal whole
+      steps from the first.
+    steps: the number of steps of the process.
+
+  Returns:
+    Their numbers, rising, [N] int.
+
+  Raises:
+    errors.UserError: there are none of that spacing.
+  """
+  fault = errors.UserError(
+    f'config.sampler.spacing is {spacing!r}; wanted a number of steps of the'
+    f' {steps}, such as 250; several, such as 10,10,5; or ddim50, of a number'
+    ' that whole steps give'
+  )
+  try:
+    counts = [int(part) for part in spacing.removeprefix('ddim').split(',')]
+  except ValueError as error:
+    raise fault from error
+  if spacing.startswith('ddim'):
+    for stride in range(1, steps):
+      regular = np.arange(0, steps, stride)
+      if [len(regular)] == counts:
+        return regular
+    raise fault
+  size, longer = divmod(steps, len(counts))
+  kept: list[int] = []
+  begin = 0
+  for section, count in enumerate(counts):
+    length = size + (section < longer)
+    if not 1 <= count <= length:
+      raise fault
+    step = (length - 1) / max(count - 1, 1)
+    kept += [begin + round(i * step) for i in range(count)]
+    begin += length
+  return np.array(kept)
