@@ -1,9 +1,10 @@
 """Law 4, at random: runs are killed at any moment, and end as whole ones.
 
-The result of the long test is kept in experiments/results/faults.md.
+The results of the long tests are kept in experiments/results/faults.md.
 """
 
 import collections
+import functools
 import logging
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 import pytest
 import test_resume as resume
 
+from ddo_jax.configs import digits
 from ddo_jax.runtime import records
 from ddo_jax.training import run as run_lib
 
@@ -20,9 +22,18 @@ images = resume.images
 KILLS = int(os.environ.get('DDO_JAX_KILLS', '50'))
 
 
-def child(images, workdir):
+def make_digits():
+  """The digits' recipe, one round of it, which saves every few seconds."""
+  config = digits.get_config()
+  config.rounds = 1
+  config.pretrain.rhythm.save_minutes = 0.1
+  config.ddo.rhythm.save_minutes = 0.05
+  return config
+
+
+def child(make, workdir):
   logging.disable(logging.INFO)
-  run_lib.play(resume.make_config(images), workdir)
+  run_lib.play(make(), workdir)
 
 
 def stage_of(workdir):
@@ -31,13 +42,12 @@ def stage_of(workdir):
     return 'start'
   if not (workdir / 'pretrain' / 'done.json').exists():
     return 'pretraining'
-  for index in range(2):
-    folder = workdir / f'round_{index:03d}'
+  for folder in sorted(workdir.glob('round_*')):
     if (folder / 'done.json').exists():
       continue
     if not (folder / 'reference').exists():
       return 'reference'
-    if len(list(folder.glob('fakes/*.npz'))) < 3:
+    if not (folder / 'checkpoints').exists():
       return 'pool'
     if not (folder / 'promoted').exists():
       busy = any(folder.glob('selection/*/*/*'))
@@ -52,6 +62,7 @@ def context(tmp_path_factory):
   """Starts processes that have imported all, and share what they compile."""
   with pytest.MonkeyPatch.context() as patch:
     cache = tmp_path_factory.mktemp('compiled')
+    patch.delenv('XLA_FLAGS')  # which are for tests that compute little
     patch.setenv('JAX_COMPILATION_CACHE_DIR', str(cache))
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     found = multiprocessing.get_context('forkserver')
@@ -59,9 +70,9 @@ def context(tmp_path_factory):
     yield found
 
 
-def play(context, images, workdir, delay=None):
+def play(context, make, workdir, delay=None):
   """Plays in a process of its own; returns its exit status."""
-  process = context.Process(target=child, args=(images, workdir))
+  process = context.Process(target=child, args=(make, workdir))
   process.start()
   process.join(delay)
   process.kill()
@@ -71,9 +82,21 @@ def play(context, images, workdir, delay=None):
 
 @pytest.mark.faults
 def test_runs_that_are_killed_end_as_the_whole_one(context, images, tmp_path):
-  assert play(context, images, tmp_path / 'warm') == 0  # compiles all
+  kill_at_random(
+    context, functools.partial(resume.make_config, images), tmp_path, KILLS
+  )
+
+
+@pytest.mark.faults
+def test_the_digits_killed_end_as_the_whole_run(context, tmp_path):
+  kill_at_random(context, make_digits, tmp_path, max(10, KILLS // 4))
+
+
+def kill_at_random(context, make, tmp_path, kills):
+  """Plays runs until as many kills are behind them, and compares each."""
+  assert play(context, make, tmp_path / 'warm') == 0  # compiles all
   begin = time.monotonic()
-  assert play(context, images, tmp_path / 'whole') == 0
+  assert play(context, make, tmp_path / 'whole') == 0
   length = time.monotonic() - begin
   expected = resume.outcome(tmp_path / 'whole')
   warm = resume.outcome(tmp_path / 'warm')
@@ -83,14 +106,14 @@ def test_runs_that_are_killed_end_as_the_whole_one(context, images, tmp_path):
   clock = random.Random(0)
   where = collections.Counter()
   runs = 0
-  while where.total() < KILLS:
+  while where.total() < kills:
     workdir = tmp_path / f'run_{runs}'
     runs += 1
     status = None
     while status != 0:
-      last = where.total() >= KILLS
+      last = where.total() >= kills
       delay = None if last else clock.uniform(0.2, 1) * length
-      status = play(context, images, workdir, delay)
+      status = play(context, make, workdir, delay)
       assert status in (0, -9), f'after {where.total()} kills: {status}'
       if status:
         where[stage_of(workdir)] += 1
@@ -98,8 +121,7 @@ def test_runs_that_are_killed_end_as_the_whole_one(context, images, tmp_path):
     for part, value in expected.items():
       assert got[part] == value, (part, runs, where)
     evals = [
-      records.read_json(workdir / f'round_{i:03d}' / 'eval.json')
-      for i in range(2)
+      records.read_json(path) for path in sorted(workdir.glob('*/eval.json'))
     ]
     assert [e['after'] for e in evals] == [
       r['after'] for r in expected['summary']['rounds']
