@@ -16,6 +16,7 @@ from ddo_jax.runtime import reading
 
 _LOGGER = logging.getLogger(__name__)
 _LARGEST = 2**26  # bytes of a record
+_BOARD_SECONDS = 10  # after which TensorBoard's file is flushed again
 
 
 def json_bytes(value: Any) -> bytes:
@@ -206,8 +207,10 @@ class MetricsLog:
 class _Board:
   """The numbers of the log as TensorBoard reads them.
 
-  They are written at once: the library's own writer hands them to a thread
-  that a full disk ends, and then waits for it for ever.
+  The library's own writer is not used: it hands them to a thread that a full
+  disk ends, and then waits for it for ever. The library waits for the disk
+  whenever it flushes, and so that is done now and then: a run that is killed
+  may lack its last seconds here, and never in metrics.jsonl.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -224,6 +227,7 @@ class _Board:
     self._event = event_pb2.Event
     self._scalar = summary.scalar
     self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
+    self._flushed = -math.inf
 
   def write(self, record: dict[str, Any]) -> None:
     """Writes the numbers of a record, under '<stage>/<name>'."""
@@ -235,4 +239,6 @@ class _Board:
           summary=self._scalar(f'{record["stage"]}/{name}', value),
         )
         self._writer.write_event(event)
-    self._writer.flush()
+    if time.monotonic() > self._flushed + _BOARD_SECONDS:
+      self._writer.flush()
+      self._flushed = time.monotonic()

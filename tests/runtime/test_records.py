@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -103,11 +104,26 @@ def test_rewind_drops_what_will_be_written_again(log):
     json.loads(line)
 
 
-def test_numbers_go_to_tensorboard_at_once(log):
-  log.write(record('round_000', 'train', 2, loss=0.5, name='x'))
+def test_numbers_go_to_tensorboard(log, monkeypatch):
+  """The disk is waited for now and then, not at each record."""
+  synced = []
+  fsync = os.fsync
+
+  def counted(file):
+    synced.append(file)
+    fsync(file)
+
+  monkeypatch.setattr(os, 'fsync', counted)
+  for step in range(50):
+    log.write(record('round_000', 'train', step, loss=0.5, name='x'))
   (path,) = (log.path.parent / 'tensorboard').iterdir()
   content = path.read_bytes()
   assert b'round_000/loss' in content and b'name' not in content
+  assert len(synced) == 1
+  monkeypatch.setattr(records, '_BOARD_SECONDS', 0)
+  log.write(record('round_000', 'train', 50, score=0.5))
+  assert b'round_000/score' in path.read_bytes()
+  assert path.read_bytes().count(b'round_000/loss') == 50
 
 
 def test_rewind_of_a_fresh_run_is_no_error(log):
