@@ -568,32 +568,31 @@ def load_params(
 def copy_params(
   source: pathlib.Path, folder: pathlib.Path, target: Any
 ) -> tuple[Any, dict[str, Any]]:
-  """Copies a folder of params unless it is copied; returns what it holds.
+  """Copies a folder of params; returns what it holds.
 
-  What is returned was verified, in the source where this call copies and in
-  the copy where an earlier one did. Later reads of `folder` by this process
-  need not verify it again.
+  Later reads of `folder` by this process need not verify it again.
 
   Args:
     source: a folder that `save_params` wrote.
-    folder: the copy; it is whole or absent, however the call ends.
+    folder: the copy; it is whole or absent, however the call ends. What stands
+      there is replaced.
     target: a pytree of `abstract` leaves.
 
   Returns:
     (params, meta) as `load_params` returns them.
 
   Raises:
-    errors.UserError: see `load_params`; or the disk is full.
+    errors.UserError: see `load_params`; or the copy cannot be written.
   """
-  if processes.decide(f'is there {folder}', folder.exists):
-    return load_params(folder, target)
   params, meta = load_params(source, target)
 
   def copy():
     partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)  # of a copy that was cut off
     with disk.guarded(folder):
       folder.parent.mkdir(parents=True, exist_ok=True)
+      for earlier in (partial, folder):  # the first of a copy that was cut off
+        if earlier.exists():
+          shutil.rmtree(earlier)
       shutil.copytree(source, partial)
       os.replace(partial, folder)
 

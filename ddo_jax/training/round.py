@@ -51,8 +51,6 @@ def _reference(
   else:
     meta = checkpoint.load_meta(origin)
     manifest.check_params('reference', meta['sha256'])
-    if processes.is_main():
-      shutil.rmtree(copy, ignore_errors=True)
     target = workspace.params_target(run.model, run.executor)
     params, meta = checkpoint.copy_params(origin, copy, target)
     manifest.add_params('reference', meta['sha256'])

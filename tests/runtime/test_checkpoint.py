@@ -517,16 +517,24 @@ def test_params_are_hashed_where_they_are_saved_and_verified(tmp_path, hashes):
   assert meta == beside == checkpoint.load_meta(tmp_path / 'a')
 
 
-def test_what_is_copied_is_not_copied_again(tmp_path, hashes):
-  params = make_params(2.0)
+def test_a_copy_replaces_what_is_there(tmp_path, monkeypatch):
   folder = tmp_path / 'b'
-  checkpoint.save_params(tmp_path / 'a', params, {})
-  checkpoint.copy_params(tmp_path / 'a', folder, abstract(params))
+  target = abstract(make_params())
+  (folder / 'params').mkdir(parents=True)
+  (folder / 'params' / 'damaged').touch()
+
+  def denied(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
   checkpoint.save_params(tmp_path / 'a', make_params(3.0), {})
-  del hashes[:]
-  copied, _ = checkpoint.copy_params(tmp_path / 'a', folder, abstract(params))
-  assert_equal(copied, params)
-  assert len(hashes) == 1  # another process may have made the copy
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, 'rmtree', denied)
+    with pytest.raises(errors.UserError, match=f'cannot write {folder}'):
+      checkpoint.copy_params(tmp_path / 'a', folder, target)
+  checkpoint.copy_params(tmp_path / 'a', folder, target)
+  copied, _ = checkpoint.load_params(folder, target)
+  assert_equal(copied, make_params(3.0))
+  assert not (folder / 'params' / 'damaged').exists()
 
 
 def test_params_that_do_not_fit_are_not_copied(tmp_path, monkeypatch):
