@@ -103,30 +103,20 @@ def whole_until(workdir, images, process, call, **fields):
 
 def make_job(folder, kind, num_devices=0):
   """Makes the job of a short round, whose evaluations draw images."""
-  import jax
   import numpy as np
-  import placing
   from training import test_loop
 
   from ddo_jax import config as config_lib
   from ddo_jax import rng
   from ddo_jax.method import generate
   from ddo_jax.runtime import devices
-  from ddo_jax.runtime import records
   from ddo_jax.samplers import heun
-  from ddo_jax.training import loop
 
-  model = test_loop.MODEL
   executor = devices.Executor(config_lib.Executor(kind=kind), num_devices)
-  numbers = np.random.default_rng(0)
-
-  def normal(shape):
-    return 0.3 * numbers.standard_normal(shape.shape, np.float32)
-
-  shapes = jax.eval_shape(model.init, rng.stream(0))
-  params = placing.place_state(executor, jax.tree.map(normal, shapes))
   sampler = heun.Heun(2, 0.02, 10.0)
-  generator = generate.Generator(model, {}, sampler, executor, batch=8)
+  generator = generate.Generator(
+    test_loop.MODEL, {}, sampler, executor, batch=8
+  )
 
   def evaluate(params, folder=None):
     del folder
@@ -142,25 +132,8 @@ def make_job(folder, kind, num_devices=0):
       eval_images=6 * batch, save_images=2 * batch, log_images=batch
     ),
   )
-  folder = pathlib.Path(folder)
-  return loop.Job(
-    name='round_000',
-    folder=folder / 'round_000',
-    seed=0,
-    phase=phase,
-    model=model,
-    start=lambda: params,
-    reference=params,
-    frozen={},
-    real=test_loop.make_source('real', 1),
-    fake=test_loop.make_source('fake', 2),
-    sampler=None,
-    executor=executor,
-    accumulate=1,
-    log=records.MetricsLog(folder),
-    evaluate=evaluate,
-    metric='fd_train',
-  )
+  job = test_loop.new_job(executor, pathlib.Path(folder), evaluate)
+  return dataclasses.replace(job, phase=phase)
 
 
 def train(folder, kind, signal_at=0):

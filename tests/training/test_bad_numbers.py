@@ -11,25 +11,21 @@ import numpy as np
 import placing
 import pytest
 from strangers import tiny
+import test_loop
 
 from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax import rng
-from ddo_jax.data import sources
 from ddo_jax.method import ddo
 from ddo_jax.method import diffusion
-from ddo_jax.method import noise
-from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
-from ddo_jax.runtime import records
 from ddo_jax.training import bad_numbers
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
-BATCH, STEPS = 16, 12
-SHAPE, CLASSES = (4, 4, 1), 3
+BATCH, STEPS = test_loop.BATCH, test_loop.STEPS
 NAN, INFINITE, SPIKE = 3, 4, 11  # the steps at which one row goes bad
 
 
@@ -57,10 +53,7 @@ class Faulty(diffusion.Diffusion):
 
 
 def faulty(nan=NAN):
-  model = toy.ToyConfig('mlp', 8, 1, SHAPE, CLASSES).build(
-    noise=noise.LogNormal(-0.5, 1.2)
-  )
-  return Faulty(**vars(model), nan=nan)
+  return Faulty(**vars(test_loop.MODEL), nan=nan)
 
 
 SKIP = config_lib.BadNumbers(policy='skip', spike=30.0)
@@ -80,22 +73,6 @@ def phase_of(rule):
   )
 
 
-def make_source(name, seed):
-  numbers = np.random.default_rng(seed)
-  images = numbers.integers(0, 17, (64, *SHAPE), np.uint8)
-  return sources.ArraySource(name, images, np.arange(64) % CLASSES, CLASSES, 17)
-
-
-def make_params(executor):
-  shapes = jax.eval_shape(faulty().init, rng.stream(0))
-  numbers = np.random.default_rng(0)
-
-  def normal(s):
-    return 0.3 * numbers.standard_normal(s.shape, np.float32)
-
-  return placing.place_state(executor, jax.tree.map(normal, shapes))
-
-
 @pytest.fixture(autouse=True)
 def settled_early(monkeypatch):
   monkeypatch.setattr(bad_numbers, 'SETTLED', 4)
@@ -110,25 +87,8 @@ def executor():
 @pytest.fixture
 def make_job(executor, tmp_path):
   def make(rule=SKIP, nan=NAN, name='run'):
-    params = make_params(executor)
-    return loop_lib.Job(
-      name='round_000',
-      folder=tmp_path / name / 'round_000',
-      seed=0,
-      phase=phase_of(rule),
-      model=faulty(nan),
-      start=lambda: params,
-      reference=params,
-      frozen={},
-      real=make_source('real', 1),
-      fake=make_source('fake', 2),
-      sampler=None,
-      executor=executor,
-      accumulate=1,
-      log=records.MetricsLog(tmp_path / name),
-      evaluate=None,
-      metric='fd_train',
-    )
+    job = test_loop.new_job(executor, tmp_path / name)
+    return dataclasses.replace(job, phase=phase_of(rule), model=faulty(nan))
 
   return make
 
@@ -160,7 +120,7 @@ def step_of(executor, rule, accumulate, step):
   """Returns a state before and after one step, and the step's metrics."""
   run = executor.compile_step(step_lib.train_step, accumulate=accumulate)
   phase, model = phase_of(rule), faulty()
-  params = make_params(executor)
+  params = test_loop.make_params(executor)
   state = state_lib.at_start(params, model.rules, phase)
   # Twenty steps of gradients of norm 1 are behind it.
   adam = state.opt_state[0]
@@ -171,7 +131,9 @@ def step_of(executor, rule, accumulate, step):
   state = state.replace(opt_state=(adam, *state.opt_state[1:]))
   state = state_lib.at_step(state, jnp.int32(step))
   before = jax.device_get(state)
-  stored = [make_source('', seed).read(np.arange(BATCH)) for seed in (1, 2)]
+  stored = [
+    test_loop.make_source('', seed).read(np.arange(BATCH)) for seed in (1, 2)
+  ]
   real, fake = ({'stored': rows, 'label': label} for rows, label in stored)
   real['id'] = np.arange(BATCH, dtype=np.uint32) + step * BATCH
   real, fake = executor.place_batch((real, fake))

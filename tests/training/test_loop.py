@@ -62,15 +62,20 @@ def executor():
   return devices_lib.Executor(config_lib.Executor())
 
 
-def new_job(executor, folder, scores=None):
-  """Returns a job of a round."""
+def make_params(executor):
+  """Params of MODEL on the devices."""
   shapes = jax.eval_shape(MODEL.init, rng.stream(0))
   numbers = np.random.default_rng(0)
 
   def normal(s):
     return 0.3 * numbers.standard_normal(s.shape, np.float32)
 
-  params = placing.place_state(executor, jax.tree.map(normal, shapes))
+  return placing.place_state(executor, jax.tree.map(normal, shapes))
+
+
+def new_job(executor, folder, scores=None):
+  """Returns a job of a round."""
+  params = make_params(executor)
   return loop_lib.Job(
     name='round_000',
     folder=folder / 'round_000',
