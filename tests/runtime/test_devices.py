@@ -226,13 +226,14 @@ def test_law_4_a_checkpoint_moves_between_all_kinds_and_devices(tmp_path):
     return devices_lib.Executor(settings, devices)
 
   state = placing.place_state(opened('fsdp', 8, 4), filled)
+  # What a device has of the widest of the params, and of its moments.
   places = (
-    opened('zero1', 4),
-    opened('fsdp', 2, offload=('ema', 'reference')),
-    opened('pmap', 1),
-    opened('zero1', 8, 2, ('ema',)),
+    (opened('zero1', 4), (8, 16), (8, 4)),
+    (opened('fsdp', 2, offload=('ema', 'reference')), (8, 8), (8, 8)),
+    (opened('pmap', 1), (8, 16), (8, 16)),
+    (opened('zero1', 8, 2, ('ema',)), (8, 16), (8, 8)),
   )
-  for step, place in enumerate(places):
+  for step, (place, *parts) in enumerate(places):
     shardings = place.state_shardings(shapes)
     with checkpoint.Checkpoints(tmp_path / str(step)) as checkpoints:
       checkpoints.save(state, step)
@@ -240,6 +241,10 @@ def test_law_4_a_checkpoint_moves_between_all_kinds_and_devices(tmp_path):
       target = checkpoint.abstract(shapes, shardings)
       state, _ = checkpoints.restore(step, target)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    held = [tree['wide'] for tree in (state.params, state.opt_state[0].mu)]
+    assert [a.addressable_shards[0].data.shape for a in held] == parts
+    memory = state.ema['halflife_1']['wide'].sharding.memory_kind
+    assert (memory == 'pinned_host') == ('ema' in place.offload)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), filled)
 
 
