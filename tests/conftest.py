@@ -26,5 +26,8 @@ from ddo_jax.runtime import layout  # noqa: E402
 
 layout.SMALLEST_SPLIT = 1
 
-# Tests send it; nohup, which runs them on some machines, has it ignored.
+# Tests send them, to themselves and to processes that they start. nohup has the
+# one ignored, and a shell's script what it runs in the background the other.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -315,7 +315,7 @@ def run_child(environment, workdir, images, call=0, signum=0):
     [sys.executable, '-c', code],
     capture_output=True,
     text=True,
-    timeout=600,
+    timeout=1_800,  # three minutes each on two cores that have ten others to do
     env=os.environ | environment,
   )
 
