@@ -129,8 +129,8 @@ def traces(compiled):
   evaluator = functools.cache(Evaluator)
   first = []
 
-  def shared(train, test, rule):
-    first[:] = first or [train, test, rule]
+  def shared(*arguments):
+    first[:] = first or arguments
     return evaluator(*first)
 
   with pytest.MonkeyPatch.context() as patch:
