@@ -24,6 +24,7 @@ from ddo_jax.method import objective as objective_lib
 from ddo_jax.runtime import layout
 from ddo_jax.samplers import contract
 from ddo_jax.training import bad_numbers
+from ddo_jax.training import first_steps
 from ddo_jax.training import state as state_lib
 from ddo_jax.tuning import tune as tune_lib
 
@@ -103,6 +104,8 @@ class Phase:
     batch_size: real rows a step; as many second rows go with them.
     label_drop: the share of rows trained without their label.
     bad_numbers: what becomes of a step whose loss or gradient is not finite.
+    if_hopeless: 'stop' ends a round whose first steps saturate or do nothing,
+      with one line; 'warn' says it and goes on. See `training.first_steps`.
     rhythm: when the phase is evaluated, saved and logged.
   """
 
@@ -115,6 +118,9 @@ class Phase:
   batch_size: int = _static(512)
   label_drop: float = _static(0.0)
   bad_numbers: BadNumbers = _static_group(BadNumbers())
+  if_hopeless: str = dataclasses.field(
+    default='stop', metadata={'static': True, 'science': False}
+  )
   rhythm: Rhythm = _static_group(Rhythm())
 
   @property
@@ -274,6 +280,9 @@ def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
       rhythm.save_images,
       'positive: bad_numbers.policy=rollback goes back to a save',
     )
+  with problems.gather():
+    field = f'{name}.if_hopeless'
+    errors.require_choice(field, phase.if_hopeless, first_steps.POLICIES)
   drop = phase.label_drop
   objective = phase.objective
   with problems.gather():

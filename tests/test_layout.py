@@ -24,6 +24,7 @@ FLOORS = (
   (
     'training.averages',
     'training.bad_numbers',
+    'training.first_steps',
     'training.state',
     'training.step',
     'tuning.alarms',

@@ -32,6 +32,7 @@ from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import evaluations as evaluations_lib
+from ddo_jax.training import first_steps
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
@@ -180,6 +181,7 @@ class _Logger:
     self._pending: tuple[int, step_lib.Metrics, bool] | None = None
     # What of steps the policy for bad numbers is still to be told.
     self._unjudged: list[tuple[int, step_lib.Metrics]] = []
+    self._warned = False
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -218,8 +220,8 @@ class _Logger:
     """Checks the newest metrics, waiting for the device; logs them if due.
 
     Raises:
-      errors.UserError: the loss or the gradient is not finite, or step 0 of
-        a round is not at chance.
+      errors.UserError: the loss or the gradient is not finite, step 0 of a
+        round is not at chance, or its first steps are hopeless.
       _GoneBad: numbers are bad, and the policy is to go back.
     """
     if self._pending is None:
@@ -246,10 +248,23 @@ class _Logger:
       'waiting': self._waited / seconds,
     }
     self._job.log.write(record | metrics | rate)
+    self._look(step, metrics)
     self.restart_clock()
 
+  def _look(self, step: int, metrics: dict[str, Any]) -> None:
+    """Ends a phase, or warns, where its first steps say that it is hopeless."""
+    fault = first_steps.fault(step, metrics, self._job.phase)
+    if not fault or metrics.get('bad'):
+      return
+    if self._job.phase.if_hopeless == 'stop':
+      remedy = 'to go on in any case, --config.ddo.if_hopeless=warn'
+      self._stop(step, fault, remedy)
+    if not self._warned:
+      self._warned = True
+      _LOGGER.warning('%s step %d: %s', self._job.name, step, fault)
+
   def _stop(self, step: int, reason: str, remedy: str) -> NoReturn:
-    """Ends the run for its bad numbers."""
+    """Ends the run for its numbers."""
     self._checkpoints.wait()
     kept = self._checkpoints.steps()
     good = self._checkpoints.folder / str(kept[-1]) if kept else 'none'

@@ -452,6 +452,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job):
   assert line.endswith(' or set bad_numbers.policy=skip')
 
 
+def test_a_round_that_is_hopeless_is_ended_early(make_job, caplog):
+  job = make_job(Judge(*SCORES))
+  weak = ddo.DDO(alpha=2.0, beta=1e-9)
+  phase = dataclasses.replace(job.phase, objective=weak)
+  with pytest.raises(errors.UserError) as caught:
+    loop_lib.run(dataclasses.replace(job, phase=phase))
+  line = str(caught.value)
+  assert line.startswith('round_000 step 4: the discriminator does nothing')
+  assert line.endswith('--config.ddo.if_hopeless=warn')
+  # It goes on from there if that is wanted, and says so once.
+  phase = dataclasses.replace(phase, if_hopeless='warn')
+  loop_lib.run(dataclasses.replace(job, phase=phase))
+  assert caplog.text.count('the discriminator does nothing') == 1
+
+
 def test_law_1_a_start_that_is_not_at_chance_stops_the_run(
   make_job, monkeypatch
 ):
