@@ -373,6 +373,7 @@ def _direction(job: loop_lib.Job, steps: int, rate: float) -> likelihood.Params:
   rows = dataclasses.replace(
     job,
     name=name,
+    clock=name,
     phase=dataclasses.replace(phase, images=steps * phase.batch_size),
   )
   step_fn = job.executor.compile_step(
@@ -380,15 +381,16 @@ def _direction(job: loop_lib.Job, steps: int, rate: float) -> likelihood.Params:
   )
   state = job.executor.make_state(create, job.start())
   key = job.executor.replicate(rng.stream(job.seed, 'train', name))
-  objective = {'beta': _BETA}
+  unbraked = {'beta': _BETA}
   if hasattr(phase.objective, 'alpha'):
-    objective['alpha'] = 1.0
+    unbraked['alpha'] = 1.0
+  objective: Any = phase.objective
   for step, (real, fake) in enumerate(loop_lib.batches(rows, 0), 1):
     seen = jnp.float32(step * phase.batch_size)
     factor = float(optimizer.factor(seen, phase.images))
     now = dataclasses.replace(
       phase,
-      objective=dataclasses.replace(phase.objective, **objective),
+      objective=dataclasses.replace(objective, **unbraked),
       optimizer=dataclasses.replace(optimizer, learning_rate=rate / factor),
     )
     model, now = _numbers(job, now)
