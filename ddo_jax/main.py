@@ -8,6 +8,9 @@ beside it and no others:
 
   selfplay    --config --workdir
               Pretrains, plays the rounds, writes the report (the default).
+  tune        --config --workdir
+              selfplay with config.tune.members in each round, which any number
+              of processes play together: each gives this command.
   check       --config --workdir
               Lists all that selfplay would miss, or what it found; then stops.
   plan        --config [--chip=h100 --num_devices=8, or --probe; --workdir]
@@ -247,6 +250,30 @@ def selfplay(
   return workdir / 'report.html'
 
 
+def tune(
+  config: config_lib.Config, workdir: pathlib.Path, command: str = ''
+) -> pathlib.Path:
+  """Does what `selfplay` does, beside other processes that make this call.
+
+  Args:
+    config: the run's, with `config.tune.members`.
+    workdir: its folder, which the processes share.
+    command: the command line that the report names; '' for none.
+
+  Returns:
+    The path of report.html.
+
+  Raises:
+    errors.UserError: there are no members.
+  """
+  members = config.tune.members
+  errors.require(
+    members > 0, 'tune.members', members, 'positive for --mode=tune'
+  )
+  run_lib.play(config, workdir, command, peers=True)
+  return workdir / 'report.html'
+
+
 def check(config: config_lib.Config, workdir: pathlib.Path) -> str:
   """Checks all that `selfplay` would need, and does nothing else.
 
@@ -424,6 +451,10 @@ def _selfplay() -> Any:
   return selfplay(_CONFIG.value, _path(_WORKDIR), _command())
 
 
+def _tune() -> Any:
+  return tune(_CONFIG.value, _path(_WORKDIR), _command())
+
+
 def _check() -> Any:
   return check(_CONFIG.value, _path(_WORKDIR))
 
@@ -518,6 +549,9 @@ class _Mode(NamedTuple):
 _RUN = '--config=configs/digits.py --workdir=runs/digits'
 _MODES = {
   'selfplay': _Mode(_selfplay, (_CONFIG, _WORKDIR), (), _RUN),
+  'tune': _Mode(
+    _tune, (_CONFIG, _WORKDIR), (), f'{_RUN} --config.tune.members=8'
+  ),
   'check': _Mode(_check, (_CONFIG, _WORKDIR), (), _RUN),
   'plan': _Mode(
     _plan,

@@ -63,6 +63,13 @@ def num_images(
   return settings.samples or evaluator.num_images
 
 
+def final_images(
+  evaluator: evaluator_lib.Evaluator, settings: evaluator_lib.Evaluation
+) -> int:
+  """Returns the number of images by which the last few are compared."""
+  return max(num_images(evaluator, settings), settings.selection_samples)
+
+
 def num_blocks(
   evaluator: evaluator_lib.Evaluator, settings: evaluator_lib.Evaluation
 ) -> int:
@@ -134,6 +141,7 @@ def selection_scores(
   settings: evaluator_lib.Evaluation,
   seed: int,
   folder: pathlib.Path | None = None,
+  final: bool = False,
 ) -> evaluator_lib.Scores:
   """Returns scores on the one fixed stream by which checkpoints are compared.
 
@@ -144,9 +152,15 @@ def selection_scores(
     settings: say how many images are drawn.
     seed: the run's.
     folder: where rows are kept; see `rows.gather`.
+    final: whether to score on a second stream of as many images as a report
+      has, which compares the few that the first one chose.
   """
   key = rng.stream(seed, 'select')
-  ids = evaluator.ids(0, settings.selection_samples)
+  count = settings.selection_samples
+  if final:
+    key = rng.stream(seed, 'select', 'final')
+    count = final_images(evaluator, settings)
+  ids = evaluator.ids(0, count)
   rows, labels = draw(evaluator, generator, params, key, ids, folder)
   return scores(evaluator, rows, labels)
 

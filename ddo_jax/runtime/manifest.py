@@ -125,6 +125,17 @@ def check(folder: pathlib.Path, under: str, remedy: str) -> None:
     raise errors.UserError(f'{folder / name} {fault}: {remedy}')
 
 
+def digest(folder: pathlib.Path) -> str | None:
+  """Returns one sha256 of all the files that a folder lists, if it does."""
+  content = _read(folder)
+  if not content or not content['files']:
+    return None
+  hashes = {name: entry['sha256'] for name, entry in content['files'].items()}
+  return hashlib.sha256(
+    records.json_bytes(dict(sorted(hashes.items())))
+  ).hexdigest()
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object that a run left, and holds it to its checksum.
 

@@ -116,6 +116,7 @@ class Promotion:
     selection: its selection score; None where nothing was evaluated.
     evaluations: the records of all evaluations of the phase.
     ended: why the phase ended before its last step; '' where it did not.
+    about: JSON values that are kept with it.
   """
 
   params: likelihood.Params
@@ -124,6 +125,7 @@ class Promotion:
   selection: float | None
   evaluations: Records = dataclasses.field(default_factory=list)
   ended: str = ''
+  about: _Record = dataclasses.field(default_factory=dict)
 
 
 def batches(job: Job, start: int) -> Generator[Any, None, None]:

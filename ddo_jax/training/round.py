@@ -31,6 +31,7 @@ from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
+from ddo_jax.tuning import sweep as sweep_lib
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -92,6 +93,18 @@ def _fake_pool(
   return pool.source(run.real.num_classes, run.real.pixel_values)
 
 
+def _hashes(meta: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the hashes of a round's reference and of its pool."""
+  digest = functools.partial(manifest_lib.digest, folder / 'fakes')
+  pool = processes.decide(f'hash of {folder / "fakes"}', digest)
+  return {'reference_sha256': meta['sha256'], 'pool_sha256': pool}
+
+
+def _read_done(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a round left in its done.json."""
+  return processes.decide(f'read {path}', lambda: run_folder.read_round(path))
+
+
 def _chosen(
   run: workspace.Run, promotion: loop_lib.Promotion
 ) -> dict[str, Any]:
@@ -101,6 +114,7 @@ def _chosen(
     'images': promotion.step * run.config.ddo.batch_size,
     'profile': promotion.profile,
     'selection': promotion.selection,
+    **promotion.about,
   }
 
 
@@ -113,10 +127,10 @@ def _kept_promotion(
   params, meta = workspace.load_params(
     manifest.folder / 'promoted', run.model, run.executor, verify=False
   )
-  chosen = meta['promoted']
-  return loop_lib.Promotion(
-    params, chosen['step'], chosen['profile'], chosen['selection']
-  )
+  chosen = dict(meta['promoted'])
+  del chosen['images']
+  fields = {name: chosen.pop(name) for name in ('step', 'profile', 'selection')}
+  return loop_lib.Promotion(params, **fields, about=chosen)
 
 
 def _save_promoted(
@@ -296,7 +310,7 @@ def play_round(
   following = run.workdir / f'round_{index + 1:03d}'
   spare = ('reference', 'fakes')
   if workspace.is_done(manifest, 'promoted', following, spare):
-    return processes.decide(f'read {done}', lambda: run_folder.read_round(done))
+    return _read_done(done)
   phase = config_lib.at_round(run.config.ddo, index)
   model = run.training_model(phase.noise)
   clock = [time.perf_counter()]
@@ -318,8 +332,10 @@ def play_round(
   provenance = meta.get('provenance', {})
   promotion = _kept_promotion(run, manifest)
   fake = None
+  tuned = run.config.tune.members > 0
   if promotion is None:
-    workspace.check_source(manifest, 'promoted', phase.steps())
+    if not tuned:  # what members leave stays there
+      workspace.check_source(manifest, 'promoted', phase.steps())
     if phase.used_negatives.needs_pool:
       fake = _fake_pool(run, folder, reference, meta)
   clock.append(time.perf_counter())
@@ -335,7 +351,20 @@ def play_round(
       fake=fake,
       score=score,
     )
-    promotion = loop_lib.run(job)
+    if not tuned:
+      promotion = loop_lib.run(job)
+    else:
+      winner = previous and previous['promoted'].get('settings')
+      sweep = sweep_lib.Sweep(run, job, manifest, winner)
+      with run.turn_passed_on():
+        sweep.play_members()
+      # Another process may have had its turn, and ended the round.
+      manifest = workspace.open_manifest(folder)
+      if workspace.is_done(manifest, 'promoted', following, spare):
+        return _read_done(done)
+      promotion = _kept_promotion(run, manifest)
+      if promotion is None:
+        promotion = sweep.promote(manifest, _hashes(meta, folder))
     _save_promoted(run, manifest, promotion, provenance)
   clock.append(time.perf_counter())
 

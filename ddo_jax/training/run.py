@@ -19,6 +19,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.report import cost
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import lock
 from ddo_jax.runtime import manifest as manifest_lib
 from ddo_jax.runtime import processes
 from ddo_jax.training import check
@@ -140,7 +141,10 @@ def _cost(run: workspace.Run) -> dict[str, int]:
 
 
 def play(
-  config: config_lib.Config, workdir: pathlib.Path, command: str = ''
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  command: str = '',
+  peers: bool = False,
 ) -> dict[str, Any]:
   """Checks all, pretrains and plays all rounds.
 
@@ -150,6 +154,8 @@ def play(
     config: the run's.
     workdir: its folder.
     command: the command line that asked for it, for the report; '' for none.
+    peers: whether other processes may come to play the same run beside this
+      one, each by the same call.
 
   Returns:
     The summary: {'name', 'rounds': [see `round.play_round`], 'seconds',
@@ -159,10 +165,11 @@ def play(
   Raises:
     errors.UserError: something that the run needs is missing or wrong.
   """
-  run = workspace.Run(config, workdir)
+  turn = lock.Turn(workdir) if peers else None
+  run = workspace.Run(config, workdir, turn=turn)
   for line in check.training(run):
     _LOGGER.info('%s', line)
-  with workspace.claimed(config, workdir):
+  with workspace.claimed(config, workdir, turn):
     return _play(run, command)
 
 

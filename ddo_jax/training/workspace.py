@@ -45,7 +45,11 @@ _LOGGER = logging.getLogger(__name__)
 # What stages leave in a run's folder that would cost time to make again:
 # folders of params, and what is numbered.
 _FOLDERS = ('*/params', 'round_*/promoted')
-_NUMBERED = ('*/checkpoints/*', 'round_*/fakes/*.npz')
+_NUMBERED = (
+  '*/checkpoints/*',
+  'round_*/members/*/checkpoints/*',
+  'round_*/fakes/*.npz',
+)
 _STAGES = ('tokenizer', 'pretrain', 'round_*')
 
 
@@ -165,18 +169,31 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(config: config_lib.Config, workdir: pathlib.Path) -> Iterator[None]:
+def claimed(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  turn: lock.Turn | None = None,
+) -> Iterator[None]:
   """Inside, the folder is this config's, and no other run works in it.
+
+  Args:
+    config: the run's.
+    workdir: its folder.
+    turn: what the processes of a sweep take in turns: they share the folder,
+      and inside it is this one's turn. None for a run that is alone.
 
   Raises:
     errors.UserError: see `claim_workdir`; or another run works in it.
   """
 
-  def claim():
-    held.enter_context(lock.held(workdir))
-    claim_workdir(config, workdir)
+  def enter():
+    held.enter_context(lock.held(workdir, shared=turn is not None))
 
   with contextlib.ExitStack() as held:
+    processes.decide(f'enter {workdir}', enter)
+    if turn:
+      held.enter_context(turn.taken())
+    claim = functools.partial(claim_workdir, config, workdir)
     processes.decide(f'claim {workdir}', claim)
     yield
 
@@ -319,6 +336,7 @@ class Run:
     config: config_lib.Config,
     workdir: pathlib.Path | None,
     layout: layout_lib.Layout | None = None,
+    turn: lock.Turn | None = None,
   ):
     """Takes the config as it is; `check` says what is wrong with it.
 
@@ -327,6 +345,8 @@ class Run:
       workdir: its folder; None for a run that is only planned.
       layout: devices that need not be there, for a run that is only planned;
         None takes those at hand.
+      turn: what the processes that share the folder take in turns; None for
+        a run that is alone in it.
 
     Raises:
       errors.UserError: the folder's path is none that can be made.
@@ -336,6 +356,11 @@ class Run:
     self.config = config
     self.workdir = workdir
     self._layout = layout
+    self._turn = turn
+
+  def turn_passed_on(self) -> contextlib.AbstractContextManager:
+    """Inside, other processes that share the folder may have their turn."""
+    return self._turn.passed_on() if self._turn else contextlib.nullcontext()
 
   @property
   def layout(self) -> layout_lib.Layout:

@@ -1,0 +1,355 @@
+"""The sweep of a round: its members are played, and the best is promoted.
+
+What only one process may do, a round's preparation and its promotion, is done
+in the process's turn. In between members are played, by as many processes as
+have come (`study.Study`).
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import logging
+import secrets
+import shutil
+from typing import Any
+
+import numpy as np
+
+from ddo_jax import errors
+from ddo_jax.evaluation import measure
+from ddo_jax.method import likelihood
+from ddo_jax.runtime import manifest as manifest_lib
+from ddo_jax.runtime import processes
+from ddo_jax.runtime import records
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import workspace
+from ddo_jax.tuning import ledger
+from ddo_jax.tuning import member as member_lib
+from ddo_jax.tuning import study as study_lib
+
+_LOGGER = logging.getLogger(__name__)
+_PLAN = 'study.json'
+
+
+def _members(
+  run: workspace.Run,
+  job: loop_lib.Job,
+  winner: member_lib.Settings | None,
+) -> list[member_lib.Member]:
+  """Returns what the round's members try.
+
+  Args:
+    run: the run.
+    job: the job that the round would play without a sweep.
+    winner: the settings that the round before promoted, if it had a sweep.
+
+  Raises:
+    errors.UserError: there is nothing to vary.
+  """
+  tune = run.config.tune
+  given = tune.ranges()
+  own = {}
+  for name in member_lib.names(job.phase):
+    own[name] = member_lib.value_of(job.phase, name)
+  ranges = {
+    name: given.get(name, (value, value)) for name, value in own.items()
+  }
+  ranges.pop('p_std', None)
+  varied = [name for name, (low, high) in ranges.items() if low < high]
+  if not varied and tune.members > 1:
+    raise errors.UserError(
+      f'config.tune.members is {tune.members}, and nothing varies between them:'
+      ' give a range, such as --config.tune.beta=0.01,0.1'
+    )
+  first = [('config', own)]
+  if winner:
+    first.append(('winner', winner))
+
+  def inside(settings):
+    return all(
+      low <= settings.get(name, low) <= high
+      for name, (low, high) in ranges.items()
+    )
+
+  return member_lib.plan(
+    seed=run.config.seed,
+    stage=job.name,
+    count=tune.members,
+    ranges=ranges,
+    first=[(origin, point) for origin, point in first if inside(point)],
+  )
+
+
+class Sweep:
+  """The sweep of one round."""
+
+  def __init__(
+    self,
+    run: workspace.Run,
+    job: loop_lib.Job,
+    manifest: manifest_lib.Manifest,
+    winner: member_lib.Settings | None,
+  ):
+    """Prepares the sweep in this process's turn, or finds it prepared.
+
+    Args:
+      run: the run.
+      job: the job that the round would play without a sweep.
+      manifest: that of the round's folder.
+      winner: see `_members`.
+
+    Raises:
+      errors.UserError: nothing is to be varied, or the storage is at fault.
+    """
+    self._run = run
+    self._job = job
+    plan = manifest.read_json(_PLAN)
+    if plan is None:
+      plan = {
+        # The storage may be that of many runs.
+        'name': processes.decide('name', self._new_name),
+        'members': [
+          dataclasses.asdict(member) for member in _members(run, job, winner)
+        ],
+        'reference': self._score_reference(),
+      }
+      manifest.write_json(_PLAN, plan)
+    self._start = plan['reference']
+    self.members = [member_lib.Member(**member) for member in plan['members']]
+    self._study: study_lib.Study | None = None
+    rhythm = job.phase.rhythm
+    period = max(1, round(rhythm.eval_images / job.phase.batch_size))
+
+    def open_study():
+      self._study = study_lib.Study(
+        name=plan['name'],
+        folder=job.folder,
+        members=self.members,
+        tune=run.config.tune,
+        period=period,
+      )
+
+    processes.decide(f'study of {job.name}', open_study)
+
+  def _new_name(self) -> str:
+    name = self._run.config.name
+    return f'{name}, {self._job.name}, {secrets.token_hex(4)}'
+
+  def _score_reference(self) -> dict[str, Any]:
+    """Returns the record of every member's step 0."""
+    folder = self._job.folder / 'selection' / 'reference'
+    scores = self._job.evaluate(self._job.start(), folder=folder)
+    selection = {'selection': scores[self._job.metric]}
+    record = {'kind': 'eval', 'step': 0, 'images': 0, 'profile': 'params'}
+    return record | selection | scores
+
+  def play_members(self) -> None:
+    """Plays members until all are finished, beside other processes."""
+    while True:
+      with contextlib.ExitStack() as held:
+        claim = functools.partial(self._claim, held)
+        number = processes.decide(f'claim in {self._job.name}', claim)
+        if number is None:
+          return
+        self._play(self.members[number])
+
+  def _claim(self, held: contextlib.ExitStack) -> int | None:
+    return self._study.claim(held)
+
+  def _play(self, member: member_lib.Member) -> None:
+    """Plays a member that this process has claimed, unless it is done."""
+
+    def watch(evaluations, train):
+      del train
+      last = evaluations[-1]['step'] == self._job.phase.steps()
+      return self._study.judge(member.number, evaluations, last)
+
+    job = member_lib.job_of(member, self._job, self._run.training_model, watch)
+    found = functools.partial(member_lib.result, job.folder)
+    result = processes.decide(f'result of {job.name}', found)
+    if result is None:
+      settings = ', '.join(f'{n} {v:.4g}' for n, v in member.settings.items())
+      _LOGGER.info('%s: %s', job.name, settings)
+      result = member_lib.play(member, job, self._start)
+      _LOGGER.info(
+        '%s: %s %.4g at step %d%s',
+        job.name,
+        job.metric,
+        result['selection'],
+        result['step'],
+        f', ended by {result["ended"]}' if result['ended'] else '',
+      )
+    finish = functools.partial(self._study.finish, member.number, result)
+    processes.decide(f'finish {job.name}', finish)
+
+  def _results(self) -> list[dict[str, Any]]:
+    """Returns what the members left.
+
+    Raises:
+      errors.UserError: one of them is not whole.
+    """
+
+    def read():
+      found = []
+      for member in self.members:
+        folder = self._job.folder / 'members' / member.name
+        result = member_lib.result(folder)
+        if result is None:
+          raise errors.UserError(
+            f'{folder} was changed while the round was played: run the same'
+            ' command again'
+          )
+        found.append(result)
+      return found
+
+    return processes.decide(f'results of {self._job.name}', read)
+
+  def promote(
+    self, manifest: manifest_lib.Manifest, hashes: dict[str, str]
+  ) -> loop_lib.Promotion:
+    """Scores the finalists once more, writes the ledger and returns the best.
+
+    It is done in a process's turn, when all members are finished, and may be
+    done again.
+
+    Args:
+      manifest: that of the round's folder.
+      hashes: that of the reference, by name, for the ledger.
+
+    Returns:
+      The promotion; its `about` says which member it is.
+    """
+    results = self._results()
+    ranked = sorted(results, key=lambda result: result['selection'])
+    finalists = [result for result in ranked if result['step']]
+    finalists = finalists[: self._run.config.tune.finalists]
+    finals = []
+    best = None
+    for final, params in self._candidates(finalists):
+      final['rescored'] = self._rescore(final, params)
+      finals.append(final)
+      if best is None or final['rescored'] < best[0]['rescored']:
+        best = (final, params)
+      del params
+    chosen, params = best
+    promotion = loop_lib.Promotion(
+      params=params,
+      step=chosen['step'],
+      profile=chosen['profile'],
+      selection=chosen['selection'],
+      about={
+        name: chosen[name]
+        for name in ('member', 'settings', 'candidate', 'rescored')
+      },
+    )
+    manifest.write_json(
+      'ledger.json', self._ledger(results, finals, chosen, hashes)
+    )
+    shown = ranked[0] if chosen['member'] is None else results[chosen['member']]
+    self._copy_log(self.members[shown['number']])
+    if processes.is_main():
+      shutil.rmtree(self._job.folder / 'finals', ignore_errors=True)
+    return promotion
+
+  def _candidates(
+    self, finalists: list[dict[str, Any]]
+  ) -> Iterator[tuple[dict[str, Any], likelihood.Params]]:
+    """Yields what may be promoted with its params, the reference first."""
+    reference = {
+      'candidate': 'reference',
+      'member': None,
+      'settings': {},
+      'step': 0,
+      'profile': 'params',
+      'selection': self._start['selection'],
+    }
+    yield reference, self._job.start()
+    for result in finalists:
+      member = self.members[result['number']]
+      params = self._params_of(member)
+      yield (
+        {
+          'candidate': 'member',
+          'member': member.number,
+          'settings': member.settings,
+          'step': result['step'],
+          'profile': result['profile'],
+          'selection': result['selection'],
+        },
+        params,
+      )
+
+  def _params_of(self, member: member_lib.Member) -> likelihood.Params:
+    folder = self._job.folder / 'members' / member.name
+    try:
+      params, _ = workspace.load_params(
+        folder / 'params', self._run.model, self._run.executor
+      )
+    except errors.UserError as error:
+      raise errors.UserError(
+        f'{error}; or delete {folder}, and the same command plays that member'
+        ' again'
+      ) from error
+    return params
+
+  def _rescore(self, final: dict[str, Any], params: likelihood.Params) -> float:
+    """Returns the selection metric on images that have chosen nothing."""
+    run = self._run
+    name = f'{final["member"]}_{final["candidate"]}'
+    scores = measure.selection_scores(
+      evaluator=run.evaluator,
+      generator=run.generator(),
+      params=params,
+      settings=run.config.evaluation,
+      seed=run.config.seed,
+      folder=self._job.folder / 'finals' / name,
+      final=True,
+    )
+    return scores[self._job.metric]
+
+  def _copy_log(self, member: member_lib.Member) -> None:
+    """Has the run's log tell of this member where it would of the round."""
+    run = self._run
+    own = self._job.folder / 'members' / member.name
+
+    def read():
+      return [
+        record | {'stage': self._job.name} for record in records.read_log(own)
+      ]
+
+    run.log.rewind(self._job.name, 0, [])
+    for record in processes.decide(f'log of {own}', read):
+      run.log.write(record)
+
+  def _ledger(
+    self,
+    results: list[dict[str, Any]],
+    finals: list[dict[str, Any]],
+    chosen: dict[str, Any],
+    hashes: dict[str, str],
+  ) -> dict[str, Any]:
+    run = self._run
+    job = self._job
+    stored, _ = run.real.read(np.arange(1))
+    draw = ledger.forwards_an_image(
+      job.model, run.frozen, stored, run.config.sampler
+    )
+    samples = run.config.evaluation.selection_samples
+    profiles = len(job.phase.averages.names()) or 1
+    costs = [
+      ledger.member_cost(result, job.phase, profiles, samples, draw)
+      for result in results
+    ]
+    final_samples = measure.final_images(run.evaluator, run.config.evaluation)
+    return ledger.make(
+      round_index=int(job.name.removeprefix('round_')),
+      hashes=hashes,
+      results=results,
+      costs=costs,
+      finals=finals,
+      promoted=chosen,
+      phase=job.phase,
+      shared_images=samples + len(finals) * final_samples,
+      draw=draw,
+    )

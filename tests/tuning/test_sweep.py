@@ -1,0 +1,161 @@
+"""A sweep in a run: what its members share, what is promoted, and kills."""
+
+import shutil
+
+import pytest
+from training import test_resume as resume
+
+from ddo_jax import config as config_lib
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import manifest
+from ddo_jax.runtime import records
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import run as run_lib
+from ddo_jax.tuning import member as member_lib
+from ddo_jax.tuning import study as study_lib
+
+images = resume.images
+compiled = resume.compiled
+traces = resume.traces
+ROUND_STEPS = resume.ROUND_STEPS
+
+
+def make_config(images, **knobs):
+  """One round of up to 12 steps, evaluated at every third, with 4 members."""
+  config = resume.make_config(images, rounds=1)
+  config.ddo.rhythm.eval_images = 3 * resume.BATCH
+  config.tune = config_lib.Tune(
+    **{
+      'members': 4,
+      'alpha': (0.5, 4.0),
+      'beta': (0.05, 0.2),
+      'learning_rate': (1e-2, 1e-1),
+      'reduction': 2,
+      'finalists': 2,
+    }
+    | knobs
+  )
+  return config
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory, traces):
+  """The run that nothing interrupts; nobody may change its folder."""
+  workdir = tmp_path_factory.mktemp('whole')
+  run_lib.play(make_config(images), workdir)
+  # Law 7: one step for all members, whatever their α, β and learning rate.
+  assert traces == ['MLE', 'DDO']
+  return workdir
+
+
+def outcome(workdir):
+  """All that a sweep decides and makes, less what the wall clock says."""
+  folder = workdir / 'round_000'
+  done = records.read_json(folder / 'done.json')
+  return {
+    'ledger': resume.without(
+      manifest.read_json(folder / 'ledger.json'), 'seconds'
+    ),
+    'promoted': checkpoint.load_meta(folder / 'promoted')['sha256'],
+    'done': resume.without(done, 'seconds'),
+    'log': resume.log_of(workdir),
+  }
+
+
+def test_a_sweep_says_what_it_did(whole):
+  ledger = manifest.read_json(whole / 'round_000' / 'ledger.json')
+  members = ledger['members']
+  assert [m['number'] for m in members] == [0, 1, 2, 3]
+  assert [m['origin'] for m in members] == ['config', 'sobol', 'sobol', 'sobol']
+  # All begin from one reference, whose score is taken once.
+  assert len({str(m['evaluations'][0]['selection']) for m in members}) == 1
+  assert len({m['evaluations'][1]['selection'] for m in members}) == 4
+  ended = [m for m in members if m['ended']]
+  assert ended, 'none was ended early: nothing is compared'
+  for member in ended:
+    assert member['ended'].startswith('halving: ')
+    assert member['trained'] < ROUND_STEPS
+  real = sum(m['trained'] for m in members) * resume.BATCH
+  scored = sum(len(m['evaluations']) - 1 for m in members) * 2 * 64
+  finals = ledger['finals']
+  cost = ledger['cost']
+  assert cost['real'] == real
+  assert cost['evaluation'] == scored + 64 + 64 * len(finals)
+  assert cost['pool'] == 160
+  assert cost['images'] == real + 160 + cost['evaluation']
+  draw = cost['forwards_a_drawn_image']
+  assert draw == pytest.approx(5, rel=0.01)  # Heun of 3 steps
+  drawn = 160 + cost['evaluation']
+  assert cost['forwards'] == pytest.approx(8 * real + drawn * draw, rel=0.01)
+  # The finalists are the best by selection, and the best of them is promoted.
+  assert [f['candidate'] for f in finals] == ['reference', 'member', 'member']
+  ranked = sorted(members, key=lambda m: m['selection'])
+  assert [f['member'] for f in finals[1:]] == [m['number'] for m in ranked[:2]]
+  best = min(finals, key=lambda f: f['rescored'])
+  assert ledger['promoted'] == best
+  assert best['rescored'] != best['selection']
+  done = manifest.read_json(whole / 'round_000' / 'done.json')
+  assert done['promoted']['settings'] == best['settings']
+  assert done['promoted']['step'] == best['step']
+  folder = whole / 'round_000'
+  reference = checkpoint.load_meta(folder / 'reference')['sha256']
+  assert ledger['reference_sha256'] == reference
+  assert ledger['pool_sha256'] == manifest.digest(folder / 'fakes')
+  assert not list(folder.glob('members/*/checkpoints'))
+
+
+def test_members_are_a_pure_function():
+  ranges = {'alpha': (1.0, 4.0), 'beta': (0.1, 0.1), 'learning_rate': (1, 10)}
+  first = [('probe', {'alpha': 2.0}), ('winner', {'alpha': 3.0, 'p_std': 1.0})]
+  made = [member_lib.plan(7, 'round_001', 6, ranges, first) for _ in range(2)]
+  assert made[0] == made[1]
+  settings = [member.settings for member in made[0]]
+  assert settings[0] == {
+    'alpha': 2.0,
+    'beta': pytest.approx(0.1),
+    'learning_rate': pytest.approx(10**0.5),
+  }
+  assert settings[1]['alpha'] == 3.0 and 'p_std' not in settings[1]
+  assert len({s['alpha'] for s in settings}) == 6
+  assert all(1 <= s['alpha'] <= 4 and s['beta'] == 0.1 for s in settings[2:])
+  other = member_lib.plan(7, 'round_002', 6, ranges, first)
+  assert other[2:] != made[0][2:]
+  # The first of a longer sweep are those of a shorter one.
+  longer = member_lib.plan(7, 'round_001', 6, ranges, first[:1])
+  assert longer[0] == made[0][0]
+
+
+# Where one sweep is killed, time after time; calls count from its restart.
+KILLS = [
+  ('score of the reference', resume.Evaluator, 'scores', 1),
+  ('claim', study_lib.Study, '_report', 1),
+  ('first member', loop_lib._Logger, 'push', 5),
+  ('the pruner has answered', study_lib.Study, 'finish', 1),
+  ('an evaluation of the second', resume.Evaluator, 'scores', 3),
+  ('verdict', study_lib.Study, '_ask_pruner', 2),
+  ('a later member', loop_lib._Logger, 'push', 4),
+  ('params of a member', checkpoint, 'save_params', 1),
+  ('finals', resume.Evaluator, 'scores', 3),
+  ('promotion', checkpoint, 'save_params', 1),
+]
+
+
+def test_law_4_a_sweep_killed_anywhere_ends_as_the_whole_one(
+  images, whole, tmp_path
+):
+  config = make_config(images)
+  shutil.copytree(whole / 'pretrain', tmp_path / 'pretrain')
+  for name in ('config.json', 'manifest.json'):
+    shutil.copy(whole / name, tmp_path / name)
+  for name, *call in KILLS:
+    with pytest.MonkeyPatch.context() as patch:
+      resume.at_call(patch, *call, resume.interrupt)
+      with pytest.raises(KeyboardInterrupt):
+        run_lib.play(config, tmp_path)
+    assert not (tmp_path / 'round_000' / 'promoted').exists(), name
+  run_lib.play(config, tmp_path)
+  got = outcome(tmp_path)
+  for part, value in outcome(whole).items():
+    if part == 'log':  # that of the pretraining was not copied
+      value = [r for r in value if r['stage'] != 'pretrain']
+    assert got[part] == value, part
