@@ -14,6 +14,8 @@ NVIDIA = (
   'CC BY-NC-SA 4.0 (NVIDIA: EDM, EDM2, DDO): non-commercial use, share alike'
 )
 VAR = 'MIT (FoundationVision: VAR)'
+DIT = 'CC BY-NC 4.0 (Meta: DiT): non-commercial use'
+SIT = 'MIT (New York University: SiT); of its weights no separate statement'
 INCEPTION = (
   'Apache-2.0 (Google: the Inception model of 2015-12-05); for this copy of it'
   ' see the publisher of the file'
@@ -131,6 +133,33 @@ _VAE = Asset(
   size=334_643_276,
   sha256='a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815',
 )
+_DIT = 'https://dl.fbaipublicfiles.com/DiT/models'
+_TRANSFORMERS = (
+  Asset(
+    name='DiT-XL-2-256x256',
+    address=f'{_DIT}/DiT-XL-2-256x256.pt',
+    kind=WEIGHTS,
+    licence=DIT,
+    megabytes=2_700,
+  ),
+  Asset(
+    name='DiT-XL-2-512x512',
+    address=f'{_DIT}/DiT-XL-2-512x512.pt',
+    kind=WEIGHTS,
+    licence=DIT,
+    megabytes=2_700,
+  ),
+  Asset(
+    name='SiT-XL-2-256x256',
+    address=(
+      'https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/'
+      'SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0'
+    ),
+    kind=WEIGHTS,
+    licence=SIT,
+    megabytes=2_700,
+  ),
+)
 _INCEPTION_SHA256 = (
   '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 )
@@ -246,7 +275,14 @@ _DATA = (
   ),
 )
 
-_ALL = (*_GENERATORS, _VAE, *_NETWORKS, *_STATISTICS, *_DATA)
+_ALL = (
+  *_GENERATORS,
+  *_TRANSFORMERS,
+  _VAE,
+  *_NETWORKS,
+  *_STATISTICS,
+  *_DATA,
+)
 ASSETS = {asset.name: asset for asset in _ALL}
 
 

@@ -5,13 +5,22 @@ from typing import Any
 
 from ddo_jax import errors
 from ddo_jax import settings
+from ddo_jax.models import dit
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
+from ddo_jax.models import sit
 from ddo_jax.models import toy
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 
-CONFIGS = (toy.ToyConfig, edm.EdmConfig, edm2.Edm2Config, var.VarConfig)
+CONFIGS = (
+  toy.ToyConfig,
+  edm.EdmConfig,
+  edm2.Edm2Config,
+  var.VarConfig,
+  dit.DitConfig,
+  sit.SitConfig,
+)
 _PARTS = (*CONFIGS, vqvae.VqvaeConfig)  # what a recorded config may hold
 _RENAMED = {'levels': 'pixel_values'}  # in records of earlier versions
 

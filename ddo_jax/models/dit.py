@@ -199,10 +199,10 @@ class TransformerConfig(likelihood.ModelConfig):
   precision: str = 'highest'
 
   @property
-  def tokens(self) -> int:
-    """The number of patches of an image."""
+  def grid(self) -> tuple[int, int]:
+    """The number of rows and of columns of an image's patches."""
     height, width, _ = self.image_shape
-    return height * width // self.patch**2
+    return height // self.patch, width // self.patch
 
   def network(self, remat: bool) -> Transformer:
     """Returns the network.

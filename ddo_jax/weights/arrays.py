@@ -231,6 +231,11 @@ def _set(budget: pickle_machine.Budget, items: Any) -> set:
   return set(map(pickle_machine.check_key, items))
 
 
+def _namespace() -> Record:
+  """Returns the record of a command line's arguments, which get their state."""
+  return Record('Namespace')
+
+
 def _empty_dict() -> dict[str, Any]:
   return {}
 
@@ -251,6 +256,8 @@ def names(budget: pickle_machine.Budget) -> dict[str, Callable | None]:
     'torch._utils._rebuild_parameter': _parameter,
     'numpy.dtype': Dtype,
     'numpy.ndarray': None,
+    # The trainers of DiT and SiT save their arguments.
+    'argparse.Namespace': _namespace,
   }
   # Python's builtins had the first name until protocol 3.
   for builtins in ('__builtin__', 'builtins'):

@@ -9,7 +9,6 @@ and values, and repeats the embeddings of time and class in every block.
 """
 
 from collections.abc import Mapping
-import math
 import re
 from typing import Any
 
@@ -123,13 +122,9 @@ def _to_key(path: block_names.Path) -> str:
   return key
 
 
-def _positions(tokens: int, width: int) -> np.ndarray:
-  """Returns the positions [1,T,D] float32 that a file of T tokens stores."""
-  side = math.isqrt(tokens)
-  return dit_layers.positions(side, side, width).astype(np.float32)[None]
-
-
-def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def to_flax(
+  state: Mapping[str, np.ndarray], grid: tuple[int, int]
+) -> dict[str, Any]:
   """Returns the Flax params of an official state dict, dtypes kept.
 
   Positions are not among the params: they are compared with those that the
@@ -137,6 +132,7 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
   Args:
     state: official key -> tensor.
+    grid: the number of rows and of columns of an image's tokens.
 
   Raises:
     errors.UserError: the positions are others, or blocks are missing or of
@@ -145,31 +141,32 @@ def to_flax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
   kept = dict(state)
   table = kept.pop(_POSITIONS, None)
   if table is not None:
-    _, tokens, width = table.shape
-    wanted = _positions(tokens, width)
+    wanted = dit_layers.positions(*grid, table.shape[-1])[None]
     same = table.shape == wanted.shape
     # Rows of another order differ by more than 1, those of bfloat16 by 4e-3.
     if not same or np.abs(table - wanted).max() > 1e-2:
       raise errors.UserError(
-        f'{_POSITIONS} is not the table of sines and cosines that DiT adds to'
-        f' {tokens} tokens: the file is of another network'
+        f'{_POSITIONS} {list(table.shape)} is not the table of sines and'
+        f' cosines of {grid[0]} by {grid[1]} tokens: the file is of another'
+        ' network, or of another size of images'
       )
   return {'network': block_names.to_flax(kept, _to_path)}
 
 
-def to_official(params: Mapping[str, Any], tokens: int) -> State:
+def to_official(params: Mapping[str, Any], grid: tuple[int, int]) -> State:
   """Returns the official state dict of a denoiser's params.
 
   This inverts `to_flax`.
 
   Args:
     params: the Flax params of `dit.Dit`'s or `sit.Sit`'s denoiser.
-    tokens: the number of tokens T of an image, whose positions it must hold.
+    grid: the number of rows and of columns of an image's tokens, whose
+      positions it must hold.
 
   Returns:
     Official key -> tensor, dtypes kept, contiguous.
   """
   network = params['network']
   width = network['x_embedder']['proj']['bias'].shape[0]
-  table = _positions(tokens, width)
-  return {_POSITIONS: table} | block_names.to_official(network, _to_key)
+  table = dit_layers.positions(*grid, width).astype(np.float32)
+  return {_POSITIONS: table[None]} | block_names.to_official(network, _to_key)

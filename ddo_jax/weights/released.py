@@ -21,6 +21,7 @@ from ddo_jax import settings
 from ddo_jax.assets import download
 from ddo_jax.assets import store
 from ddo_jax.method import likelihood
+from ddo_jax.models import dit
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
@@ -30,6 +31,7 @@ from ddo_jax.runtime import layout as layout_lib
 from ddo_jax.runtime import manifest
 from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
+from ddo_jax.weights import dit_names
 from ddo_jax.weights import edm_configs
 from ddo_jax.weights import edm_names
 from ddo_jax.weights import files
@@ -41,6 +43,7 @@ from ddo_jax.weights import var_names
 
 _LOGGER = logging.getLogger(__name__)
 SUFFIXES = ('.pth', '.safetensors')  # of the files that are written
+_TORCH = ('.pth', '.pt', '.bin')  # what PyTorch's files are called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,8 @@ def _recorded(config: Any) -> dict[str, Any]:
 
 def _unwrap(config: Any, state: Any) -> tuple[Any, Any]:
   """Returns the config of the network inside a file, and its state dict."""
+  if isinstance(config, dit.TransformerConfig):
+    return config, dit_names.unwrap(state)
   if not isinstance(config, var.VarConfig):
     return config, state
   state = var_names.unwrap(state)
@@ -90,6 +95,8 @@ def _to_flax(config: Any, state: dict[str, np.ndarray]) -> likelihood.Params:
   """Returns the Flax params of an official state dict."""
   if isinstance(config, var.VarConfig | vqvae.VqvaeConfig):
     return var_names.to_flax(state)
+  if isinstance(config, dit.TransformerConfig):
+    return dit_names.to_flax(state, config.grid)
   return edm_names.to_flax(state, edm_configs.taps_of(config))
 
 
@@ -101,6 +108,8 @@ def _to_official(
     return var_names.to_official(params, config.tokenizer.patch_nums)
   if isinstance(config, vqvae.VqvaeConfig):
     return var_names.to_official(params, config.patch_nums)
+  if isinstance(config, dit.TransformerConfig):
+    return dit_names.to_official(params, config.grid)
   return edm_names.to_official(params, edm_configs.taps_of(config))
 
 
@@ -114,8 +123,9 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
 
   Args:
     path: a .pkl of EDM, EDM2 or DDO; an official state dict as .safetensors
-      or .pth; or a .pth that the trainer of VAR, CCA or DDO saved. From a
-      trainer's checkpoint only the transformer is loaded.
+      or as PyTorch's .pth, .pt or .bin; or one of these that the trainer of
+      VAR, CCA, DDO, DiT or SiT saved. From a trainer's checkpoint only the
+      transformer is loaded, of DiT's and SiT's its average.
     source: the address that the file was fetched from, if any.
     config: the model's dataclass, for a file that does not say which network
       it holds. With VAR's, a file of its tokenizer is known by its tensors.
@@ -136,13 +146,13 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
     if 'model' in metadata:
       with files.refusing(path, "its model's settings as JSON"):
         config = models.from_json(json.loads(metadata['model']))
-  elif path.suffix == '.pth':
+  elif path.suffix in _TORCH:
     state = torch_zip.read(path)
     origin = provenance.describe(path, source)
   else:
     raise errors.UserError(
       f'{path} is no file of weights by its name; wanted .pkl, .safetensors or'
-      ' .pth'
+      f' {", ".join(_TORCH)}'
     )
   if config is None:
     raise errors.UserError(

@@ -58,7 +58,9 @@ def test_the_table_is_sound():
   for name, asset in table.ASSETS.items():
     assert name == asset.name
     assert table.find(name) == table.find(asset.file) == asset
-    assert re.fullmatch(r'(https?://|hf://[\w-]+/)[\w.~/-]+', asset.address)
+    assert re.fullmatch(
+      r'(https?://|hf://[\w-]+/)[\w.~/-]+(\?[\w=&]+)?', asset.address
+    )
     assert re.fullmatch(r'[0-9a-f]{0,64}', asset.sha256)
     assert asset.licence and asset.kind in (
       'weights',

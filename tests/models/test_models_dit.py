@@ -1,6 +1,7 @@
 """DiT's network against the original's numbers."""
 
 import functools
+import math
 
 import golden_io
 import jax
@@ -23,7 +24,8 @@ def params_of(golden, dtype, prefix='sd/'):
   table = 'y_embedder.embedding_table.weight'
   if len(state[table]) == 4:  # trained without one
     state[table] = np.pad(state[table], ((0, 1), (0, 0)))
-  tree = dit_names.to_flax(state)
+  side = math.isqrt(state['pos_embed'].shape[1])
+  tree = dit_names.to_flax(state, grid=(side, side))
   return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
 
 
@@ -134,7 +136,7 @@ def test_gradients(precision):
     probe = golden_io.nhwc(golden['probe']).astype(dtype)
     arguments = (variables, *inputs(golden, dtype), probe)
     grads, grad_x = jax.tree.map(np.asarray, compiled(network)[1](*arguments))
-  state = dit_names.to_official({'network': grads['params']}, tokens=16)
+  state = dit_names.to_official({'network': grads['params']}, grid=(4, 4))
   state['x'] = np.moveaxis(grad_x, -1, 1)
   names = golden_io.read_json(golden, 'grad_params')
   assert len(names) == 9

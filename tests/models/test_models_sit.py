@@ -61,7 +61,7 @@ MODEL = model_of()
 
 @functools.lru_cache
 def params_of(dtype):
-  tree = dit_names.to_flax(golden_io.state_dict(NET))
+  tree = dit_names.to_flax(golden_io.state_dict(NET), grid=(4, 4))
   return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
 
 
@@ -87,7 +87,7 @@ def close(got, wanted, rtol):
 
 
 def check_gradients(grads, prefix, precision):
-  state = dit_names.to_official(grads, tokens=16)
+  state = dit_names.to_official(grads, grid=(4, 4))
   for key in golden_io.read_json(NET, 'grad_params'):
     wanted = NET[f'{prefix}{key}_{precision}']
     if precision == 'f64':

@@ -1,6 +1,7 @@
 """The released models' sizes, traced without memory."""
 
 import dataclasses
+import math
 
 import golden_io
 import jax
@@ -118,11 +119,11 @@ def test_parameters_of_transformers(family, size):
     shapes = _shapes(config.build())
     trained, small, large = (counts[i] for counts in TRANSFORMERS[size])
     assert golden_io.count(shapes) == trained
-    assert trained + config.tokens * config.width == small
+    assert trained + math.prod(config.grid) * config.width == small
     larger = dit_presets.get(f'{family}-{size}-{patch}-512x512')
     same = dataclasses.replace(larger, image_shape=config.image_shape)
     assert same == config
-    assert trained + larger.tokens * larger.width == large
+    assert trained + math.prod(larger.grid) * larger.width == large
 
 
 @pytest.mark.parametrize('name', ['DiT-XL-2-512x512', 'SiT-XL-2-256x256'])
