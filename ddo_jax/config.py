@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -142,7 +143,9 @@ class Config:
   Attributes:
     name: what the report calls it.
     seed: everything random follows from it.
-    rounds: the number of rounds; raising it continues a finished run.
+    rounds: the number of rounds; raising it continues a finished run. 'auto'
+      plays them until one gains no more than its noise, `tune.max_rounds` at
+      most; see `training.ending`.
     init_from: what to start from: a folder of params; or weights that are
       converted on the way, by the name of an asset (see `assets.table`), a
       path or an address. '' pretrains first.
@@ -173,7 +176,7 @@ class Config:
 
   name: str = _knob('run', science=False)
   seed: int = _knob(0)
-  rounds: int = _knob(1, science=False)
+  rounds: settings.OrAuto = _knob(1, science=False)
   init_from: str = _knob('')
   model: likelihood.ModelConfig | None = None
   sampler: contract.Sampler | None = None
@@ -329,7 +332,15 @@ def validate(config: Config) -> None:
       "the folder of the guide's params",
     )
   with problems.gather():
-    errors.require_integer('rounds', config.rounds, 0)
+    if config.rounds != settings.AUTO:
+      errors.require_integer('rounds', config.rounds, 0)
+    elif config.evaluation.seeds == 1:
+      errors.require(
+        False,
+        'evaluation.seeds',
+        1,
+        "2 or more, or 0: rounds='auto' holds a gain against their spread",
+      )
   with problems.gather():
     errors.require_choice('labels', config.labels, labels_lib.RULES)
   with problems.gather():

@@ -88,6 +88,8 @@ def _facts(run: run_folder.Run) -> dict[str, str]:
     facts['sampler'] = config['sampler.type']
     if 'sampler.num_steps' in config:
       facts['sampler'] += f', {config["sampler.num_steps"]} steps'
+  if run.summary.get('ended'):
+    facts['rounds ended'] = run.summary['ended']
   if run.rounds:
     made = run.rounds[-1]['environment']
     facts['run on'] = f'{made["devices"]} with jax {made["jax"]}'
@@ -111,9 +113,8 @@ def _facts(run: run_folder.Run) -> dict[str, str]:
 def _alerts(run: run_folder.Run) -> list[str]:
   """Returns what a reader should know first."""
   alerts = []
-  if not run.summary or len(run.rounds) < run.config['rounds']:
-    alert = f'Unfinished: {len(run.rounds)} of {run.config["rounds"]} rounds'
-    alert += ' done.'
+  if not run.is_finished:
+    alert = f'Unfinished: {run.progress}.'
     logs = [run.pretrain, *run.stages.values()]
     for last in logs[-1][-1:]:
       alert += f' Last record: {last["stage"]}, {last["images"]:,} images.'

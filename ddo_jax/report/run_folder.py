@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from ddo_jax import errors
+from ddo_jax import settings
 from ddo_jax.runtime import manifest
 from ddo_jax.runtime import records
 
@@ -39,6 +40,24 @@ class Run:
     """The scores of the first reference, then those after each round."""
     columns = [result['before'] for result in self.rounds[:1]]
     return columns + [result['after'] for result in self.rounds]
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether no round is to come."""
+    if not self.summary:
+      return False
+    if self.config['rounds'] == settings.AUTO:
+      # A summary from before rounds that were added later knows fewer.
+      return len(self.rounds) == len(self.summary['rounds'])
+    return len(self.rounds) >= self.config['rounds']
+
+  @property
+  def progress(self) -> str:
+    """How many of the rounds are done, in words."""
+    wanted = self.config['rounds']
+    if wanted == settings.AUTO:
+      return f'{len(self.rounds)} rounds done, until one gains nothing'
+    return f'{len(self.rounds)} of {wanted} rounds done'
 
   @property
   def metric(self) -> str:

@@ -53,7 +53,7 @@ def headline(run: run_folder.Run) -> str:
   metric = run.metric
   scores = [column[metric] for column in run.columns if metric in column]
   if not scores:
-    return f'0 of {run.config["rounds"]} rounds done'
+    return run.progress
   decimals = _decimals(scores, 1)
   path = ' → '.join(_text(score, decimals) for score in scores)
   count = len(run.rounds)

@@ -36,6 +36,7 @@ from ddo_jax.report import cost
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices
 from ddo_jax.runtime import memory
+from ddo_jax.training import ending
 from ddo_jax.training import published
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import workspace
@@ -126,13 +127,15 @@ def stages(run: workspace.Run, rounds: bool) -> dict[str, config_lib.Phase]:
       planned['tokenizer'] = config.tokenizer
   if not config.init_from:
     planned['pretrain'] = config.pretrain
-  for index in range(math.ceil(config.rounds) if rounds else 0):
-    planned[f'round_{index:03d}'] = config.ddo
-  return {
+  left = {
     name: phase
     for name, phase in planned.items()
     if not run.workdir or not (run.workdir / name / 'done.json').exists()
   }
+  if rounds:
+    for index in ending.planned(config, run.workdir):
+      left[f'round_{index:03d}'] = config.ddo
+  return left
 
 
 def _settings(plan: Plan) -> str:
@@ -380,7 +383,8 @@ def _disk(plan: Plan) -> str:
   if needed > free:
     raise errors.UserError(
       f'{found}: free some, take a --workdir on a larger disk, or play fewer'
-      ' rounds at first (config.rounds may be raised later)'
+      ' rounds at first (config.rounds, or the ceiling tune.max_rounds of'
+      ' rounds=auto, may be raised later)'
     )
   return found
 

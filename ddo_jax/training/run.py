@@ -23,6 +23,7 @@ from ddo_jax.runtime import lock
 from ddo_jax.runtime import manifest as manifest_lib
 from ddo_jax.runtime import processes
 from ddo_jax.training import check
+from ddo_jax.training import ending
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
@@ -158,7 +159,8 @@ def play(
       one, each by the same call.
 
   Returns:
-    The summary: {'name', 'rounds': [see `round.play_round`], 'seconds',
+    The summary: {'name', 'rounds': [see `round.play_round`], 'ended': why
+    there is no further round, 'seconds',
     'model': see `cost.describe`, 'command', 'changed': the fields that differ
     from their defaults}.
 
@@ -180,8 +182,9 @@ def _play(run: workspace.Run, command: str) -> dict[str, Any]:
   metric = config.evaluation.metric
   origin = _pretrain(run)
   previous = None
-  rounds = []
-  for index in range(config.rounds):
+  rounds: list[dict[str, Any]] = []
+  while ending.goes_on(config, workdir, rounds):
+    index = len(rounds)
     result = round_lib.play_round(run, index, origin, previous)
     rounds.append(result)
     origin = workdir / f'round_{index:03d}' / 'promoted'
@@ -194,9 +197,12 @@ def _play(run: workspace.Run, command: str) -> dict[str, Any]:
       result['after'][metric]['mean'],
       result['promoted']['step'],
     )
+  ended = ending.why(config, rounds)
+  _LOGGER.info('%s', ended)
   summary = {
     'name': config.name,
     'rounds': rounds,
+    'ended': ended,
     'seconds': processes.decide(
       'seconds', functools.partial(_seconds, workdir, rounds)
     ),

@@ -38,6 +38,8 @@ class Tune:
       finalist.
     widths: the relative widths of the power-function averages that are made
       after training, for each finalist.
+    max_rounds: the most rounds that config.rounds='auto' plays; a run that
+      reached it goes on where it is raised.
     storage: where the processes of a sweep meet: an address that Optuna knows,
       such as 'postgresql://…'; '' is a file in the round's folder.
   """
@@ -50,6 +52,7 @@ class Tune:
   finalists: int = 3
   merges: tuple[float, ...] = ()
   widths: tuple[float, ...] = ()
+  max_rounds: int = dataclasses.field(default=12, metadata={'science': False})
   storage: str = _where('')
 
   def ranges(self) -> dict[str, tuple[float, float]]:
@@ -62,6 +65,7 @@ class Tune:
     errors.require_integer(f'{name}.members', self.members, 0)
     errors.require_integer(f'{name}.reduction', self.reduction, 1)
     errors.require_integer(f'{name}.finalists', self.finalists, 1)
+    errors.require_integer(f'{name}.max_rounds', self.max_rounds, 1)
     for field in _RANGES:
       value = getattr(self, field)
       good = not value or (

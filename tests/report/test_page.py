@@ -425,6 +425,16 @@ def test_unfinished_run_shows_what_exists(tmp_path, diagnostics):
   assert headings(page) == SECTIONS
 
 
+def test_rounds_that_end_by_themselves(tmp_path, diagnostics):
+  folder = make_run(tmp_path / 'run', diagnostics, rounds='auto')
+  summary = json.loads((folder / 'summary.json').read_text())
+  write_json(folder / 'summary.json', summary | {'ended': 'no gain <seen>'})
+  page = page_of(folder)
+  assert 'no gain &lt;seen&gt;' in page and 'Unfinished' not in page
+  (folder / 'summary.json').unlink()
+  assert 'Unfinished: 1 rounds done, until one gains nothing' in page_of(folder)
+
+
 def test_only_the_files_of_the_top_folder(tmp_path, diagnostics):
   folder = make_run(tmp_path / 'run', diagnostics)
   for path in (folder / 'round_000').iterdir():

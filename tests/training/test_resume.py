@@ -293,6 +293,21 @@ def test_a_finished_run_returns_at_once(images, whole, tmp_path, monkeypatch):
   assert_same(tmp_path / 'run', whole)
 
 
+def test_rounds_that_end_by_themselves_take_up_those_that_are_there(
+  images, whole, tmp_path, monkeypatch
+):
+  shutil.copytree(whole, tmp_path / 'run')
+  monkeypatch.setattr(loop_lib, 'run', interrupt)
+  monkeypatch.setattr(Evaluator, 'scores', interrupt)
+  config = make_config(images, rounds='auto')
+  config.tune.max_rounds = 2
+  summary = run_lib.play(config, tmp_path / 'run')
+  assert len(summary['rounds']) == 2
+  assert (
+    'round 1 gained' in summary['ended'] or 'is reached' in summary['ended']
+  )
+
+
 def child(workdir, images, call, signum):
   """Plays in a process of its own; it sends itself a signal at a step."""
   if signum:
