@@ -23,7 +23,7 @@ FAKE = '#d55e00'
 DPI = 200  # gives two pixels for a CSS pixel
 _SIZE = (3.4, 2.3)  # of a panel, in inches
 _IMAGES = 'real images seen in the round'
-_STYLE = {
+STYLE = {
   'font.size': 9,
   'axes.titlesize': 9.5,
   'axes.titlelocation': 'left',
@@ -64,11 +64,11 @@ def _as_png(draw: Callable[..., Any]) -> Callable[..., dict[str, bytes]]:
 
     pictures = {}
     # Without pyplot there is no window, and no state shared with a notebook.
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
       for axes in draw(*args, **kwargs):
         buffer = io.BytesIO()
         axes.figure.savefig(buffer, format='png', dpi=DPI, transparent=True)
-        pictures[axes.get_title(_STYLE['axes.titlelocation'])] = (
+        pictures[axes.get_title(STYLE['axes.titlelocation'])] = (
           buffer.getvalue()
         )
     return pictures

@@ -147,4 +147,7 @@ def test_a_phase_keeps_the_averages_of_evaluated_states(executor, tmp_path):
   # The averages of step 0 are the reference.
   assert kept == {place: sha for place, sha in seen.items() if place[0]}
   assert len(kept) == 4
-  assert not test_loop.new_job(executor, tmp_path).keep_averages
+  # Nothing is kept unasked.
+  unasked = new_job(executor, tmp_path / 'unasked', evaluate)
+  loop_lib.run(dataclasses.replace(unasked, keep_averages=False))
+  assert not (unasked.folder / 'averages').exists()
