@@ -156,8 +156,8 @@ def _curves(run: run_folder.Run, control: run_folder.Run | None) -> str:
       f' Dashed: the control {control.config["name"]}, objective'
       f' {control.objective}; {scores.headline(control)}.'
     )
-  metrics = [run.metric]
-  metrics += [name for name in ('fd_train', 'fd_test') if name != run.metric]
+  extra = run.config.get('evaluation.extra', ())
+  metrics = list(dict.fromkeys((run.metric, *extra, 'fd_train', 'fd_test')))
   promoted = {}
   for result in run.rounds:
     promoted[f'round_{result["round"]:03d}'] = result['promoted']['step']

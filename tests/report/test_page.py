@@ -231,6 +231,20 @@ def test_page_is_whole_and_needs_nothing_else(finished):
   assert 'Unfinished' not in page
 
 
+def test_scores_that_were_asked_for_have_a_curve(tmp_path, diagnostics):
+  changes = {'evaluation.extra': ['mind', 'fd_test_inf']}
+  folder = make_run(tmp_path / 'run', diagnostics, **changes)
+  log = [
+    record | {'mind': 0.5} if record['kind'] == 'eval' else record
+    for record in read_log(folder)
+  ]
+  write_log(folder, log)
+  page = page_of(folder)
+  assert 'alt="mind"' in page
+  assert 'alt="fd_test"' in page
+  assert 'fd_test_inf"' not in page  # nothing was measured
+
+
 def test_page_holds_the_numbers(finished):
   _, page = finished
   assert 'fd_train 1.01 ± 0.02 → 0.25 ± 0.01 in 1 round<' in page
