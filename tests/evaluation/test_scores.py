@@ -305,9 +305,11 @@ def test_mind_is_the_mean_of_distances_along_lines():
   # Where nothing but the mean moves, it is three times the shift's square.
   got = mind.mind(real, real + np.float32([1, 0, 0, -2, 0]), 4_000)
   assert got == pytest.approx(3 * 5, rel=0.05)
-  # Far from 0 no digits are lost.
-  far = mind.mind(1_000 + real, 1_000 + fake, 30)
-  assert far == pytest.approx(mind.mind(real, fake, 30), rel=1e-3)
+  # Far from 0 no digits are lost, of numbers that float32 holds there.
+  real = np.round(64 * real) / 64
+  near = mind.mind(real, real + 1 / 64, 30)
+  far = mind.mind(4_096 + real, 4_096 + real + 1 / 64, 30)
+  assert far == pytest.approx(near, rel=1e-5)
 
 
 def test_mistakes_in_mind_raise():
