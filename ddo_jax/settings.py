@@ -24,7 +24,8 @@ if typing.TYPE_CHECKING:
 else:
   PerRound = tuple[float, ...]
 
-# A whole number, or yes or no, or the word 'auto' for what the run finds out.
+# A whole number, or yes or no, or a word: 'auto' for what the run finds out, or
+# 'dots' (see `runtime.layout`).
 if typing.TYPE_CHECKING:
   OrAuto = Any
 else:
@@ -34,6 +35,7 @@ else:
 
 
 AUTO = 'auto'
+DOTS = 'dots'
 
 
 def _default_of(field: dataclasses.Field) -> Any:
@@ -179,9 +181,14 @@ def parse_or_auto(text: str) -> int | bool | str:
   """Returns what a command line says of an `OrAuto` field.
 
   Raises:
-    ValueError: it says neither 'auto', yes or no, nor a whole number.
+    ValueError: it says neither a known word, yes or no, nor a whole number.
   """
-  words: dict[str, Any] = {'auto': AUTO, 'true': True, 'false': False}
+  words: dict[str, Any] = {
+    'auto': AUTO,
+    'dots': DOTS,
+    'true': True,
+    'false': False,
+  }
   word = text.strip().lower()
   if word in words:
     return words[word]

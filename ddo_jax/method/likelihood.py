@@ -150,14 +150,18 @@ class ModelConfig:
   well as those in `models/`.
   """
 
-  def build(self, noise: Any = None, remat: bool = False) -> LikelihoodModel:
+  def build(
+    self, noise: Any = None, remat: bool | str = False
+  ) -> LikelihoodModel:
     """Returns the model.
 
     Args:
       noise: the noise law that it is trained under, a `noise.NoiseLaw` with a
         number in place of each tuple; None where it only samples, or has none.
       remat: whether the activations inside each block of the network are
-        recomputed in the backward pass. A model that keeps few may ignore it.
+        recomputed in the backward pass: False, True, or 'dots' for all but
+        what products with weights make. A model that keeps few may ignore it,
+        and one that knows no 'dots' may take it for True.
 
     Raises:
       errors.UserError: the settings fit no model.

@@ -43,8 +43,8 @@ class SongUNet(nn.Module):
     attn_resolutions: the resolutions with self-attention of one head, in every
       block of the encoder and in a decoder level's last block.
     dropout: the dropout rate in training.
-    remat: whether the activations inside each block are recomputed in the
-      backward pass, which then keeps the blocks' inputs only.
+    remat: which activations inside each block are recomputed in the backward
+      pass, see `layers.remat_policy`; False for none.
   """
 
   out_channels: int
@@ -56,7 +56,7 @@ class SongUNet(nn.Module):
   num_blocks: int = settings.at_most(16, 4)
   attn_resolutions: tuple[int, ...] = (16,)
   dropout: float = 0.13
-  remat: bool = False
+  remat: bool | str = False
 
   @property
   def style(self) -> edm_layers.Style:
@@ -180,8 +180,8 @@ class DhariwalUNet(nn.Module):
     attn_resolutions: the resolutions at which all blocks have self-attention.
     channels_per_head: the width of a head of the attention.
     dropout: the dropout rate in training.
-    remat: whether the activations inside each block are recomputed in the
-      backward pass, which then keeps the blocks' inputs only.
+    remat: which activations inside each block are recomputed in the backward
+      pass, see `layers.remat_policy`; False for none.
   """
 
   out_channels: int
@@ -193,7 +193,7 @@ class DhariwalUNet(nn.Module):
   attn_resolutions: tuple[int, ...] = (32, 16, 8)
   channels_per_head: int = 64
   dropout: float = 0.1
-  remat: bool = False
+  remat: bool | str = False
 
   @nn.compact
   def __call__(
@@ -313,7 +313,7 @@ class EdmConfig(likelihood.ModelConfig):
   precision: str = 'highest'
 
   def build(
-    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool | str = False
   ) -> 'Edm':
     """Returns the model under its preconditioning and EDM's weight."""
     precision_lib.check('model.precision', self.precision)
@@ -365,7 +365,7 @@ class Edm(diffusion.Diffusion):
     return drawn.weight * squares
 
 
-def denoiser(config: EdmConfig, remat: bool = False) -> precond.Precond:
+def denoiser(config: EdmConfig, remat: bool | str = False) -> precond.Precond:
   """Returns the network of a config under its preconditioning.
 
   Args:

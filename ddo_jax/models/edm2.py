@@ -41,8 +41,8 @@ class UNet(nn.Module):
     attn_resolutions: the resolutions at which all blocks have self-attention.
     channels_per_head: the width of a head of the attention.
     dropout: the dropout rate in training.
-    remat: whether the activations inside each block are recomputed in the
-      backward pass, which then keeps the blocks' inputs only.
+    remat: which activations inside each block are recomputed in the backward
+      pass, see `layers.remat_policy`; False for none.
   """
 
   num_classes: int
@@ -52,7 +52,7 @@ class UNet(nn.Module):
   attn_resolutions: tuple[int, ...] = (16, 8)
   channels_per_head: int = 64
   dropout: float = 0.0
-  remat: bool = False
+  remat: bool | str = False
 
   @nn.compact
   def __call__(
@@ -211,7 +211,7 @@ class Edm2Config(likelihood.ModelConfig):
     return codec_lib.Latents(autoencoder, sigma_data=self.sigma_data)
 
   def build(
-    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool | str = False
   ) -> 'Edm2':
     """Returns the model under its preconditioning and EDM's weight."""
     precision_lib.check('model.precision', self.precision)

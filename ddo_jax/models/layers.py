@@ -12,6 +12,7 @@ import numpy as np
 
 from ddo_jax import errors
 from ddo_jax import precision as precision_lib
+from ddo_jax import settings
 
 
 class FourierEmbedding(nn.Module):
@@ -142,10 +143,32 @@ def split_heads(
   return q, k, v
 
 
+def _is_product_with_weights(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Says whether an operation is a convolution, or a product of matrices.
+
+  The products within attention, of two activations of the same row, are none:
+  what they make can be larger than all else in a block.
+  """
+  if primitive is jax.lax.conv_general_dilated_p:
+    return True
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return policy(primitive, *args, **params)
+
+
+def remat_policy(remat: bool | str) -> Callable[..., bool] | None:
+  """Returns what is kept of a block whose activations are recomputed.
+
+  Args:
+    remat: True, nothing; or 'dots', what products with weights make: a third
+      or so of all that is there, and nearly all of the arithmetic.
+  """
+  return _is_product_with_weights if remat == settings.DOTS else None
+
+
 def checkpointed(
-  apply: Callable[..., jax.Array], remat: bool
+  apply: Callable[..., jax.Array], remat: bool | str
 ) -> Callable[..., jax.Array]:
-  """Returns a block's call, its activations recomputed if `remat` is true.
+  """Returns a block's call, its activations recomputed if `remat` says so.
 
   The backward pass then keeps what goes into the block, and computes what is
   inside it again when it comes to it. A whole network as one such block would
@@ -153,9 +176,9 @@ def checkpointed(
 
   Args:
     apply: (module, arrays...) -> array.
-    remat: whether to do so.
+    remat: False, or see `remat_policy`.
   """
-  return nn.remat(apply) if remat else apply
+  return nn.remat(apply, policy=remat_policy(remat)) if remat else apply
 
 
 def apply_training(

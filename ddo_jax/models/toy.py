@@ -49,7 +49,7 @@ class ToyConfig(likelihood.ModelConfig):
   precision: str = 'highest'
 
   def build(
-    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool | str = False
   ) -> diffusion.Diffusion:
     """Returns the model under EDM's preconditioning and weight.
 
@@ -175,14 +175,14 @@ class SmallUNet(nn.Module):
       lower one.
     blocks: the number of residual blocks at full resolution, on each side.
     num_classes: the number of classes.
-    remat: whether the activations inside each block are recomputed in the
-      backward pass, which then keeps the blocks' inputs only.
+    remat: which activations inside each block are recomputed in the backward
+      pass, see `layers.remat_policy`; False for none.
   """
 
   hidden: int
   blocks: int
   num_classes: int
-  remat: bool = False
+  remat: bool | str = False
 
   @nn.compact
   def __call__(

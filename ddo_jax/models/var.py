@@ -21,6 +21,7 @@ from ddo_jax import settings
 from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import autoregressive
 from ddo_jax.method import likelihood
+from ddo_jax.models import layers
 from ddo_jax.models import var_layers
 from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
@@ -97,7 +98,8 @@ class Var(nn.Module):
     shared_modulation: see `shared` of `var_layers.Block`.
     gate_init: see `var_layers.Block`.
     dtype: the type of the blocks' matrix products; None for the params' type.
-    remat: whether each block's activations are recomputed in the backward pass.
+    remat: which activations of each block are recomputed in the backward pass,
+      see `layers.remat_policy`; False for none.
     chunk: the number of tokens whose logits `token_log_prob` holds at once.
   """
 
@@ -112,7 +114,7 @@ class Var(nn.Module):
   shared_modulation: bool = False
   gate_init: float = 1e-3
   dtype: Any = None
-  remat: bool = False
+  remat: bool | str = False
   chunk: int = 68
 
   def setup(self):
@@ -137,7 +139,8 @@ class Var(nn.Module):
     """Returns a module that applies all blocks, one after the other."""
     block = var_layers.Block
     if self.remat:
-      block = nn.remat(block, prevent_cse=False)
+      policy = layers.remat_policy(self.remat)
+      block = nn.remat(block, prevent_cse=False, policy=policy)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0, 'intermediates': 0},
@@ -447,7 +450,7 @@ class VarConfig(likelihood.ModelConfig):
   chunk: int = 68
 
   def build(
-    self, noise: Any = None, remat: bool = False
+    self, noise: Any = None, remat: bool | str = False
   ) -> autoregressive.Autoregressive:
     """Returns the transformer and its tokenizer; there is no noise."""
     del noise
@@ -469,12 +472,12 @@ class VarConfig(likelihood.ModelConfig):
     return vqvae_learner.build(self.tokenizer)
 
 
-def transformer(config: VarConfig, remat: bool = False) -> Var:
+def transformer(config: VarConfig, remat: bool | str = False) -> Var:
   """Returns the transformer of a config.
 
   Args:
     config: the settings.
-    remat: whether activations are recomputed in the backward pass.
+    remat: see `Var`.
 
   Raises:
     errors.UserError: a number is not positive, the heads do not divide the

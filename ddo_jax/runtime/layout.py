@@ -56,8 +56,9 @@ class ExecutorConfig:
   accumulate: settings.OrAuto = dataclasses.field(
     default=settings.AUTO, metadata={'science': False}
   )
-  # Whether the activations inside a block of the network are recomputed in the
-  # backward pass; 'auto' does so where hardly a row fits without.
+  # Which activations inside a block of the network are recomputed in the
+  # backward pass: none (False), all but the products with weights ('dots'), or
+  # all of them (True); 'auto' recomputes where hardly a row fits without.
   remat: settings.OrAuto = dataclasses.field(
     default=settings.AUTO, metadata={'science': False}
   )
@@ -109,10 +110,10 @@ class ExecutorConfig:
         "a positive integer or 'auto'",
       )
     errors.require(
-      self.remat in (True, False, settings.AUTO),
+      self.remat in (True, False, settings.DOTS, settings.AUTO),
       f'{name}.remat',
       self.remat,
-      "True, False or 'auto'",
+      "True, False, 'dots' or 'auto'",
     )
     errors.require(
       self.device_memory_gib >= 0,

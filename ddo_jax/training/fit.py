@@ -44,14 +44,14 @@ class Stage:
   Attributes:
     name: the name of the phase in the config, such as 'ddo'.
     phase: the phase at its first round.
-    build: whether blocks are recomputed -> the model.
+    build: which activations inside a block are recomputed -> the model.
     frozen: the shapes of the frozen weights.
     sampler: draws fakes inside the step; None where that is not needed.
   """
 
   name: str
   phase: Any
-  build: Callable[[bool], Any]
+  build: Callable[[bool | str], Any]
   frozen: likelihood.Frozen
   sampler: Any
 
@@ -73,20 +73,22 @@ class Fit(NamedTuple):
 
   Attributes:
     accumulate: microbatches a step.
-    remat: whether the activations inside a block are recomputed.
+    remat: which activations inside a block are recomputed.
     counted: the most bytes that a step takes of a device; None where the
       devices' memory is not known, and nothing is counted.
     room: the bytes that there are; None where that is not known.
   """
 
   accumulate: int
-  remat: bool
+  remat: bool | str
   counted: int | None = None
   room: int | None = None
 
   def __str__(self) -> str:
     """For example '16 microbatches a step, remat off: 61.0 of 80.0 GiB'."""
-    remat = 'on' if self.remat else 'off'
+    remat = self.remat
+    if isinstance(remat, bool):
+      remat = 'on' if remat else 'off'
     parts = 'microbatch' if self.accumulate == 1 else 'microbatches'
     line = f'{self.accumulate} {parts} a step, remat {remat}'
     if self.counted is None or self.room is None:
@@ -170,12 +172,12 @@ def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _gradient_bytes(stage: Stage, remat: bool, count: int) -> int:
+def _gradient_bytes(stage: Stage, remat: bool | str, count: int) -> int:
   """Returns the most bytes that computing a gradient makes at once.
 
   Args:
     stage: what is trained.
-    remat: whether the activations inside a block are recomputed.
+    remat: which activations inside a block are recomputed.
     count: the real rows of a device.
   """
   model = stage.build(remat)
@@ -193,7 +195,7 @@ def _gradient_bytes(stage: Stage, remat: bool, count: int) -> int:
 
 
 def step_parts(
-  stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool
+  stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool | str
 ) -> dict[str, int]:
   """Returns the bytes that a training step takes of each device, by part.
 
@@ -201,7 +203,7 @@ def step_parts(
     stage: what is trained.
     layout: the devices.
     accumulate: microbatches a step.
-    remat: whether the activations inside a block are recomputed.
+    remat: which activations inside a block are recomputed.
 
   Returns:
     What stands, see `standing`, and beside it the 'gradient', with its sum over
@@ -225,7 +227,7 @@ def step_parts(
 
 
 def step_bytes(
-  stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool
+  stage: Stage, layout: layout_lib.Layout, accumulate: int, remat: bool | str
 ) -> int:
   """Returns the bytes that a training step takes of each device in all.
 
@@ -292,10 +294,11 @@ def _options(
   layout: layout_lib.Layout,
   accumulate: Any,
   remat: Any,
-) -> list[tuple[bool, list[int]]]:
+) -> list[tuple[bool | str, list[int]]]:
   """Returns (remat, numbers of microbatches) to try, the fastest ones first.
 
-  Blocks are recomputed where less than a few rows would be left without.
+  Blocks are recomputed where less than a few rows would be left without, and
+  their products with weights where less would be left with these.
 
   Args:
     stages: what is trained.
@@ -303,7 +306,9 @@ def _options(
     accumulate: the executor's setting.
     remat: the executor's setting.
   """
-  remats = [False, True] if remat == settings_lib.AUTO else [remat]
+  remats = [remat]
+  if remat == settings_lib.AUTO:
+    remats = [False, settings_lib.DOTS, True]
   if accumulate != settings_lib.AUTO:
     return [(remat, [accumulate]) for remat in remats]
   rows = [stage.phase.batch_size // layout.num_devices for stage in stages]
@@ -340,7 +345,8 @@ def plan(
   problems.raise_any()
   room = layout.room()
   if room is None:
-    return Fit(given, settings.remat is True)
+    remat = settings.remat
+    return Fit(given, False if remat == settings_lib.AUTO else remat)
 
   @functools.cache
   def counted(accumulate, remat):

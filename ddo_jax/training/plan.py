@@ -222,7 +222,7 @@ def _table(rows: list[list[str]]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _step_work(
-  stage: fit_lib.Stage, num_devices: int, accumulate: int, remat: bool
+  stage: fit_lib.Stage, num_devices: int, accumulate: int, remat: bool | str
 ) -> work_lib.Work:
   """Returns what a training step does on one device."""
   model = stage.build(remat)

@@ -199,14 +199,14 @@ def claimed(
 
 
 def build_model(
-  config: config_lib.Config, noise: Any = None, remat: bool = False
+  config: config_lib.Config, noise: Any = None, remat: bool | str = False
 ) -> likelihood.LikelihoodModel:
   """Returns a config's model, with the guide's network if there is one.
 
   Args:
     config: the run's.
     noise: the noise law at a round; None for a model that only samples.
-    remat: whether the activations inside a block are recomputed.
+    remat: which activations inside a block are recomputed.
   """
   config_lib.require_model(config)
   model = config.model.build(noise=noise, remat=remat)

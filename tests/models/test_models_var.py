@@ -141,7 +141,8 @@ def test_probabilities_of_all_strings_sum_to_one():
   assert np.abs(rows[0] - rows[2]).max() > 0.01
 
 
-def test_log_prob_is_that_of_the_logits():
+@pytest.mark.parametrize('remat', [True, 'dots'])
+def test_log_prob_is_that_of_the_logits(remat):
   """Gradients too, in runs of tokens, and with remat."""
   params = random_params(SMALL, 3)
   label = np.array([0, 2], np.int32)
@@ -168,7 +169,7 @@ def test_log_prob_is_that_of_the_logits():
     return jax.jit(run)(params)
 
   wanted = both(plain, params)
-  got = both(functools.partial(chunked, SMALL.clone(remat=True)), params)
+  got = both(functools.partial(chunked, SMALL.clone(remat=remat)), params)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     got,

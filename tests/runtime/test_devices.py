@@ -66,7 +66,7 @@ def test_a_batch_that_does_not_divide_is_called_by_its_name():
     ('offload', ('ema',), r"\(\) where executor.kind is 'pmap'; .*"),
     ('accumulate', 0, "a positive integer or 'auto'"),
     ('sample_batch', True, "a positive integer or 'auto'"),
-    ('remat', 'no', "True, False or 'auto'"),
+    ('remat', 'no', "True, False, 'dots' or 'auto'"),
     ('device_memory_gib', -1.0, '0 or more'),
   ],
 )

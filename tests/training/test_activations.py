@@ -1,4 +1,7 @@
-"""Counted activations beside what the compiler plans, a small one a family."""
+"""Counted activations beside what the compiler plans, a small one a family.
+
+The compiler is told to schedule for little memory, as it does on accelerators.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -61,21 +64,22 @@ def stage(config, tokenizer=False):
 
 def planned(call, *args):
   """The bytes that XLA plans for what a call makes."""
-  found = jax.jit(call).lower(*args).compile().memory_analysis()
+  scheduler = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+  compiled = jax.jit(call).lower(*args).compile(compiler_options=scheduler)
+  found = compiled.memory_analysis()
   return found.temp_size_in_bytes + found.output_size_in_bytes
 
 
 @pytest.mark.parametrize(
-  ('config', 'tokenizer', 'within'),
+  ('config', 'tokenizer'),
   [
-    pytest.param(EDM, False, 0.2, id='edm', marks=LONG),
-    pytest.param(EDM2, False, 0.2, id='edm2'),
-    pytest.param(VAR, False, 0.2, id='var'),
-    # 0.95 of the plan for other rows and flags of the compiler, here 0.79.
-    pytest.param(VAR, True, 0.25, id='vqvae', marks=LONG),
+    pytest.param(EDM, False, id='edm', marks=LONG),
+    pytest.param(EDM2, False, id='edm2'),
+    pytest.param(VAR, False, id='var'),
+    pytest.param(VAR, True, id='vqvae', marks=LONG),
   ],
 )
-def test_a_gradient(config, tokenizer, within):
+def test_a_gradient(config, tokenizer):
   what = stage(config, tokenizer)
   model = what.build(False)
   params = fit.state_shapes(what).params
@@ -89,23 +93,20 @@ def test_a_gradient(config, tokenizer, within):
   parts = fit.step_parts(what, single, accumulate=1, remat=False)
   rows = fit.make_rows(what, model, 8)
   assert parts['activations'] + parts['gradient'] == pytest.approx(
-    planned(call, params, params, what.frozen, rows), rel=within
+    planned(call, params, params, what.frozen, rows), rel=0.2
   )
 
 
 @pytest.mark.parametrize(
-  ('config', 'sampler', 'least', 'most'),
+  ('config', 'sampler'),
   [
-    pytest.param(EDM, HEUN, 0.8, 1.2, id='heun', marks=LONG),
+    pytest.param(EDM, HEUN, id='heun', marks=LONG),
     # The weights are normalized before the loop.
-    pytest.param(EDM2, HEUN, 0.8, 1.2, id='heun of edm2'),
-    # The tokenizer's swish writes over its input, which is not counted.
-    pytest.param(
-      VAR, ancestral.Ancestral(), 0.8, 1.4, id='ancestral', marks=LONG
-    ),
+    pytest.param(EDM2, HEUN, id='heun of edm2'),
+    pytest.param(VAR, ancestral.Ancestral(), id='ancestral', marks=LONG),
   ],
 )
-def test_a_call_of_a_sampler(config, sampler, least, most):
+def test_a_call_of_a_sampler(config, sampler):
   what = stage(config)
   model = what.build(False)
 
@@ -121,7 +122,7 @@ def test_a_call_of_a_sampler(config, sampler, least, most):
     jax.ShapeDtypeStruct((16,), jnp.int32),
     jax.ShapeDtypeStruct((16,), jnp.uint32),
   )
-  assert least < counted / compiled < most
+  assert counted == pytest.approx(compiled, rel=0.2)
 
 
 def test_what_is_the_same_in_every_turn_is_made_once():

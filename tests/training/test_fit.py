@@ -47,11 +47,12 @@ def plan(devices: int = 1, batch_size: int = 512, **wanted: Any) -> fit.Fit:
 
 @pytest.fixture
 def a_gib_a_row(monkeypatch):
-  """A row takes a GiB, or an eighth with remat; another one stands."""
+  """A row takes a GiB, less with remat; another one stands."""
+  a_row = {False: 1, 'dots': 0.5, True: 0.125}
 
   def step_bytes(stage, executor, accumulate, remat):
     rows = stage.phase.batch_size / executor.num_devices / accumulate
-    return int((1 + rows * (0.125 if remat else 1)) * GIB)
+    return int((1 + rows * a_row[remat]) * GIB)
 
   monkeypatch.setattr(fit, 'step_bytes', step_bytes)
 
@@ -59,7 +60,7 @@ def a_gib_a_row(monkeypatch):
 def test_where_the_memory_is_unknown_nothing_is_counted(monkeypatch):
   monkeypatch.setattr(fit, 'step_bytes', None)
   assert plan() == (1, False, None, None)
-  assert plan(accumulate=4, remat=True) == (4, True, None, None)
+  assert plan(accumulate=4, remat='dots') == (4, 'dots', None, None)
   assert str(plan()) == '1 microbatch a step, remat off'
 
 
@@ -70,11 +71,15 @@ def test_where_the_memory_is_unknown_nothing_is_counted(monkeypatch):
     (80, {}, 16, False, 33),  # four fifths of 80 hold 63 rows, not 64
     (80, {'devices': 8}, 2, False, 33),
     (7, {}, 128, False, 5),
-    (5, {}, 32, True, 3),  # fewer than four rows would be left without remat
+    # Fewer than four rows would be left without remat, or with its half.
+    (5, {}, 128, 'dots', 3),
+    (2.5, {}, 64, True, 2),
     (1.5, {}, 512, True, 1.125),
     (80, {'remat': True}, 2, True, 33),
+    (80, {'remat': 'dots'}, 8, 'dots', 33),
+    (50, {'accumulate': 8}, 8, 'dots', 33),
     (40, {'accumulate': 8}, 8, True, 9),
-    (40, {'accumulate': 16}, 16, True, 5),
+    (40, {'accumulate': 16}, 16, 'dots', 17),
     # More than four fifths, but there is nothing else.
     (40, {'accumulate': 16, 'remat': False}, 16, False, 33),
   ],
@@ -267,7 +272,14 @@ def test_a_pool_keeps_the_shards_it_was_begun_with(tmp_path):
 
 @pytest.mark.parametrize(
   ('text', 'value'),
-  [('auto', 'auto'), ('16', 16), ('1e3', 1000), ('True', True), ('no', None)],
+  [
+    ('auto', 'auto'),
+    ('Dots', 'dots'),
+    ('16', 16),
+    ('1e3', 1000),
+    ('True', True),
+    ('no', None),
+  ],
 )
 def test_a_command_line_may_say_auto(text, value):
   if value is None:

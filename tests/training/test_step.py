@@ -38,7 +38,7 @@ class Case(NamedTuple):
   kind: str
   devices: int = 1
   accumulate: int = 1
-  remat: bool = False
+  remat: bool | str = False
   label_drop: float = DROP
   normalize: bool = False
   network: str = 'mlp'
@@ -232,7 +232,8 @@ def test_law_1_the_accuracy_at_the_reference_is_one_half(case):
 
 
 @pytest.mark.parametrize(
-  ('network', 'remat'), [('mlp', False), ('unet', False), ('unet', True)]
+  ('network', 'remat'),
+  [('mlp', False), ('unet', False), ('unet', True), ('unet', 'dots')],
 )
 def test_law_1_the_log_ratio_to_itself_is_exactly_0(network, remat):
   model = make_model(network, remat)
