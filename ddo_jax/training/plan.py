@@ -45,6 +45,7 @@ from ddo_jax.training import workspace
 
 _SWEPT = ('training', 'selection', 'report')  # a round's parts but its pool
 _WIDTH = 80  # columns
+_FIRST = 'first '  # begins the name of a call's tracing and compiling
 
 
 class Call(NamedTuple):
@@ -556,7 +557,8 @@ def _probed(
     except errors.UserError as error:
       notes.append(f'not in the hours: the scores, for {error}')
   seconds = {name: found.seconds for name, found in times.items()}
-  seconds['first'] = sum(found.first for found in times.values())
+  for name, found in times.items():
+    seconds[f'{_FIRST}{name}'] = found.first
   taken = probe_lib.most_bytes()
   if taken:
     notes.append(f'the probe took {fit_lib.gib(taken)} GiB of a device')
@@ -632,8 +634,9 @@ def _filled(
   seconds = {}
   if probe:
     seconds, notes = _probed(run, calls)
-    calls['first'] = Call(0, work_lib.Work({}, 0, 0))
-    parts.insert(0, Part('compiling', 1, 0, {'first': 1}))
+    first = {name: 1.0 for name in seconds if name.startswith(_FIRST)}
+    calls |= dict.fromkeys(first, Call(0, work_lib.Work({}, 0, 0)))
+    parts.insert(0, Part('compiling', 1, 0, first))
     notes.insert(0, 'hours as measured here, by ten steps and a call of each')
   elif chip:
     seconds = {name: chip.seconds(call.work) for name, call in calls.items()}
