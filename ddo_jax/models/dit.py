@@ -24,6 +24,7 @@ from ddo_jax.method import diffusion
 from ddo_jax.method import likelihood
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import dit_layers
+from ddo_jax.models import layers
 from ddo_jax.models import precond
 from ddo_jax.models import vae
 from ddo_jax.samplers import contract
@@ -45,7 +46,8 @@ class Transformer(nn.Module):
     depth: the number of blocks.
     heads: the number of attention heads.
     mlp_ratio: the hidden width of the feed-forward layers, in units of D.
-    remat: whether each block's activations are recomputed in the backward pass.
+    remat: which activations of each block are recomputed in the backward pass,
+      see `layers.remat_policy`; False for none.
   """
 
   out_channels: int
@@ -55,7 +57,7 @@ class Transformer(nn.Module):
   depth: int
   heads: int
   mlp_ratio: float = 4.0
-  remat: bool = False
+  remat: bool | str = False
 
   @nn.compact
   def __call__(
@@ -99,7 +101,8 @@ class Transformer(nn.Module):
     """Returns a module that applies all blocks, one after the other."""
     block = dit_layers.Block
     if self.remat:
-      block = nn.remat(block, prevent_cse=False)
+      policy = layers.remat_policy(self.remat)
+      block = nn.remat(block, prevent_cse=False, policy=policy)
     scanned = nn.scan(
       block,
       variable_axes={'params': 0, 'intermediates': 0},
@@ -204,7 +207,7 @@ class TransformerConfig(likelihood.ModelConfig):
     height, width, _ = self.image_shape
     return height // self.patch, width // self.patch
 
-  def network(self, remat: bool) -> Transformer:
+  def network(self, remat: bool | str) -> Transformer:
     """Returns the network.
 
     Raises:
@@ -265,7 +268,7 @@ class DitConfig(TransformerConfig):
   """DiT; `dit_presets` has the published sizes. See `TransformerConfig`."""
 
   def build(
-    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool | str = False
   ) -> 'Dit':
     """Returns the model under ε-prediction and the weight of ε's error.
 

@@ -34,7 +34,7 @@ class SitConfig(dit.TransformerConfig):
   weighting: str = 'none'
 
   def build(
-    self, noise: noise_lib.NoiseLaw | None = None, remat: bool = False
+    self, noise: noise_lib.NoiseLaw | None = None, remat: bool | str = False
   ) -> 'Sit':
     """Returns the model under its interpolant and the weight of its loss.
 
