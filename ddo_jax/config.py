@@ -358,6 +358,13 @@ def validate(config: Config) -> None:
       'positive where config.tune.members is',
     )
   with problems.gather():
+    errors.require(
+      not config.tune.widths or bool(config.ddo.averages.width),
+      'ddo.averages.width',
+      config.ddo.averages.width,
+      'one or more widths, of which those in config.tune.widths are made',
+    )
+  with problems.gather():
     config.data.check()
   with problems.gather():
     evaluator_lib.check(config.evaluation)

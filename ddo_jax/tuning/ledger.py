@@ -94,6 +94,7 @@ def make(
   finals: list[dict[str, Any]],
   promoted: dict[str, Any],
   phase: config_lib.Phase,
+  probe: dict[str, Any] | None,
   shared_images: int,
   draw: float,
 ) -> dict[str, Any]:
@@ -107,6 +108,8 @@ def make(
     finals: the scores of the finalists' candidates.
     promoted: which of them was promoted.
     phase: the round's.
+    probe: what the probe proposed, and its cost in forward-equivalents; None
+      where it was not asked.
     shared_images: the images that were drawn to score the reference and the
       finalists.
     draw: see `forwards_an_image`.
@@ -116,13 +119,16 @@ def make(
   total = {name: sum(cost[name] for cost in costs) for name in costs[0]}
   total['pool'] = pool
   total['evaluation'] += shared_images
+  total['probe_forwards'] = probe['forwards'] if probe else 0
   total['forwards'] += round((pool + shared_images) * draw)
+  total['forwards'] += total['probe_forwards']
   total['images'] = sum(
     total[name] for name in ('real', 'pool', 'drawn_in_steps', 'evaluation')
   )
   return {
     'round': round_index,
     **hashes,
+    'probe': probe,
     'members': [
       result | {'cost': cost}
       for result, cost in zip(results, costs, strict=True)

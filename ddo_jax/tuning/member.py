@@ -111,8 +111,8 @@ def plan(
     count: the number of members.
     ranges: the lowest and highest value of each number.
     first: those that come first, each with its origin: the probe's proposal,
-      the winner of the round before. What they lack is the middle of its range,
-      and what they have beyond is left out.
+      the winner of the round before. What they lack is the middle of its
+      range, and what they have beyond is left out.
   """
   middle = {name: math.sqrt(low * high) for name, (low, high) in ranges.items()}
   found = []

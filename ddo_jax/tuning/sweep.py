@@ -24,17 +24,38 @@ from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
+from ddo_jax.tuning import alarms
+from ddo_jax.tuning import candidates
 from ddo_jax.tuning import ledger
 from ddo_jax.tuning import member as member_lib
+from ddo_jax.tuning import signal
 from ddo_jax.tuning import study as study_lib
+from ddo_jax.tuning import tune as tune_lib
 
 _LOGGER = logging.getLogger(__name__)
 _PLAN = 'study.json'
+_PROBE = 'probe.json'
+
+
+def _probed(
+  job: loop_lib.Job, manifest: manifest_lib.Manifest
+) -> signal.Proposal:
+  """Returns what the probe proposes for a round, or what it proposed."""
+  kept = manifest.read_json(_PROBE)
+  if kept is None:
+    proposal = signal.measure(job)
+    manifest.write_json(_PROBE, proposal.to_json())
+    kept = manifest.read_json(_PROBE)
+  proposal = signal.Proposal.from_json(kept)
+  if proposal.fault:
+    _LOGGER.warning('%s: %s', job.name, proposal.fault)
+  return proposal
 
 
 def _members(
   run: workspace.Run,
   job: loop_lib.Job,
+  proposal: signal.Proposal | None,
   winner: member_lib.Settings | None,
 ) -> list[member_lib.Member]:
   """Returns what the round's members try.
@@ -42,6 +63,7 @@ def _members(
   Args:
     run: the run.
     job: the job that the round would play without a sweep.
+    proposal: the probe's, where the config leaves a range to it.
     winner: the settings that the round before promoted, if it had a sweep.
 
   Raises:
@@ -49,36 +71,44 @@ def _members(
   """
   tune = run.config.tune
   given = tune.ranges()
-  own = {}
-  for name in member_lib.names(job.phase):
-    own[name] = member_lib.value_of(job.phase, name)
-  ranges = {
-    name: given.get(name, (value, value)) for name, value in own.items()
-  }
-  ranges.pop('p_std', None)
-  varied = [name for name, (low, high) in ranges.items() if low < high]
-  if not varied and tune.members > 1:
+  names = member_lib.names(job.phase)
+  own = {name: member_lib.value_of(job.phase, name) for name in names}
+  ranges = {name: (own[name], own[name]) for name in names if name != 'p_std'}
+  if proposal:
+    ranges |= proposal.ranges()
+  ranges = {n: r for n, r in (ranges | given).items() if n in names}
+  if tune.members > 1 and all(low == high for low, high in ranges.values()):
     raise errors.UserError(
       f'config.tune.members is {tune.members}, and nothing varies between them:'
-      ' give a range, such as --config.tune.beta=0.01,0.1'
+      " give a range, such as --config.tune.beta='(0.01, 0.1)'"
     )
-  first = [('config', own)]
+  first = [('probe', proposal.centre()) if proposal else ('config', own)]
   if winner:
     first.append(('winner', winner))
 
-  def inside(settings):
-    return all(
-      low <= settings.get(name, low) <= high
-      for name, (low, high) in ranges.items()
-    )
+  def within(settings):
+    """Holds settings to the ranges that the user gave."""
+    held = dict(settings)
+    for name, (low, high) in given.items():
+      if name in held:
+        held[name] = min(max(held[name], low), high)
+    return held
 
-  return member_lib.plan(
+  planned = member_lib.plan(
     seed=run.config.seed,
     stage=job.name,
     count=tune.members,
     ranges=ranges,
-    first=[(origin, point) for origin, point in first if inside(point)],
+    first=[(origin, within(settings)) for origin, settings in first],
   )
+  if proposal is None or 'beta' in given or 'alpha' not in names:
+    return planned
+  return [
+    dataclasses.replace(member, settings=signal.coupled(member.settings))
+    if member.origin == 'sobol'
+    else member
+    for member in planned
+  ]
 
 
 class Sweep:
@@ -104,13 +134,19 @@ class Sweep:
     """
     self._run = run
     self._job = job
+    self._proposal = None
+    names = member_lib.names(job.phase)
+    asked = [name for name in tune_lib.RANGES if name in names]
+    if 'beta' in names and not set(asked) <= run.config.tune.ranges().keys():
+      self._proposal = _probed(job, manifest)
     plan = manifest.read_json(_PLAN)
     if plan is None:
       plan = {
         # The storage may be that of many runs.
         'name': processes.decide('name', self._new_name),
         'members': [
-          dataclasses.asdict(member) for member in _members(run, job, winner)
+          dataclasses.asdict(member)
+          for member in _members(run, job, self._proposal, winner)
         ],
         'reference': self._score_reference(),
       }
@@ -159,13 +195,7 @@ class Sweep:
 
   def _play(self, member: member_lib.Member) -> None:
     """Plays a member that this process has claimed, unless it is done."""
-
-    def watch(evaluations, train):
-      del train
-      last = evaluations[-1]['step'] == self._job.phase.steps()
-      return self._study.judge(member.number, evaluations, last)
-
-    job = member_lib.job_of(member, self._job, self._run.training_model, watch)
+    job = self._job_of(member)
     found = functools.partial(member_lib.result, job.folder)
     result = processes.decide(f'result of {job.name}', found)
     if result is None:
@@ -182,6 +212,20 @@ class Sweep:
       )
     finish = functools.partial(self._study.finish, member.number, result)
     processes.decide(f'finish {job.name}', finish)
+
+  def _job_of(self, member: member_lib.Member) -> loop_lib.Job:
+    tune = self._run.config.tune
+
+    def watch(evaluations, train):
+      last = evaluations[-1]['step'] == self._job.phase.steps()
+      reason = self._study.judge(member.number, evaluations, last)
+      if reason or last:
+        return reason
+      return alarms.reason(evaluations, train, tune.alarms)
+
+    round_job = dataclasses.replace(self._job, keep_averages=bool(tune.widths))
+    build = self._run.training_model
+    return member_lib.job_of(member, round_job, build, watch)
 
   def _results(self) -> list[dict[str, Any]]:
     """Returns what the members left.
@@ -250,6 +294,8 @@ class Sweep:
     self._copy_log(self.members[shown['number']])
     if processes.is_main():
       shutil.rmtree(self._job.folder / 'finals', ignore_errors=True)
+      for averages in self._job.folder.glob('members/*/averages'):
+        shutil.rmtree(averages, ignore_errors=True)
     return promotion
 
   def _candidates(
@@ -268,17 +314,40 @@ class Sweep:
     for result in finalists:
       member = self.members[result['number']]
       params = self._params_of(member)
-      yield (
-        {
-          'candidate': 'member',
-          'member': member.number,
-          'settings': member.settings,
-          'step': result['step'],
-          'profile': result['profile'],
-          'selection': result['selection'],
-        },
-        params,
-      )
+      about = {
+        'member': member.number,
+        'settings': member.settings,
+        'step': result['step'],
+        'profile': result['profile'],
+        'selection': result['selection'],
+      }
+      yield about | {'candidate': 'member'}, params
+      for name, other in self._others(member, result, params):
+        yield about | {'candidate': name}, other
+
+  def _others(
+    self,
+    member: member_lib.Member,
+    result: dict[str, Any],
+    params: likelihood.Params,
+  ) -> Iterator[candidates.Candidate]:
+    """Yields what is made of a member without training."""
+    run = self._run
+    tune = run.config.tune
+    yield from candidates.merges(
+      reference=self._job.start(),
+      params=params,
+      weights=tune.merges,
+      rules=self._job.model.rules,
+      executor=run.executor,
+    )
+    yield from candidates.posthoc(
+      job=self._job_of(member),
+      evaluated=[record['step'] for record in result['evaluations']],
+      step=result['step'],
+      widths=tune.widths,
+      target=workspace.params_target(run.model, run.executor),
+    )
 
   def _params_of(self, member: member_lib.Member) -> likelihood.Params:
     folder = self._job.folder / 'members' / member.name
@@ -342,6 +411,14 @@ class Sweep:
       for result in results
     ]
     final_samples = measure.final_images(run.evaluator, run.config.evaluation)
+    probe = None
+    if self._proposal:
+      probe = {
+        'centre': self._proposal.centre(),
+        'ranges': self._proposal.ranges(),
+        'fault': self._proposal.fault,
+        'forwards': self._proposal.images,
+      }
     return ledger.make(
       round_index=int(job.name.removeprefix('round_')),
       hashes=hashes,
@@ -350,6 +427,7 @@ class Sweep:
       finals=finals,
       promoted=chosen,
       phase=job.phase,
+      probe=probe,
       shared_images=samples + len(finals) * final_samples,
       draw=draw,
     )

@@ -4,8 +4,10 @@ import dataclasses
 import math
 
 from ddo_jax import errors
+from ddo_jax.tuning import alarms as alarms_lib
 
-_RANGES = ('alpha', 'beta', 'learning_rate')
+# The numbers whose range a config or the probe gives.
+RANGES = ('alpha', 'beta', 'learning_rate')
 
 
 def _where(default: str) -> str:
@@ -37,7 +39,8 @@ class Tune:
     merges: the weights w of θ_ref + w(θ − θ_ref) that are tried for each
       finalist.
     widths: the relative widths of the power-function averages that are made
-      after training, for each finalist.
+      after training, for each finalist, of those in `ddo.averages.width`.
+    alarms: when a member is past its best, and ended.
     max_rounds: the most rounds that config.rounds='auto' plays; a run that
       reached it goes on where it is raised.
     storage: where the processes of a sweep meet: an address that Optuna knows,
@@ -52,12 +55,15 @@ class Tune:
   finalists: int = 3
   merges: tuple[float, ...] = ()
   widths: tuple[float, ...] = ()
+  alarms: alarms_lib.Alarms = dataclasses.field(
+    default_factory=alarms_lib.Alarms
+  )
   max_rounds: int = dataclasses.field(default=12, metadata={'science': False})
   storage: str = _where('')
 
   def ranges(self) -> dict[str, tuple[float, float]]:
     """Returns (lowest, highest) of each number whose range is given."""
-    given = {name: getattr(self, name) for name in _RANGES}
+    given = {name: getattr(self, name) for name in RANGES}
     return {name: (r[0], r[1]) for name, r in given.items() if r}
 
   def check(self, name: str) -> None:
@@ -66,7 +72,7 @@ class Tune:
     errors.require_integer(f'{name}.reduction', self.reduction, 1)
     errors.require_integer(f'{name}.finalists', self.finalists, 1)
     errors.require_integer(f'{name}.max_rounds', self.max_rounds, 1)
-    for field in _RANGES:
+    for field in RANGES:
       value = getattr(self, field)
       good = not value or (
         len(value) == 2
@@ -75,6 +81,7 @@ class Tune:
       )
       wanted = '(lowest, highest), both positive, or () for the probe to say'
       errors.require(good, f'{name}.{field}', value, wanted)
+    self.alarms.check(f'{name}.alarms')
     if self.merges:
       errors.require_positive(f'{name}.merges', self.merges)
     good = all(0 < width < 0.288 for width in self.widths)

@@ -21,17 +21,20 @@ ROUND_STEPS = resume.ROUND_STEPS
 
 
 def make_config(images, **knobs):
-  """One round of up to 12 steps, evaluated at every third, with 4 members."""
+  """One round of up to 12 steps, evaluated at every third, with 5 members."""
   config = resume.make_config(images, rounds=1)
+  config.ddo.if_hopeless = 'warn'  # so short a round hardly begins
   config.ddo.rhythm.eval_images = 3 * resume.BATCH
+  config.ddo.averages = config_lib.Averages((30.0, 60.0), width=(0.1,))
   config.tune = config_lib.Tune(
     **{
-      'members': 4,
+      'members': 5,
       'alpha': (0.5, 4.0),
-      'beta': (0.05, 0.2),
       'learning_rate': (1e-2, 1e-1),
       'reduction': 2,
       'finalists': 2,
+      'merges': (0.5,),
+      'widths': (0.15,),
     }
     | knobs
   )
@@ -65,18 +68,25 @@ def outcome(workdir):
 def test_a_sweep_says_what_it_did(whole):
   ledger = manifest.read_json(whole / 'round_000' / 'ledger.json')
   members = ledger['members']
-  assert [m['number'] for m in members] == [0, 1, 2, 3]
-  assert [m['origin'] for m in members] == ['config', 'sobol', 'sobol', 'sobol']
+  assert [m['number'] for m in members] == [0, 1, 2, 3, 4]
+  assert [m['origin'] for m in members] == ['probe', *['sobol'] * 4]
+  proposal = manifest.read_json(whole / 'round_000' / 'probe.json')
+  assert ledger['probe']['forwards'] == proposal['images']
+  # β goes with α, in the range that the probe proposes for α = 1.
+  low, high = ledger['probe']['ranges']['beta']
+  for settings in (m['settings'] for m in members):
+    assert low <= settings['beta'] / settings['alpha'] <= high
+    assert 0.5 <= settings['alpha'] <= 4 and settings['learning_rate'] >= 0.01
   # All begin from one reference, whose score is taken once.
   assert len({str(m['evaluations'][0]['selection']) for m in members}) == 1
-  assert len({m['evaluations'][1]['selection'] for m in members}) == 4
+  assert len({m['evaluations'][1]['selection'] for m in members}) == 5
   ended = [m for m in members if m['ended']]
   assert ended, 'none was ended early: nothing is compared'
+  assert any(m['ended'].startswith('halving: ') for m in ended)
   for member in ended:
-    assert member['ended'].startswith('halving: ')
     assert member['trained'] < ROUND_STEPS
   real = sum(m['trained'] for m in members) * resume.BATCH
-  scored = sum(len(m['evaluations']) - 1 for m in members) * 2 * 64
+  scored = sum(len(m['evaluations']) - 1 for m in members) * 3 * 64
   finals = ledger['finals']
   cost = ledger['cost']
   assert cost['real'] == real
@@ -86,11 +96,17 @@ def test_a_sweep_says_what_it_did(whole):
   draw = cost['forwards_a_drawn_image']
   assert draw == pytest.approx(5, rel=0.01)  # Heun of 3 steps
   drawn = 160 + cost['evaluation']
-  assert cost['forwards'] == pytest.approx(8 * real + drawn * draw, rel=0.01)
+  forwards = 8 * real + drawn * draw + proposal['images']
+  assert cost['forwards'] == pytest.approx(forwards, rel=0.01)
   # The finalists are the best by selection, and the best of them is promoted.
-  assert [f['candidate'] for f in finals] == ['reference', 'member', 'member']
+  assert [f['candidate'] for f in finals] == [
+    'reference',
+    *['member', 'merge_0.5', 'posthoc_0.150'] * 2,
+  ]
   ranked = sorted(members, key=lambda m: m['selection'])
-  assert [f['member'] for f in finals[1:]] == [m['number'] for m in ranked[:2]]
+  numbers = [m['number'] for m in ranked[:2] for _ in range(3)]
+  assert [f['member'] for f in finals[1:]] == numbers
+  assert len({f['rescored'] for f in finals}) == len(finals)
   best = min(finals, key=lambda f: f['rescored'])
   assert ledger['promoted'] == best
   assert best['rescored'] != best['selection']
@@ -102,6 +118,7 @@ def test_a_sweep_says_what_it_did(whole):
   assert ledger['reference_sha256'] == reference
   assert ledger['pool_sha256'] == manifest.digest(folder / 'fakes')
   assert not list(folder.glob('members/*/checkpoints'))
+  assert not list(folder.glob('members/*/averages'))
 
 
 def test_members_are_a_pure_function():
