@@ -186,8 +186,11 @@ def main(_) -> None:
   folder = pathlib.Path(flags.FLAGS.workdir)
   results = []
   for seed in range(flags.FLAGS.seeds):
-    features = draw_features(seed, folder / f'seed_{seed}')
-    results.append(one_seed(features))
+    path = folder / f'seed_{seed}' / 'scores.json'
+    if not path.exists():
+      features = draw_features(seed, folder / f'seed_{seed}')
+      records.write_json(path, one_seed(features))
+    results.append(records.read_json(path))
   rows = summarize(results)
   print(table(rows))
   made = {

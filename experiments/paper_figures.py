@@ -1,6 +1,6 @@
 """The paper's figures, on any recipe that plays rounds of DDO.
 
-python -m experiments.paper_figures --config.rounds=4
+python -m experiments.paper_figures --rounds=3
 python -m experiments.paper_figures --config=configs/cifar10_edm_cond.py
 --workdir=runs/cifar10_figures --second=recall
 --config.evaluation.real_images=10000 --config.guide_from=PARAMS
@@ -57,7 +57,7 @@ _SIZE = (4.2, 3.0)  # of a figure, in inches
 
 
 def kept(path: pathlib.Path, make: Callable[[], Any]) -> Any:
-  """Returns what a JSON file holds, making it first where it is not there."""
+  """Returns the table in a JSON file, making it first where it is not there."""
   if not path.exists():
     records.write_json(path, make())
   return records.read_json(path)
@@ -95,11 +95,16 @@ class Study:
   @property
   def promoted(self) -> pathlib.Path:
     """What the last round promoted."""
-    return self.folder / f'round_{self.config.rounds - 1:03d}' / 'promoted'
+    return workspace.newest_params(self.folder)
 
   def play(self) -> dict[str, Any]:
     """Plays all rounds; returns their summary."""
     return run_lib.play(self.config, self.folder)
+
+  def begin(self) -> None:
+    """Plays until there is a first round, with its reference and pool."""
+    if not (self.folder / 'round_000' / 'done.json').exists():
+      self.play()
 
 
 # --- What is computed ---------------------------------------------------------
@@ -116,8 +121,8 @@ def rounds(study: Study) -> dict[str, list[float]]:
   }
 
 
-def one_round(study: Study, name: str, value: float) -> list[dict[str, Any]]:
-  """Returns the evaluations of the first round with another α or β.
+def one_round(study: Study, name: str, value: float) -> dict[str, list[float]]:
+  """Returns the curve of the first round with another α or β.
 
   The pool of the run's first round, of the same reference and noise, is its
   own: it is not drawn again.
@@ -127,7 +132,6 @@ def one_round(study: Study, name: str, value: float) -> list[dict[str, Any]]:
     name: 'alpha' or 'beta'.
     value: its number.
   """
-  study.play()
   config = study.config
   objective = dataclasses.replace(config.ddo.objective, **{name: (value,)})
   config = dataclasses.replace(
@@ -143,23 +147,30 @@ def one_round(study: Study, name: str, value: float) -> list[dict[str, Any]]:
   if source.exists() and not pool.exists():
     shutil.copytree(source, pool)
   run_lib.play(config, folder)
+  return curve_of(folder)
+
+
+def curve_of(folder: pathlib.Path) -> dict[str, list[float]]:
+  """Returns {'images', 'score'} of the evaluations in a run's first round."""
   log = records.MetricsLog(folder).read('round_000')
-  return [record for record in log if record['kind'] == 'eval']
+  evaluations = [record for record in log if record['kind'] == 'eval']
+  return {
+    'images': [record['images'] for record in evaluations],
+    'score': [record['selection'] for record in evaluations],
+  }
 
 
 def sweep(study: Study, name: str) -> dict[str, dict[str, list[float]]]:
   """Returns {value: {'images', 'score'}} of rounds at several α or β."""
+  study.begin()
   standard = config_lib.at_round(study.config.ddo.objective, 0)
   found = {}
   for factor in FACTORS:
     value = factor * getattr(standard, name)
-    path = study.workdir / f'{name}_{value:g}.json'
     make = functools.partial(one_round, study, name, value)
-    evaluations = kept(path, make)
-    found[f'{value:g}'] = {
-      'images': [record['images'] for record in evaluations],
-      'score': [record['selection'] for record in evaluations],
-    }
+    if factor == 1:  # that is the run's own round
+      make = functools.partial(curve_of, study.folder)
+    found[f'{value:g}'] = kept(study.workdir / f'{name}_{value:g}.json', make)
   return found
 
 
@@ -219,11 +230,10 @@ def guidance(study: Study) -> dict[str, dict[str, dict[str, float]]]:
       'a model without classes is guided by a weaker network alone: set'
       ' --config.guide_from, or leave guidance and cost out by --figure'
     )
+  study.begin()
+  found = {'reference': over_scales(study, config, study.start, 'reference')}
   study.play()
-  found = {
-    'reference': over_scales(study, config, study.start, 'reference'),
-    'DDO': over_scales(study, config, study.promoted, 'ddo'),
-  }
+  found['DDO'] = over_scales(study, config, study.promoted, 'ddo')
   scores = found['DDO']['1']
   if study.second not in scores:
     raise errors.UserError(
@@ -492,6 +502,8 @@ def main(_) -> None:
   absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax speaks through absl
   options = flags.FLAGS
   config = options.config
+  if options.rounds:
+    config.rounds = options.rounds
   study = Study(config, pathlib.Path(options.workdir), options.second)
   output = pathlib.Path(options.output)
   found: dict[str, Any] = {}
@@ -515,6 +527,7 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'output', 'experiments/results/figures', 'The folder of the pictures.'
   )
+  flags.DEFINE_integer('rounds', 0, "How many are played; 0: the recipe's.")
   flags.DEFINE_string('second', 'accuracy', 'The second score of 6a.')
   flags.DEFINE_multi_string('figure', [], 'Which figures; all if none.')
   app.run(main)
