@@ -30,9 +30,9 @@ from ddo_jax.runtime import records
 from ddo_jax.training import fit as fit_lib
 from ddo_jax.training import step as step_lib
 
-_UNET = toy.ToyConfig('unet', 32, 3, (16, 16, 3), pixel_values=256)
-_TOKENIZER = vqvae.VqvaeConfig((16, 16, 3), (1, 2, 4, 8), 64, 8, 32, (1, 2))
-_VAR = var.VarConfig(_TOKENIZER, 10, depth=8, width=64, heads=4, chunk=85)
+_UNET = toy.ToyConfig('unet', 16, 2, (16, 16, 3), pixel_values=256)
+_TOKENIZER = vqvae.VqvaeConfig((8, 8, 1), (1, 2, 4), 32, 8, 32, (1, 1))
+_VAR = var.VarConfig(_TOKENIZER, 10, depth=8, width=64, heads=4, chunk=21)
 MODELS = {'unet': _UNET, 'var': _VAR}
 REMATS = (False, 'dots', True)
 ROWS = 16
