@@ -11,6 +11,7 @@ from ddo_jax.report import checks
 from ddo_jax.report import cost
 from ddo_jax.report import figures
 from ddo_jax.report import markup
+from ddo_jax.report import members
 from ddo_jax.report import run_folder
 from ddo_jax.report import samples
 from ddo_jax.report import scores
@@ -46,11 +47,15 @@ def _round_note(run: run_folder.Run, result: dict[str, Any]) -> str:
   chosen = result['promoted']
   note = 'the reference stays: no evaluation was better'
   if chosen['step']:
+    kind = chosen['profile']
+    if chosen.get('candidate', 'member') != 'member':  # made of a member's
+      kind += f', {chosen["candidate"]}'
     note = (
-      f'step {chosen["step"]} promoted ({chosen["images"]:,} images,'
-      f' {chosen["profile"]})'
+      f'step {chosen["step"]} promoted ({chosen["images"]:,} images, {kind})'
     )
-  for name, value in _numbers(run.config, result['round']).items():
+  numbers = _numbers(run.config, result['round'])
+  # Of a sweep, what the promoted member had.
+  for name, value in (numbers | chosen.get('settings', {})).items():
     note += f', {name} {value:g}'
   return f'Round {result["round"]}: {note}.'
 
@@ -247,6 +252,7 @@ def _sections(
     'Samples': samples.comparison(run),
     'Nearest training images': samples.neighbours(run),
     'Choice of the checkpoint': _curves(run, control),
+    'Members': members.section(run),
     'Logits': markup.panels(
       figures.histograms(run.stages),
       'βr of one batch, r the log-ratio of model and reference; bins beyond ±6'

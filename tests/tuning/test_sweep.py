@@ -1,6 +1,13 @@
 """A sweep in a run: what its members share, what is promoted, and kills."""
 
+import functools
+import logging
+import os
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from training import test_resume as resume
@@ -63,6 +70,21 @@ def outcome(workdir):
     'done': resume.without(done, 'seconds'),
     'log': resume.log_of(workdir),
   }
+
+
+def begun(whole, workdir):
+  """Makes a folder of a run whose pretraining is done."""
+  shutil.copytree(whole / 'pretrain', workdir / 'pretrain')
+  for name in ('config.json', 'manifest.json'):
+    shutil.copy(whole / name, workdir / name)
+
+
+def assert_same(workdir, whole):
+  got = outcome(workdir)
+  for part, value in outcome(whole).items():
+    if part == 'log':  # that of the pretraining was not copied
+      value = [r for r in value if r['stage'] != 'pretrain']
+    assert got[part] == value, part
 
 
 def test_a_sweep_says_what_it_did(whole):
@@ -144,16 +166,11 @@ def test_members_are_a_pure_function():
 
 # Where one sweep is killed, time after time; calls count from its restart.
 KILLS = [
-  ('score of the reference', resume.Evaluator, 'scores', 1),
   ('claim', study_lib.Study, '_report', 1),
-  ('first member', loop_lib._Logger, 'push', 5),
-  ('the pruner has answered', study_lib.Study, 'finish', 1),
-  ('an evaluation of the second', resume.Evaluator, 'scores', 3),
   ('verdict', study_lib.Study, '_ask_pruner', 2),
-  ('a later member', loop_lib._Logger, 'push', 4),
-  ('params of a member', checkpoint, 'save_params', 1),
-  ('finals', resume.Evaluator, 'scores', 3),
-  ('promotion', checkpoint, 'save_params', 1),
+  ('the end of a member', study_lib.Study, 'finish', 2),
+  ('params of a member', checkpoint, 'save_params', 2),
+  ('finals', resume.Evaluator, 'scores', 9),
 ]
 
 
@@ -161,9 +178,7 @@ def test_law_4_a_sweep_killed_anywhere_ends_as_the_whole_one(
   images, whole, tmp_path
 ):
   config = make_config(images)
-  shutil.copytree(whole / 'pretrain', tmp_path / 'pretrain')
-  for name in ('config.json', 'manifest.json'):
-    shutil.copy(whole / name, tmp_path / name)
+  begun(whole, tmp_path)
   for name, *call in KILLS:
     with pytest.MonkeyPatch.context() as patch:
       resume.at_call(patch, *call, resume.interrupt)
@@ -171,8 +186,36 @@ def test_law_4_a_sweep_killed_anywhere_ends_as_the_whole_one(
         run_lib.play(config, tmp_path)
     assert not (tmp_path / 'round_000' / 'promoted').exists(), name
   run_lib.play(config, tmp_path)
-  got = outcome(tmp_path)
-  for part, value in outcome(whole).items():
-    if part == 'log':  # that of the pretraining was not copied
-      value = [r for r in value if r['stage'] != 'pretrain']
-    assert got[part] == value, part
+  assert_same(tmp_path, whole)
+
+
+def killed_child(images, workdir):
+  """Plays beside others until it kills itself in its second member."""
+  kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+  resume.at_call(pytest.MonkeyPatch(), loop_lib._Logger, 'push', 9, kill)
+  config = make_config(pathlib.Path(images))
+  run_lib.play(config, pathlib.Path(workdir), peers=True)
+
+
+def test_what_a_killed_peer_left_is_taken_up(
+  images, whole, compiled, tmp_path, caplog
+):
+  begun(whole, tmp_path)
+  tests = pathlib.Path(__file__).parents[1]
+  code = (
+    f'import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}\n'
+    'import conftest; from tuning import test_sweep;'
+    f' test_sweep.killed_child({str(images)!r}, {str(tmp_path)!r})'
+  )
+  environment = os.environ | compiled
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=environment, stderr=subprocess.PIPE
+  )
+  assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+  folders = sorted((tmp_path / 'round_000' / 'members').glob('0*'))
+  assert [(f / 'done.json').exists() for f in folders] == [True, False]
+  caplog.set_level(logging.INFO, 'ddo_jax')
+  run_lib.play(make_config(images), tmp_path, peers=True)
+  assert 'round_000/001: from step' in caplog.text
+  assert 'round_000/000: from step' not in caplog.text
+  assert_same(tmp_path, whole)
