@@ -7,17 +7,17 @@ dozen steps that are thrown away, and then goes along it without training:
 θ_ref + reach · d for ever longer reaches, of which each costs a forward pass.
 There Δ = log p_θ − log p_ref of real and fake rows shows two things:
 
-* the margin, E_real Δ − E_fake Δ, which is of first order, grows, and ends
-  where the direction has nothing more to tell real from fake;
+* the margin, E_real Δ − E_fake Δ, which is of first order, grows with the
+  reach, and then falls behind: the direction has little more to tell;
 * the fall, −E Δ of both kinds, which is of second order, for the reference
-  had the best likelihood of its surroundings, overtakes it soon after.
+  had the best likelihood of its surroundings, overtakes it meanwhile.
 
-β brakes: from |Δ| of some 1/β on a row stops to pull. So `propose` takes β =
-1/std(Δ) at the reach where the margin ends: there, and not before, a round is
-to be held. It does not hang on the learning rate, for a round at a higher one
-is at that reach sooner. A model with an exact likelihood that has converged
-shows no margin: both of its gradients vanish, and there is nothing to propose
-(`Proposal.fault`).
+β brakes: where |Δ| is some 1/β a row stops to pull. So `propose` takes β =
+1/std(Δ) of real rows where the margin has fallen behind its straight line by
+half: there, and not before, a round is to be held. That does not hang on the
+learning rate, for a round at a higher one is there sooner. A model with an
+exact likelihood that has converged shows no margin: both of its gradients
+vanish, and there is nothing to propose (`Proposal.fault`).
 """
 
 from collections.abc import Iterator
@@ -50,13 +50,12 @@ _BETA = 0.01  # of the steps: nothing brakes them
 _FACTOR = math.sqrt(2)  # between one reach and the next
 _REACHES = 40  # at most
 _AGAIN = 4  # times that a direction is taken anew with smaller steps
-# The end of the margin is found by where it has this share of its maximum: that
-# place has less noise, and a parabola has it at 1 − √(1 − share) of its end.
-_SHARE = 0.85
+_BEHIND = 0.5  # of its straight line, where a parabola has its summit
+_LINEAR = 4.0  # first reaches: where it may do so, for the line to be seen
 _FALL = 10.0  # margins: the farthest reach, where no margin ends before
 _SIGNIFICANT = 4.0  # standard errors
 _WIDTH = 3.0  # a range is from its centre/3 to its centre·3
-_RATE_OF_REACH = 0.2  # the learning rate, as a share of the margin's end
+_RATE_OF_REACH = 0.15  # the learning rate, as a share of that reach
 _SEPARATED = 0.5  # of the largest separation, for a noise level to tell much
 _WIDEN = 1.25  # p_std, where high noise separates
 
@@ -76,9 +75,8 @@ class Range:
 
 
 _RANGES = ('alpha', 'beta', 'learning_rate')
-# Where the margin ends its derivative is 0: there both kinds of rows pull alike
-# at α = 1. A smaller α holds a round before that place; a larger one must be
-# held by a larger β.
+# Near there both kinds of rows pull nearly alike at α = 1. A smaller α holds a
+# round before that place; a larger one must be held by a larger β.
 _ALPHA = Range(centre=1.0, low=0.8, high=3.0)
 
 
@@ -254,22 +252,34 @@ def _between(points: Sequence[Point], reach: float) -> Point:
   )
 
 
+def _is_behind(points: Sequence[Point]) -> list[bool]:
+  """Says of each point whether the margin has fallen behind its line there.
+
+  While it is of first order the margin over the reach stays what it is. (It
+  may rise at first, and far out everything grows again.)
+  """
+  slopes = np.array([point.margin / point.reach for point in points])
+  steepest = np.maximum.accumulate(slopes)
+  falls = np.array([point.fall > _FALL * point.margin for point in points])
+  return list((slopes < _BEHIND * steepest) | falls)
+
+
 def _end(points: Sequence[Point]) -> float:
-  """Returns the reach where the margin ends; 0 if that is before them all."""
-  told: list[Point] = []
-  for point in points:
-    if told and point.fall > _FALL * point.margin:
-      break
-    told.append(point)
-  wanted = _SHARE * max(point.margin for point in told)
-  after = next(i for i, point in enumerate(told) if point.margin >= wanted)
-  if after == 0:
+  """Returns the reach where the margin falls behind; 0 if it is too near."""
+  behind = _is_behind(points)
+  after = behind.index(True) if any(behind) else len(points) - 1
+  if points[after].reach < _LINEAR * points[0].reach:
     return 0.0
-  near = told[after - 1]
-  far = told[after]
-  share = (wanted - near.margin) / (far.margin - near.margin)
-  reach = near.reach + share * (far.reach - near.reach)
-  return min(reach / (1 - math.sqrt(1 - _SHARE)), points[-1].reach)
+  near = points[after - 1]
+  far = points[after]
+  steepest = max(point.margin / point.reach for point in points[: after + 1])
+  wanted = _BEHIND * steepest
+  before = near.margin / near.reach
+  there = far.margin / far.reach
+  if there >= wanted:  # it is the fall that decides
+    return far.reach
+  share = (before - wanted) / (before - there)
+  return float(near.reach + share * (far.reach - near.reach))
 
 
 def _widened(p_std: float, levels: list[dict[str, float]]) -> float:
@@ -331,7 +341,8 @@ def propose(
   if not end:
     return None
   there = _between(points, end)
-  spread = float(np.sqrt((there.real.var() + there.fake.var()) / 2))
+  # Fakes may be anywhere: those that are far down pull no more.
+  spread = float(np.std(there.real))
   levels = there.by_noise_level()
   measured |= {
     'end': end,
@@ -475,14 +486,8 @@ def _line(
 
 
 def _is_past(points: Sequence[Point]) -> bool:
-  """Whether the margin's end is surely behind the last two of the points."""
-  if len(points) < 3:
-    return False
-  largest = max(point.margin for point in points)
-  return all(
-    point.margin < _SHARE * largest or point.fall > _FALL * point.margin
-    for point in points[-2:]
-  )
+  """Whether the margin is surely behind its line: at the last two points."""
+  return sum(_is_behind(points)[-2:]) == 2
 
 
 def measure(job: loop_lib.Job) -> Proposal:

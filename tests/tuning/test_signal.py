@@ -53,13 +53,13 @@ def line(gain, loss, rise, spread):
 
 
 def test_beta_is_one_over_the_spread_where_the_margin_ends():
-  # Its derivative gain − 2 · loss · r is 0 at r = 0.5.
+  # The margin's summit, where it is half of its straight line, is at 0.5.
   proposal = signal.propose(line(4.0, 4.0, 8.0, 30.0), PHASE, 7)
   spread = 30 * 0.5**1.5
   assert proposal.measured['end'] == pytest.approx(0.5, rel=0.05)
   assert proposal.beta.centre == pytest.approx(1 / spread, rel=0.08)
   assert proposal.beta.low < 1 / spread < proposal.beta.high
-  assert proposal.learning_rate.centre == pytest.approx(0.1, rel=0.05)
+  assert proposal.learning_rate.centre == pytest.approx(0.15 * 0.5, rel=0.05)
   assert (proposal.fault, proposal.images) == ('', 7)
   # Twice the log-ratio asks for half the β, at the same rate.
   double = signal.propose(line(8.0, 8.0, 16.0, 60.0), PHASE)
