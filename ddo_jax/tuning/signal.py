@@ -57,7 +57,8 @@ _SIGNIFICANT = 4.0  # standard errors
 _WIDTH = 3.0  # a range is from its centre/3 to its centre·3
 _RATE_OF_REACH = 0.15  # the learning rate, as a share of that reach
 _SEPARATED = 0.5  # of the largest separation, for a noise level to tell much
-_WIDEN = 1.25  # p_std, where high noise separates
+_WIDEN = 1.25  # p_std, where high noise separates,
+_WIDEST = 3.0  # up to the widest of the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Proposal:
     alpha: of α.
     beta: of β at α = 1; at another α it is α times that, see `coupled`.
     learning_rate: of the peak learning rate.
-    p_std: the standard deviation of ln σ; None where the noise law has none.
+    p_std: the standard deviation of ln σ, wider than the round's where high
+      noise still separates; None where the noise law has none. A sweep takes it
+      from its second round on.
     fault: '' where there is a signal; else why nothing can be proposed: the
       ranges are then the config's own numbers.
     images: what the probe cost, in forward passes of one row and their
@@ -297,7 +300,9 @@ def _widened(p_std: float, levels: list[dict[str, float]]) -> float:
     and level['separation'] > _SEPARATED * most
     for level in high
   ]
-  return p_std * _WIDEN if telling and all(telling) else p_std
+  if not telling or not all(telling):
+    return p_std
+  return max(p_std, min(p_std * _WIDEN, _WIDEST))
 
 
 def propose(

@@ -52,6 +52,20 @@ def _probed(
   return proposal
 
 
+def _kept_wide(
+  run: workspace.Run,
+  job: loop_lib.Job,
+  winner: member_lib.Settings | None,
+) -> loop_lib.Job:
+  """Returns the round's job under noise as wide as the round before had."""
+  p_std = (winner or {}).get('p_std')
+  if p_std is None or p_std <= member_lib.value_of(job.phase, 'p_std'):
+    return job
+  phase = member_lib.phase_of(job.phase, {'p_std': p_std})
+  model = run.training_model(phase.noise)
+  return dataclasses.replace(job, phase=phase, model=model)
+
+
 def _members(
   run: workspace.Run,
   job: loop_lib.Job,
@@ -76,6 +90,8 @@ def _members(
   ranges = {name: (own[name], own[name]) for name in names if name != 'p_std'}
   if proposal:
     ranges |= proposal.ranges()
+    if winner is None:  # the noise widens in later rounds alone
+      ranges.pop('p_std', None)
   ranges = {n: r for n, r in (ranges | given).items() if n in names}
   if tune.members > 1 and all(low == high for low, high in ranges.values()):
     raise errors.UserError(
@@ -133,6 +149,7 @@ class Sweep:
       errors.UserError: nothing is to be varied, or the storage is at fault.
     """
     self._run = run
+    job = _kept_wide(run, job, winner)
     self._job = job
     self._proposal = None
     names = member_lib.names(job.phase)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from typing import ClassVar
 
 from flax import struct
@@ -23,6 +24,7 @@ from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.tuning import signal
+from ddo_jax.tuning import sweep as sweep_lib
 
 SHAPE = (2, 2, 1)
 PHASE = config_lib.Phase(
@@ -209,6 +211,33 @@ def test_a_gaussian_is_measured_as_it_is(executor, tmp_path):
 def test_a_converged_exact_likelihood_has_no_signal(executor, tmp_path):
   job = gaussian_job(executor, tmp_path, images(1, 6, 17))
   assert signal.measure(job).fault.startswith('no first-order signal')
+
+
+def test_noise_widens_from_the_second_round_on_and_stays_wide(
+  executor, tmp_path
+):
+  config = config_lib.Config(seed=3)
+  config.tune.members = 4
+  run = types.SimpleNamespace(config=config, training_model=lambda noise: noise)
+  job = gaussian_job(executor, tmp_path, images(2, 0, 11))
+  proposal = signal.propose(line(4.0, 4.0, 8.0, 30.0), PHASE)
+  assert proposal.p_std == pytest.approx(1.5)
+  members = sweep_lib._members(run, job, proposal, None)
+  assert not any('p_std' in member.settings for member in members)
+  winner = members[1].settings | {'p_std': 1.4}
+  members = sweep_lib._members(run, job, proposal, winner)
+  widths = [member.settings['p_std'] for member in members]
+  assert widths == pytest.approx(
+    [1.5, 1.4, 1.5, 1.5]
+  )  # the winner's is its own
+  # The next round begins where this one was, unless its config is wider.
+  job = sweep_lib._kept_wide(run, job, winner)
+  assert job.phase.noise.p_std == job.model.p_std == 1.4
+  assert sweep_lib._kept_wide(run, job, {'p_std': 1.3}) is job
+  assert sweep_lib._kept_wide(run, job, None) is job
+  phase = dataclasses.replace(PHASE, noise=noise.LogNormal(-0.5, 2.9))
+  wide = signal.propose(line(4.0, 4.0, 8.0, 30.0), phase)
+  assert wide.p_std == 3.0
 
 
 def test_what_cannot_be_probed_is_one_line(executor, tmp_path):
