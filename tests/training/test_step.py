@@ -17,7 +17,9 @@ from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.method import noise
+from ddo_jax.models import dit
 from ddo_jax.models import edm2
+from ddo_jax.models import sit
 from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
@@ -57,6 +59,11 @@ EDM2 = [
   Case(kind, n, remat=True, network='edm2')
   for kind, n in (('jit', 1), ('pmap', 8), ('fsdp', 8))
 ]
+SIT = [
+  Case(kind, n, network='sit')
+  for kind, n in (('jit', 1), ('pmap', 8), ('fsdp', 8))
+]
+DIT = Case('pmap', 8, accumulate=2, remat=True, network='dit')
 NORMALIZED = Case('fsdp', 8, 2, label_drop=0, normalize=True)
 # Every setting with more than one executor, not every combination: each is
 # compiled, for seconds.
@@ -72,6 +79,8 @@ CASES = [
   Case('pmap', 8, remat=True, normalize=True, network='unet'),
   NORMALIZED,
   *EDM2,
+  *SIT,
+  DIT,
 ]
 NAMES = ['-'.join(map(str, case)) for case in CASES]
 
@@ -89,6 +98,9 @@ LAW = noise.LogNormal(-0.5, 1.2)
 def make_model(network='mlp', remat=False):
   if network == 'edm2':
     knobs = edm2.Edm2Config(SHAPE, CLASSES, 4, (1,), 1, (), 4)
+  elif network in ('dit', 'sit'):
+    kind = {'dit': dit.DitConfig, 'sit': sit.SitConfig}[network]
+    knobs = kind(SHAPE, CLASSES, 2, 8, 2, 2, pixel_values=17)
   else:
     knobs = toy.ToyConfig(network, 8, 1, SHAPE, CLASSES)
   return knobs.build(noise=LAW, remat=remat)
@@ -233,7 +245,14 @@ def test_law_1_the_accuracy_at_the_reference_is_one_half(case):
 
 @pytest.mark.parametrize(
   ('network', 'remat'),
-  [('mlp', False), ('unet', False), ('unet', True), ('unet', 'dots')],
+  [
+    ('mlp', False),
+    ('unet', False),
+    ('unet', True),
+    ('unet', 'dots'),
+    ('dit', True),
+    ('sit', 'dots'),
+  ],
 )
 def test_law_1_the_log_ratio_to_itself_is_exactly_0(network, remat):
   model = make_model(network, remat)
@@ -257,9 +276,9 @@ def test_law_1_the_log_ratio_to_itself_is_exactly_0(network, remat):
 
 
 @functools.cache
-def expected_gradient(label_drop):
+def expected_gradient(label_drop, case=JIT):
   """−(β/2) [∇E w_real log p(real) − ∇E w_fake log p(fake)] by autodiff."""
-  model, keys = bench(JIT).model, first_keys()
+  model, keys = bench(case).model, first_keys()
   dropped = jnp.array(first_drop(label_drop))
 
   def expectation(params, rows, weight, weight_dropped):
@@ -276,17 +295,19 @@ def expected_gradient(label_drop):
     fake = expectation(params, make_rows(1), ALPHA, 0)
     return -BETA / 2 * (real - fake)
 
-  return gradient(bench(JIT).params)
+  return gradient(bench(case).params)
 
 
 @pytest.mark.parametrize(
-  ('case', 'divisor'), [(JIT, 1), (PMAP_ACCUMULATE, 1), (NORMALIZED, ALPHA)]
+  ('case', 'divisor'),
+  [(JIT, 1), (PMAP_ACCUMULATE, 1), (NORMALIZED, ALPHA), (SIT[0], 1)],
 )
 def test_law_2_the_gradient_at_the_reference(case, divisor):
   state, _ = bench(case).run(1)
   # Adam's first moment, of zero before, is (1 − b1) of the gradient.
   got = jax.tree.map(lambda m: m / (1 - 0.9), state.opt_state[0].mu)
-  expected = expected_gradient(case.label_drop)
+  same = SIT[0] if case in SIT else JIT
+  expected = expected_gradient(case.label_drop, same)
   expected = jax.tree.map(lambda g: g / divisor, expected)
   assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 0.01
   chex.assert_trees_all_close(
@@ -305,7 +326,8 @@ def test_law_2_the_reference_never_changes(case):
 @pytest.mark.parametrize(
   ('case', 'bare'),
   [(case, JIT) for case in (PMAP, PMAP_ACCUMULATE, FSDP, HYBRID, ZERO1)]
-  + [(case, EDM2[0]) for case in EDM2[1:]],
+  + [(case, EDM2[0]) for case in EDM2[1:]]
+  + [(case, SIT[0]) for case in SIT[1:]],
   ids=[
     'pmap',
     'accumulate',
@@ -314,6 +336,8 @@ def test_law_2_the_reference_never_changes(case):
     'zero1',
     'edm2-pmap',
     'edm2-fsdp',
+    'sit-pmap',
+    'sit-fsdp',
   ],
 )
 def test_law_3_one_result_on_any_devices(case, bare):
