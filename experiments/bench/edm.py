@@ -1,6 +1,7 @@
-"""Speed and memory of a released network, with random weights.
+"""Speed and memory of a published network, with random weights.
 
 python -m experiments.bench.edm --model=edm-cifar10-32x32-cond-vp --batch=4
+python -m experiments.bench.edm --model=SiT-S-2-256x256 --batch=4
 
 Four calls are timed, each as the median of several after warm-up: a forward
 pass, the MLE step, the DDO step of the same number of real rows (and as many
@@ -10,6 +11,7 @@ from shapes.
 """
 
 from collections.abc import Callable
+import dataclasses
 import json
 import pathlib
 import time
@@ -26,6 +28,7 @@ from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import diffusion
 from ddo_jax.method import objective as objective_lib
+from ddo_jax.models import dit_presets
 from ddo_jax.models import presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
@@ -35,7 +38,9 @@ from ddo_jax.training import step as step_lib
 from experiments.bench import memory
 
 _MODEL = flags.DEFINE_string(
-  'model', 'edm-cifar10-32x32-cond-vp', 'A released name; see models/presets.'
+  'model',
+  'edm-cifar10-32x32-cond-vp',
+  'A published name; see models/presets and models/dit_presets.',
 )
 _BATCH = flags.DEFINE_integer('batch', 4, 'Real rows a step; images a call.')
 _CALLS = flags.DEFINE_integer('calls', 5, 'Timed calls; median reported.')
@@ -130,11 +135,18 @@ def phase_of(objective: objective_lib.Objective, rows: int) -> config_lib.Phase:
   return config_lib.at_round(phase, 0)
 
 
+def config_of(name: str) -> Any:
+  """Returns a model's settings; its data are random pixels."""
+  if name in dit_presets.PRESETS:
+    return dataclasses.replace(dit_presets.get(name), latents=False)
+  return presets.get(name)
+
+
 def measure(name: str, rows: int) -> dict[str, Any]:
   """Returns all figures of one network."""
   mle_phase = phase_of(objective_lib.MLE(), rows)
   ddo_phase = phase_of(ddo.DDO(), rows)
-  model = presets.get(name).build(noise=ddo_phase.noise, remat=_REMAT.value)
+  model = config_of(name).build(noise=ddo_phase.noise, remat=_REMAT.value)
   executor = devices_lib.Executor(config_lib.Executor(remat=_REMAT.value))
   params = executor.make_state(model.init, rng.stream(0))
   label = jnp.zeros(rows, jnp.int32)
