@@ -173,6 +173,26 @@ def test_images_come_of_means_by_the_decoder_alone(autoencoder):
   assert np.abs(np.asarray(images, np.float32) + 0.5 - wanted).max() <= 0.51
 
 
+class Plain:
+  """An autoencoder whose images are its latents."""
+
+  def apply(self, params, x, method):
+    return x[..., :3]
+
+
+@pytest.mark.parametrize(
+  ('nearest', 'wanted'),
+  [(False, [0, 0, 7, 254, 255]), (True, [0, 1, 8, 255, 255])],
+)
+def test_pixel_values_are_cut_off_or_rounded(nearest, wanted):
+  """EDM2's program does the one, DiT's, trunc(127.5 x + 128), the other."""
+  decoder = codec.Latents(Plain(), nearest=nearest)
+  mean = np.float32([-3, 0.6, 7.7, 254.9, 300]) / 255
+  stored = np.broadcast_to(mean[:, None, None, None], (5, 1, 1, 8))
+  images = decoder.render({'vae': None}, jnp.asarray(stored))
+  np.testing.assert_array_equal(images[:, 0, 0, 0], wanted)
+
+
 def test_raw_latents_of_images(autoencoder):
   images = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
   raw = jax.jit(LATENTS.compress)({'vae': autoencoder}, images)
