@@ -27,6 +27,10 @@ beside it and no others:
               Scores params, or images that are there already.
   report      --workdir [--control]
               Writes report.html again; beside the curves of a control run.
+  doctor      --workdir [--config]
+              Says what a run is, finished or going on: healthy, dead,
+              saturated, overshooting, starved, or led astray by a shortcut;
+              with the numbers and a remedy. Exits with 2 if it is ill.
   convert     --source --output [--config --sha256]
               Released weights to a folder of params, and back to a file.
   fid_stats   --config --output
@@ -79,6 +83,7 @@ from ddo_jax.training import plan as plan_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import samples
 from ddo_jax.training import workspace
+from ddo_jax.tuning import doctor as doctor_lib
 from ddo_jax.weights import released
 
 
@@ -231,6 +236,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 _LOGGER = logging.getLogger('ddo_jax.main')  # also as __main__
+_ILL = 2  # the exit status where the doctor found something
 
 
 def selfplay(
@@ -389,6 +395,22 @@ def report(
   return page.write(workdir, control)
 
 
+def doctor(
+  workdir: pathlib.Path, config: config_lib.Config | None = None
+) -> doctor_lib.Diagnosis:
+  """Says what a run is; see `doctor.examine`.
+
+  Args:
+    workdir: its folder, in which nothing is written and no lock is taken.
+    config: where data and model are to be taken from, if what the run recorded
+      is not at hand.
+
+  Returns:
+    A diagnosis, which prints as lines.
+  """
+  return doctor_lib.examine(workdir, config)
+
+
 def convert(
   source: str,
   output: pathlib.Path,
@@ -515,6 +537,12 @@ def _report() -> Any:
   return processes.decide('report', lambda: str(write()))
 
 
+def _doctor() -> Any:
+  # A run that is going holds the accelerator.
+  jax.config.update('jax_platforms', 'cpu')
+  return doctor(_path(_WORKDIR), _CONFIG.value)
+
+
 def _convert() -> Any:
   write = functools.partial(
     convert,
@@ -573,6 +601,7 @@ _MODES = {
     _RUN,
   ),
   'report': _Mode(_report, (_WORKDIR,), (_CONTROL,), '--workdir=runs/digits'),
+  'doctor': _Mode(_doctor, (_WORKDIR,), (_CONFIG,), '--workdir=runs/digits'),
   'convert': _Mode(
     _convert,
     (_SOURCE, _OUTPUT),
@@ -711,6 +740,8 @@ def _main(argv: Sequence[str]) -> None:
         _print(result)
   except errors.UserError as error:
     _fail(error)
+  if isinstance(result, doctor_lib.Diagnosis) and result.is_ill:
+    sys.exit(_ILL)
 
 
 if __name__ == '__main__':

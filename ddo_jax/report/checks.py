@@ -68,10 +68,10 @@ def checked(run: run_folder.Run) -> list[str]:
     f' {selection:,} samples of another seed.'
   )
   lines += _evaluator(run)
-  if not any(result['warnings'] for result in run.rounds):
+  if not any(run.warnings().values()):
     lines.append(
       'The discriminator neither saturated nor stayed at chance in the second'
-      ' half of any round.'
+      ' half of any round, and no round left what its reference had.'
     )
   return lines
 

@@ -21,27 +21,6 @@ from ddo_jax.runtime import manifest
 _HERE = pathlib.Path(__file__).parent
 
 
-def _numbers(config: dict[str, Any], index: int) -> dict[str, float]:
-  """Returns the numbers that a round was played with.
-
-  They are those of the objective, and the peak learning rate. A config records
-  one entry a round, of which the last repeats.
-  """
-  names = [name for name in config if name.startswith('ddo.objective.')]
-  names.append('ddo.optimizer.learning_rate')
-  # Earlier versions recorded all numbers of a phase side by side.
-  if config.get('ddo.objective') == 'ddo':
-    names += ['ddo.alpha', 'ddo.beta']
-  names.append('ddo.learning_rate')
-  numbers = {}
-  for name in names:
-    values = config.get(name)
-    if isinstance(values, list):
-      last = len(values) - 1
-      numbers[name.split('.')[-1]] = values[min(index, last)]
-  return numbers
-
-
 def _round_note(run: run_folder.Run, result: dict[str, Any]) -> str:
   """Says what a round promoted, and with which numbers it was played."""
   chosen = result['promoted']
@@ -53,9 +32,7 @@ def _round_note(run: run_folder.Run, result: dict[str, Any]) -> str:
     note = (
       f'step {chosen["step"]} promoted ({chosen["images"]:,} images, {kind})'
     )
-  numbers = _numbers(run.config, result['round'])
-  # Of a sweep, what the promoted member had.
-  for name, value in (numbers | chosen.get('settings', {})).items():
+  for name, value in run.numbers(result['round']).items():
     note += f', {name} {value:g}'
   return f'Round {result["round"]}: {note}.'
 
@@ -85,7 +62,7 @@ def _facts(run: run_folder.Run) -> dict[str, str]:
   """Returns what the run was made of and on, by name; text."""
   config = run.config
   facts = {'data': config['data.source'], 'model': _model(run)}
-  numbers = _numbers(config, 0)
+  numbers = run.numbers(0)
   facts['objective'] = run.objective + ''.join(
     f', {name} {value:g}' for name, value in numbers.items()
   )
@@ -124,8 +101,8 @@ def _alerts(run: run_folder.Run) -> list[str]:
     for last in logs[-1][-1:]:
       alert += f' Last record: {last["stage"]}, {last["images"]:,} images.'
     alerts.append(alert)
-  for result in run.rounds:
-    alerts += [f'Round {result["round"]}: {w}.' for w in result['warnings']]
+  for index, warnings in run.warnings().items():
+    alerts += [f'Round {index}: {warning}.' for warning in warnings]
   for stage in ('pretrain', *run.stages):
     log = run.pretrain if stage == 'pretrain' else run.stages[stage]
     bad = [str(record['step']) for record in log if record['kind'] == 'bad']

@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from ddo_jax import errors
 from ddo_jax import settings
 from ddo_jax.runtime import manifest
 from ddo_jax.runtime import records
+from ddo_jax.tuning import findings
 
 # Records of a stage, by the name of its folder.
 Stages = dict[str, list[dict[str, Any]]]
@@ -71,11 +73,48 @@ class Run:
     # object.
     return self.config.get('ddo.objective.type') or self.config['ddo.objective']
 
+  def numbers(self, index: int) -> dict[str, float]:
+    """Returns the numbers that a round is played with, by name.
+
+    They are those of the objective, and the peak learning rate. A config
+    records one entry a round, of which the last repeats; a sweep's round has
+    those of the member that it promoted.
+    """
+    config = self.config
+    names = [name for name in config if name.startswith('ddo.objective.')]
+    names.append('ddo.optimizer.learning_rate')
+    # Earlier versions recorded all numbers of a phase side by side.
+    if config.get('ddo.objective') == 'ddo':
+      names += ['ddo.alpha', 'ddo.beta']
+    names.append('ddo.learning_rate')
+    numbers = {}
+    for name in names:
+      values = config.get(name)
+      if isinstance(values, list):
+        last = len(values) - 1
+        numbers[name.split('.')[-1]] = values[min(index, last)]
+    for result in self.rounds:
+      if result['round'] == index:
+        numbers |= result['promoted'].get('settings', {})
+    return numbers
+
+  def warnings(self) -> dict[int, list[str]]:
+    """Returns what is ill with each round, done or not, by its number."""
+    found = {}
+    for stage, log in self.stages.items():
+      index = int(stage.removeprefix('round_'))
+      found[index] = findings.warnings(log, self.numbers(index))
+    for result in self.rounds:  # whose log may be lost
+      index = result['round']
+      found[index] = found.get(index) or result['warnings']
+    return found
+
   def path(self, index: int, name: str) -> pathlib.Path:
     """Returns where a file of a round is."""
     return self.folder / f'round_{index:03d}' / name
 
 
+_ROUND = re.compile(r'round_\d+')
 _NUMBERS = ('fakes', 'train', 'evaluate')
 
 
@@ -148,12 +187,11 @@ def read(workdir: pathlib.Path) -> Run:
   for record in records.read_log(workdir):
     stages[record['stage']].append(record)
   pretrain = stages.pop('pretrain', [])
-  stages.pop('tokenizer', None)
   return Run(
     folder=workdir,
     config=config,
     summary=summary,
     rounds=[rounds[index] for index in sorted(rounds)],
-    stages=dict(stages),
+    stages={n: log for n, log in stages.items() if _ROUND.fullmatch(n)},
     pretrain=pretrain,
   )

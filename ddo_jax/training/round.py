@@ -31,6 +31,7 @@ from ddo_jax.runtime import processes
 from ddo_jax.runtime import progress
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
+from ddo_jax.tuning import findings
 from ddo_jax.tuning import sweep as sweep_lib
 
 _LOGGER = logging.getLogger(__name__)
@@ -234,36 +235,14 @@ def _report_scores(
   return result
 
 
-def warnings(stage_records: list[dict[str, Any]]) -> list[str]:
-  """Returns what a round's log says of its discriminator's health.
-
-  Args:
-    stage_records: the round's records of metrics.jsonl; the second half of its
-      training counts.
-  """
-  train = [
-    record
-    for record in stage_records
-    if record['kind'] == 'train'
-    and 'accuracy' in record
-    and not record.get('bad')
-  ]
-  late = train[len(train) // 2 :]
-  if not late:
-    return []
-  accuracy = float(np.mean([record['accuracy'] for record in late]))
-  saturated = float(np.mean([record['saturated'] for record in late]))
-  if saturated > 0.5:
-    return [
-      f'the discriminator saturates (|βΔ| > 4 on {saturated:.0%} of the rows):'
-      ' lower beta or the learning rate, or shorten the round'
-    ]
-  if accuracy < 0.505:
-    return [
-      f'the discriminator stays at chance (accuracy {accuracy:.3f}): raise'
-      ' beta or the learning rate, or lengthen the round'
-    ]
-  return []
+def _numbers(phase: config_lib.Phase) -> dict[str, float]:
+  """Returns the numbers of a phase at its round; see `findings.of_log`."""
+  numbers = {
+    name: value
+    for name, value in vars(phase.objective).items()
+    if isinstance(value, float)
+  }
+  return numbers | {'learning_rate': phase.optimizer.learning_rate}
 
 
 def _known_scores(
@@ -374,6 +353,7 @@ def play_round(
   clock.append(time.perf_counter())
 
   parts = ('fakes', 'train', 'evaluate')
+  numbers = _numbers(phase) | promotion.about.get('settings', {})
   result = {
     'round': index,
     'promoted': _chosen(run, promotion),
@@ -383,7 +363,7 @@ def play_round(
     'seconds': dict(zip(parts, np.diff(clock).tolist(), strict=True)),
     'warnings': processes.decide(
       f'warnings of {folder.name}',
-      lambda: warnings(run.log.read(folder.name)),
+      lambda: findings.warnings(run.log.read(folder.name), numbers),
     ),
   }
   for warning in result['warnings']:

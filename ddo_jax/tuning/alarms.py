@@ -92,17 +92,17 @@ def _overshoot(evaluations: Records, train: Records, rules: Alarms) -> str:
   )
 
 
-def _values(train: Records, name: str) -> np.ndarray:
+def series(train: Records, name: str) -> np.ndarray:
   """Returns a field of the log's records of good steps, in their order."""
   kept = [r[name] for r in train if name in r and not r.get('bad')]
   values = np.array(kept, float)
   return values[np.isfinite(values)]
 
 
-def _forgetting(evaluations: Records, train: Records, rules: Alarms) -> str:
+def forgetting(evaluations: Records, train: Records, rules: Alarms) -> str:
   """The MLE loss on real rows has risen."""
   del evaluations
-  values = _values(train, 'mle_loss')
+  values = series(train, 'mle_loss')
   count = min(rules.window, len(values) // 2)
   if not rules.mle_rise or count < _FEWEST:
     return ''
@@ -119,7 +119,7 @@ def _forgetting(evaluations: Records, train: Records, rules: Alarms) -> str:
   )
 
 
-def _narrowing(evaluations: Records, train: Records, rules: Alarms) -> str:
+def narrowing(evaluations: Records, train: Records, rules: Alarms) -> str:
   """Recall has fallen."""
   del train
   values = [r['recall'] for r in evaluations if 'recall' in r]
@@ -134,7 +134,7 @@ def _narrowing(evaluations: Records, train: Records, rules: Alarms) -> str:
 def _saturation(evaluations: Records, train: Records, rules: Alarms) -> str:
   """Most logits are saturated, and teach nothing any more."""
   del evaluations
-  values = _values(train, 'saturated')[-rules.window :]
+  values = series(train, 'saturated')[-rules.window :]
   if not rules.saturated or len(values) < _FEWEST:
     return ''
   if values.mean() <= rules.saturated:
@@ -161,7 +161,7 @@ def reason(evaluations: Records, train: Records, rules: Alarms) -> str | None:
   scores = [record['selection'] for record in evaluations]
   if min(scores[-rules.patience :]) <= min(scores):
     return None
-  for alarm in (_overshoot, _forgetting, _narrowing, _saturation):
+  for alarm in (_overshoot, forgetting, narrowing, _saturation):
     line = alarm(evaluations, train, rules)
     if line:
       return line

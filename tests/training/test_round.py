@@ -5,6 +5,7 @@ import pytest
 
 from configs import digits
 from configs import digits_var
+from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import negatives
@@ -13,22 +14,12 @@ from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
 
 
-@pytest.mark.parametrize(
-  ('accuracy', 'saturated', 'wanted'),
-  [
-    (0.7, 0.6, 'saturates (|βΔ| > 4 on 60% of the rows)'),
-    (0.501, 0.0, 'at chance (accuracy 0.501)'),
-    (0.51, 0.49, None),
-  ],
-)
-def test_warnings_tell_of_the_second_half(accuracy, saturated, wanted):
-  late = {'kind': 'train', 'accuracy': accuracy, 'saturated': saturated}
-  early = {'kind': 'train', 'accuracy': 0.5, 'saturated': 1.0}
-  other = [{'kind': 'eval'}, {'kind': 'train', 'loss': 1.0}]
-  found = round_lib.warnings([early, early, *other, late, late])
-  assert len(found) == (wanted is not None)
-  assert all(wanted in line for line in found)
-  assert not round_lib.warnings(other)
+def test_the_numbers_of_a_round_are_told():
+  """Those by which its log is judged, see `tuning.findings`."""
+  config = digits.get_config()
+  phase = config_lib.at_round(config.ddo, 1)
+  numbers = {'alpha': 1.0, 'beta': 0.1, 'learning_rate': 5e-4}
+  assert round_lib._numbers(phase) == numbers
 
 
 @pytest.mark.parametrize(
