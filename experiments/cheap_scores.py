@@ -10,9 +10,10 @@ of 5,000. Each score is taken of every set:
 * bias: the mean over sets, less the score of all 50,000 (of a limit: the limit
   of all of them), as a share of it;
 * spread: the standard deviation from set to set, likewise;
-* z: the difference between the promoted model and the merge over its standard
-  deviation from set to set, both drawn of the same noise, as checkpoints of a
-  round are compared. Below two a set of that size cannot tell them apart.
+* paired: that of the difference between the promoted model and the merge, both
+  drawn of the same noise, as checkpoints of a round are compared;
+* z: their difference over it. Below two, a set of that size cannot tell them
+  apart.
 """
 
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             'bias': sets['promoted'].mean() / truth - 1,
             'spread': sets['promoted'].std(ddof=1) / truth,
             'gap': true_gap,
+            'paired': gap.std(ddof=1) / truth,
             'z': true_gap / gap.std(ddof=1),
             'seconds': result['seconds'][f'{name} of {size}'],
           }
@@ -169,14 +171,14 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
   """Returns the rows as Markdown."""
   lines = [
-    '| score | samples | of 50,000 | bias | spread | z | CPU seconds |',
-    '|---|---|---|---|---|---|---|',
+    '| score | samples | of 50,000 | bias | spread | paired | z | CPU s |',
+    '|---|---|---|---|---|---|---|---|',
   ]
   for row in rows:
     lines.append(
       f'| {row["name"]} | {row["size"]:,} | {row["score"]:.3f}'
-      f' | {row["bias"]:+.1%} | {row["spread"]:.1%} | {row["z"]:.1f}'
-      f' | {row["seconds"]:.3f} |'
+      f' | {row["bias"]:+.1%} | {row["spread"]:.1%} | {row["paired"]:.1%}'
+      f' | {row["z"]:.1f} | {row["seconds"]:.3f} |'
     )
   return '\n'.join(lines)
 

@@ -37,9 +37,11 @@ class Alarms:
   """The rules by which a member is ended; 0 turns a rule off.
 
   Attributes:
-    noise: the standard deviation of the selection score from one stream of
-      samples to another, as a share of the score. `experiments/cheap_scores.py`
-      measures it; it falls with the number of images.
+    noise: the standard deviation of the difference between two evaluations of
+      a member, which draw from one stream of samples, as a share of the score.
+      `experiments/cheap_scores.py` measures it: of 5,000 digits 0.009 where
+      they are near, 0.09 between the reference and the best. It falls with the
+      number of images.
     margin: the score is past its best where it is worse by so many times the
       noise.
     patience: how many evaluations in a row must be worse than the best one

@@ -32,5 +32,6 @@ def test_a_row_of_the_table(monkeypatch):
   assert row['bias'] == pytest.approx((3.5 + 2) / truth - 1)
   assert row['spread'] == pytest.approx(np.std([3, 3, 4, 4], ddof=1) / truth)
   assert row['z'] == pytest.approx(2.5 / np.std([1, 2, 3, 4], ddof=1))
+  assert row['paired'] == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / truth)
   line = cheap_scores.table([row]).splitlines()[-1]
-  assert line.startswith('| mean | 2 | 4.000 | +37.5% | 14.4% | 1.9 |')
+  assert line.startswith('| mean | 2 | 4.000 | +37.5% | 14.4% | 32.3% | 1.9 |')
