@@ -70,6 +70,7 @@ class _Fitted(NamedTuple):
     accuracy: its share of right answers on the held-out images.
     doubt: see `doubt`.
     features: of the training images.
+    radii: see `prdc.radii`, of these features.
     statistics: of both splits' features, by score.
     held_out: how near the held-out images are to the training images.
     copies: how many of them are copies of training images.
@@ -79,6 +80,7 @@ class _Fitted(NamedTuple):
   accuracy: float
   doubt: str
   features: np.ndarray
+  radii: np.ndarray
   statistics: dict[str, frechet.Statistics]
   held_out: memorisation.HeldOut
   copies: int
@@ -177,6 +179,7 @@ class ClassifierEvaluator:
       accuracy=accuracy,
       doubt=doubted,
       features=features,
+      radii=prdc.radii(features),
       statistics={
         'fd_train': frechet.Statistics.of(features),
         'fd_test': frechet.Statistics.of(test_features),
@@ -265,7 +268,9 @@ class ClassifierEvaluator:
     }
     if labels is not None:
       scores['accuracy'] = float(np.mean(rows['predicted'][:, 0] == labels))
-    scores |= prdc.precision_recall(self._fitted.features, features)._asdict()
+    scores |= prdc.precision_recall(
+      self._fitted.features, features, real_radii=self._fitted.radii
+    )._asdict()
     near = memorisation.compare(rows['nearest'][:, 0], self._fitted.held_out)
     return scores | near._asdict() | self._extras(features)
 

@@ -239,10 +239,17 @@ class FidelityEvaluator:
       fake = rows['fid']
       size = min(_KID_SUBSET, len(real), len(fake))
       scores['kid'] = kid.kid(real, fake, size=size).mean
-      scores |= prdc.precision_recall(real, fake)._asdict()
+      scores |= prdc.precision_recall(
+        real, fake, real_radii=self._real_radii
+      )._asdict()
       if evaluator.MIND in self._extra:
         scores[evaluator.MIND] = mind.mind(real, fake)
     return scores
+
+  @functools.cached_property
+  def _real_radii(self) -> np.ndarray:
+    """See `prdc.radii`, of the real images' features."""
+    return prdc.radii(self._real['fid'])
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
     """Returns the sampling errors of the Fréchet distances, where known."""

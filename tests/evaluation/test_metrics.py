@@ -205,6 +205,8 @@ def test_precision_recall_is_the_definition(k):
   assert abs(expected[0] - expected[1]) > 0.05  # tells the two apart
   got = prdc.precision_recall(real, fake, k)
   assert (got.precision, got.recall) == expected
+  radii = prdc.radii(real, k)
+  assert prdc.precision_recall(real, fake, k, real_radii=radii) == expected
   assert isinstance(got.precision, float) and isinstance(got.recall, float)
 
 

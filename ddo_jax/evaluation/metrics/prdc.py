@@ -151,7 +151,11 @@ def _check_neighbours(name: str, rows: np.ndarray, k: int) -> None:
 
 
 def precision_recall(
-  real: np.ndarray, fake: np.ndarray, k: int = 3, tile: int = TILE
+  real: np.ndarray,
+  fake: np.ndarray,
+  k: int = 3,
+  tile: int = TILE,
+  real_radii: np.ndarray | None = None,
 ) -> PrecisionRecall:
   """Returns improved precision and recall (arXiv 1904.06991, eq. 1-2).
 
@@ -165,6 +169,8 @@ def precision_recall(
     k: the number of the neighbour that a ball reaches to; the point itself is
       not counted.
     tile: the number of rows compared at once; see `kth_distance`.
+    real_radii: [N] what `radii(real, k)` returned, for many sets of samples
+      that are measured against the same real images; None computes it.
 
   Returns:
     (precision, recall), Python floats in [0, 1].
@@ -178,7 +184,7 @@ def precision_recall(
   _check_pair(fake, real, k, tile)
   _check_neighbours('real', real, k)
   _check_neighbours('fake', fake, k)
-  real_radius = radii(real, k, tile)
+  real_radius = radii(real, k, tile) if real_radii is None else real_radii
   fake_radius = radii(fake, k, tile)
   fake_inside = np.zeros(len(fake), bool)
   real_inside = np.zeros(len(real), bool)
