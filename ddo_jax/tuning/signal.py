@@ -55,6 +55,8 @@ _LINEAR = 4.0  # first reaches: where it may do so, for the line to be seen
 _FALL = 10.0  # margins: the farthest reach, where no margin ends before
 _SIGNIFICANT = 4.0  # standard errors
 _WIDTH = 3.0  # a range is from its centre/3 to its centre·3
+# A round comes past every reach up to its last, so that its rate may be rough.
+_RATE_WIDTH = 1.5
 _RATE_OF_REACH = 0.15  # the learning rate, as a share of that reach
 _SEPARATED = 0.5  # of the largest separation, for a noise level to tell much
 _WIDEN = 1.25  # p_std, where high noise separates,
@@ -358,7 +360,7 @@ def propose(
   return Proposal(
     alpha=_ALPHA,
     beta=Range.around(1 / spread),
-    learning_rate=Range.around(_RATE_OF_REACH * end),
+    learning_rate=Range.around(_RATE_OF_REACH * end, _RATE_WIDTH),
     p_std=None if p_std is None else _widened(p_std, levels),
     fault='',
     images=images,

@@ -79,7 +79,7 @@ class Study:
     folder: pathlib.Path,
     members: list[member_lib.Member],
     tune: tune_lib.Tune,
-    period: int,
+    first_rung: int,
   ):
     """Opens the study, and makes of it what is missing.
 
@@ -90,7 +90,7 @@ class Study:
       folder: the round's.
       members: what is to be tried.
       tune: the knobs.
-      period: the steps between evaluations.
+      first_rung: the step of the evaluation where a member is judged first.
 
     Raises:
       errors.UserError: the storage cannot be opened, or is damaged.
@@ -104,7 +104,7 @@ class Study:
     self._pruner = None
     if tune.reduction > 1:
       self._pruner = optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=period, reduction_factor=tune.reduction
+        min_resource=first_rung, reduction_factor=tune.reduction
       )
     try:
       self._study = optuna.create_study(

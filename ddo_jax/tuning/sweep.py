@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ddo_jax import config as config_lib
 from ddo_jax import errors
 from ddo_jax.evaluation import measure
 from ddo_jax.method import likelihood
@@ -35,6 +36,16 @@ from ddo_jax.tuning import tune as tune_lib
 _LOGGER = logging.getLogger(__name__)
 _PLAN = 'study.json'
 _PROBE = 'probe.json'
+# The share of a round that a member trains before it is judged. Under a warm-up
+# over the whole round what was learned grows as the square of the steps, and
+# sooner members of a low rate could not be told from the reference.
+_FIRST_RUNG = 0.25
+
+
+def _first_rung(phase: config_lib.Phase) -> int:
+  """Returns the step of the evaluation where members are judged first."""
+  period = max(1, round(phase.rhythm.eval_images / phase.batch_size))
+  return period * max(1, round(_FIRST_RUNG * phase.steps() / period))
 
 
 def _probed(
@@ -171,8 +182,7 @@ class Sweep:
     self._start = plan['reference']
     self.members = [member_lib.Member(**member) for member in plan['members']]
     self._study: study_lib.Study | None = None
-    rhythm = job.phase.rhythm
-    period = max(1, round(rhythm.eval_images / job.phase.batch_size))
+    first_rung = _first_rung(job.phase)
 
     def open_study():
       self._study = study_lib.Study(
@@ -180,7 +190,7 @@ class Sweep:
         folder=job.folder,
         members=self.members,
         tune=run.config.tune,
-        period=period,
+        first_rung=first_rung,
       )
 
     processes.decide(f'study of {job.name}', open_study)

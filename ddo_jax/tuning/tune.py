@@ -31,7 +31,7 @@ class Tune:
       the logarithm; () leaves the range to the probe.
     beta: likewise of β.
     learning_rate: likewise of the peak learning rate.
-    reduction: a member goes on past its 1st, η-th, η²-th … evaluation only if
+    reduction: a member goes on past 1, η, η² … quarters of its round only if
       it is among the best 1/η of those that came so far; η, 2 or more. 1 lets
       all go on to the end.
     finalists: how many of the members are scored once more, on images that

@@ -62,6 +62,7 @@ def test_beta_is_one_over_the_spread_where_the_margin_ends():
   assert proposal.beta.centre == pytest.approx(1 / spread, rel=0.08)
   assert proposal.beta.low < 1 / spread < proposal.beta.high
   assert proposal.learning_rate.centre == pytest.approx(0.15 * 0.5, rel=0.05)
+  assert proposal.learning_rate.high < 2.3 * proposal.learning_rate.low
   assert (proposal.fault, proposal.images) == ('', 7)
   # Twice the log-ratio asks for half the β, at the same rate.
   double = signal.propose(line(8.0, 8.0, 16.0, 60.0), PHASE)

@@ -30,7 +30,7 @@ def opened(folder, reduction=2, storage=''):
     folder=folder,
     members=MEMBERS,
     tune=config_lib.Tune(members=5, reduction=reduction, storage=storage),
-    period=PERIOD,
+    first_rung=PERIOD,
   )
 
 

@@ -20,6 +20,7 @@ from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.tuning import member as member_lib
 from ddo_jax.tuning import study as study_lib
+from ddo_jax.tuning import sweep
 
 images = resume.images
 compiled = resume.compiled
@@ -56,6 +57,15 @@ def whole(images, tmp_path_factory, traces):
   # Law 7: one step for all members, whatever their α, β and learning rate.
   assert traces == ['MLE', 'DDO']
   return workdir
+
+
+@pytest.mark.parametrize(
+  'steps, every, rung', [(400, 50, 100), (400, 100, 100), (400, 300, 300)]
+)
+def test_the_first_rung_is_the_evaluation_near_a_quarter(steps, every, rung):
+  phase = config_lib.Phase(batch_size=8, images=8 * steps)
+  phase.rhythm.eval_images = 8 * every
+  assert sweep._first_rung(phase) == rung
 
 
 def outcome(workdir):
