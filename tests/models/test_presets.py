@@ -116,6 +116,8 @@ def test_parameters_of_transformers(family, size):
   """Those of 512 px are as those of 256, but for more positions."""
   for i, patch in enumerate((2, 4, 8)):
     config = dit_presets.get(f'{family}-{size}-{patch}-256x256')
+    # Heads are not seen in the count.
+    assert config.width // config.heads == (72 if size == 'XL' else 64)
     shapes = _shapes(config.build())
     trained, small, large = (counts[i] for counts in TRANSFORMERS[size])
     assert golden_io.count(shapes) == trained
