@@ -4,10 +4,12 @@ It only reads, and takes no lock, so that a run that is going may be looked at.
 """
 
 from collections.abc import Callable
+from collections.abc import Container
 import dataclasses
 import functools
 import pathlib
 import shlex
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from ddo_jax.data import loader
 from ddo_jax.data import sources
 from ddo_jax.report import run_folder
 from ddo_jax.runtime import processes
+from ddo_jax.runtime import records
 from ddo_jax.tuning import findings
 from ddo_jax.tuning import shortcut
 
@@ -29,35 +32,49 @@ ROWS = 2_000  # of each kind that are compared
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What was found of one round.
+  """What was found of one round, or of a member of its sweep.
 
   Attributes:
     name: its folder's, in the run's folder.
     findings: what was looked for, the most decisive first.
     commands: for each finding, the command that mends it, or ''.
+    members: of its sweep; () for a round without one.
   """
 
   name: str
   findings: list[findings.Finding]
   commands: list[str]
+  members: tuple['Stage', ...] = ()
 
   @property
   def ill(self) -> list[str]:
     """What was found, the most decisive first."""
     return [each.kind for each in self.findings if each.found]
 
+  @property
+  def is_ill(self) -> bool:
+    """Whether something was found of it, or of every member of its sweep.
+
+    Members try what may be too much: some of them are meant to be ill.
+    """
+    every = bool(self.members) and all(each.ill for each in self.members)
+    return bool(self.ill) or every
+
+  @property
+  def verdict(self) -> str:
+    """What it is, in words."""
+    known = [each for each in self.findings if each.found is False]
+    return ', '.join(self.ill) or ('healthy' if known else 'too early to tell')
+
   def __str__(self) -> str:
-    verdict = ', '.join(self.ill)
-    if not verdict:
-      known = [each for each in self.findings if each.found is False]
-      verdict = 'healthy' if known else 'too early to tell'
-    lines = [f'{self.name}: {verdict}']
+    lines = [f'{self.name}: {self.verdict}']
     for finding, command in zip(self.findings, self.commands, strict=True):
       mark = {True: '!', False: ' ', None: '?'}[finding.found]
       lines.append(f'{mark} {finding}')
       if finding.found:
         lines.append(f'    {finding.advice}:')
         lines.append(f'    {command}')
+    lines += [f'  {each.name}: {each.verdict}' for each in self.members]
     return '\n'.join(lines)
 
 
@@ -70,7 +87,7 @@ class Diagnosis:
   @property
   def is_ill(self) -> bool:
     """Whether anything was found."""
-    return any(stage.ill for stage in self.stages)
+    return any(stage.is_ill for stage in self.stages)
 
   def __str__(self) -> str:
     return '\n'.join(str(stage) for stage in self.stages)
@@ -106,7 +123,11 @@ def _stages(run: run_folder.Run) -> list[str]:
   Raises:
     errors.UserError: there is none.
   """
-  folders = [path.parent.name for path in run.folder.glob('round_*/fakes')]
+  folders = [
+    path.parent.name
+    for part in ('fakes', 'members')
+    for path in run.folder.glob(f'round_*/{part}')
+  ]
   names = sorted({*folders, *run.stages})
   if not names:
     trained = run.pretrain[-1]['images'] if run.pretrain else 0
@@ -205,17 +226,72 @@ class _Rows:
     return shortcut.finding(found, labels)
 
 
+# Where a config holds what a member of a sweep has settings of its own for.
+_FIELDS = {
+  'alpha': 'ddo.objective.alpha',
+  'beta': 'ddo.objective.beta',
+  'learning_rate': 'ddo.optimizer.learning_rate',
+  'p_std': 'ddo.noise.p_std',
+}
+
+
+def _members(run: run_folder.Run, stage: str) -> dict[str, dict[str, float]]:
+  """Returns the settings of the members that have begun, by their names.
+
+  Raises:
+    errors.UserError: the record of the sweep is damaged.
+  """
+  folder = run.folder / stage
+  begun = sorted(folder.glob('members/*/metrics.jsonl'))
+  plan: list[dict[str, Any]] = []
+  if begun:
+    plan = records.read_json(folder / 'study.json')['members']
+  settings = {member['number']: member['settings'] for member in plan}
+  return {
+    path.parent.name: settings.get(int(path.parent.name), {}) for path in begun
+  }
+
+
 def _origin(run: run_folder.Run, stage: str) -> str:
   """Returns where the params are that a round started from; '' if unknown."""
-  index = int(stage.removeprefix('round_'))
+  index = _index(stage)
   if index:
     return str(run.path(index - 1, 'promoted'))
   params = run.folder / 'pretrain' / 'params'
   return str(params) if params.exists() else run.config.get('init_from', '')
 
 
-def _command(run: run_folder.Run, stage: str, finding: findings.Finding) -> str:
-  """Returns the command line that mends what was found; '' if nothing was."""
+def _index(stage: str) -> int:
+  return int(stage.removeprefix('round_'))
+
+
+def _without(given: list[str], names: Container[str]) -> list[str]:
+  """Returns a command line less some flags, --name=value or --name value."""
+  kept = []
+  values = iter(given)
+  for part in values:
+    name, equals, _ = part.partition('=')
+    if name not in names:
+      kept.append(part)
+    elif not equals:
+      next(values, '')
+  return kept
+
+
+def _command(
+  run: run_folder.Run,
+  stage: str,
+  settings: dict[str, float],
+  finding: findings.Finding,
+) -> str:
+  """Returns the command line that mends what was found; '' if nothing was.
+
+  Args:
+    run: the run.
+    stage: the name of the round.
+    settings: those of a member of its sweep; {} without one.
+    finding: what was found.
+  """
   if not finding.found:
     return ''
   given = shlex.split(run.summary.get('command') or '')
@@ -229,10 +305,40 @@ def _command(run: run_folder.Run, stage: str, finding: findings.Finding) -> str:
     changed['--config.rounds'] = '1'
     if _origin(run, stage):
       changed['--config.init_from'] = _origin(run, stage)
+    if settings:
+      changed |= {'--mode': 'selfplay', '--config.tune.members': '0'}
+    for name, value in settings.items():
+      changed[f'--config.{_FIELDS[name]}'] = f'{value:.4g}'
   changed |= dict(flag.split('=', 1) for flag in finding.flags)
-  kept = [part for part in given if part.split('=')[0] not in changed]
   flags = [f'{name}={value}' for name, value in changed.items()]
-  return shlex.join([*kept, *flags])
+  return shlex.join([*_without(given, changed), *flags])
+
+
+def _look(
+  run: run_folder.Run,
+  stage: str,
+  member: str,
+  settings: dict[str, float],
+  seen: list[findings.Finding],
+) -> Stage:
+  """Looks at the log of a round, or of a member of its sweep.
+
+  Args:
+    run: the run.
+    stage: the name of the round.
+    member: the member's name; '' for the round itself.
+    settings: the member's.
+    seen: what was found of it without its log.
+  """
+  name = stage
+  log = run.stages.get(stage, [])
+  if member:
+    name = f'{stage}/members/{member}'
+    log = records.read_log(run.folder / name)
+  numbers = run.numbers(_index(stage)) | settings
+  found = [*seen, *findings.of_log(log, numbers)]
+  commands = [_command(run, stage, settings, finding) for finding in found]
+  return Stage(name, found, commands)
 
 
 def examine(
@@ -241,7 +347,7 @@ def examine(
   """Looks at all rounds of a run, finished or not, of this version or before.
 
   Args:
-    workdir: the folder of a run.
+    workdir: the folder of a run, or of one member of a sweep in it.
     recipe: where data and model are to be taken from, if what the run recorded
       is not at hand; of its other settings none is read.
 
@@ -253,13 +359,21 @@ def examine(
       'the doctor works alone, also beside a run of several processes: give'
       ' --num_processes=1'
     )
+  one = workdir.absolute()
+  if one.parent.name == 'members' and one.is_dir():
+    run = _read(one.parents[2])
+    stage = one.parents[1].name
+    settings = _members(run, stage).get(one.name, {})
+    seen = [_Rows(run, recipe).look(stage)]
+    return Diagnosis([_look(run, stage, one.name, settings, seen)])
   run = _read(workdir)
   rows = _Rows(run, recipe)
   stages = []
   for name in _stages(run):
-    index = int(name.removeprefix('round_'))
-    found = [rows.look(name)]
-    found += findings.of_log(run.stages.get(name, []), run.numbers(index))
-    commands = [_command(run, name, finding) for finding in found]
-    stages.append(Stage(name, found, commands))
+    members = [
+      _look(run, name, member, settings, [])
+      for member, settings in _members(run, name).items()
+    ]
+    found = _look(run, name, '', {}, [rows.look(name)])
+    stages.append(dataclasses.replace(found, members=tuple(members)))
   return Diagnosis(stages)

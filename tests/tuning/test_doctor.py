@@ -164,7 +164,7 @@ def test_each_round_is_looked_at(run):
   edit(run, **{'ddo.objective.beta': [0.1, 100.0]})
   command = (
     'python -m ddo_jax.main --config=mine.py --config.rounds=2'
-    f' --config.ddo.objective.alpha=1 --workdir={run}'
+    f' --config.ddo.objective.alpha=1 --workdir {run}'
     ' --config.ddo.objective.beta=0.1,100'
   )
   (run / 'summary.json').write_text(json.dumps({'command': command}))
@@ -176,6 +176,38 @@ def test_each_round_is_looked_at(run):
     f' --config.init_from={run}/round_000/promoted'
     ' --config.ddo.objective.beta='
   )
+
+
+def test_members_of_a_sweep(run):
+  """Some are meant to be ill; of one that is asked for all is told."""
+  members = [
+    {'number': 0, 'origin': 'probe', 'settings': {'beta': 0.1}},
+    {'number': 1, 'origin': 'sobol', 'settings': {'beta': 100.0, 'alpha': 2.0}},
+  ]
+  plan = {'members': members}
+  (run / 'round_000' / 'study.json').write_text(json.dumps(plan))
+  (run / 'metrics.jsonl').unlink()  # the round itself trains nothing
+  for number, name in enumerate(('healthy', 'saturated')):
+    folder = run / 'round_000' / 'members' / f'{number:03d}'
+    folder.mkdir(parents=True)
+    lines = ''.join(lines_of(RECORDED / name)).replace(
+      '"round_000"', f'"round_000/{number:03d}"'
+    )
+    (folder / 'metrics.jsonl').write_text(lines)
+  found = doctor.examine(run)
+  assert not found.is_ill
+  assert '\n  round_000/members/000: healthy\n' in str(found)
+  assert str(found).endswith('\n  round_000/members/001: saturated')
+  one = doctor.examine(folder)
+  assert one.is_ill
+  (stage,) = one.stages
+  assert stage.findings[0].found is False  # its round's pool
+  command = stage.commands[1]
+  assert f'--workdir={run}_again ' in command
+  assert '--config.tune.members=0 --config.ddo.objective.beta=' in command
+  assert '--config.ddo.objective.alpha=2' in command
+  shutil.rmtree(folder.parent / '000')
+  assert doctor.examine(run).is_ill  # nothing is left that is healthy
 
 
 @pytest.mark.parametrize(
