@@ -369,7 +369,9 @@ def _disk(plan: Plan) -> str:
   for name, phase in plan.stages.items():
     pool, params, state = bytes_of[phase_of(name)]
     kept = _KEPT[phase.bad_numbers.policy]
-    copies = 2 if name.startswith('round_') else 1  # reference and promoted
+    copies = 1
+    if name.startswith('round_'):  # reference and promoted, and each member's
+      copies = 2 + plan.run.config.tune.members
     files = [path for path in (workdir / name).rglob('*') if path.is_file()]
     pools += pool
     needed += pool + copies * params + kept * state

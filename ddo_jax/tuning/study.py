@@ -280,7 +280,6 @@ class Study:
       number,
       values=result['selection'] if complete else None,
       state=state,
-      skip_if_finished=True,
     )
 
 

@@ -237,7 +237,10 @@ class Sweep:
         result['step'],
         f', ended by {result["ended"]}' if result['ended'] else '',
       )
-    finish = functools.partial(self._study.finish, member.number, result)
+
+    def finish():
+      self._study.finish(member.number, result)
+
     processes.decide(f'finish {job.name}', finish)
 
   def _job_of(self, member: member_lib.Member) -> loop_lib.Job:

@@ -95,7 +95,7 @@ def test_halving_lets_the_best_go_on_and_is_asked_once(tmp_path):
   line = 'halving: 2 of the 2 that came so far'
   assert again.judge(1, curve(4.0, 6.0), last=False) == line
   assert study.judge(1, curve(4.0, 6.0), last=False) == line
-  assert again.judge(0, curve(5.0, 5.0, 99.0, 99.0), last=True) is None
+  assert again.judge(2, curve(6.0, 99.0), last=True) is None
 
 
 def test_a_full_sweep_ends_nobody(tmp_path):
