@@ -400,6 +400,8 @@ def draw_sweep(
   study: Study, found: Any, path: pathlib.Path, symbol: str
 ) -> None:
   """Draws the score inside the round, at several α or β."""
+  from matplotlib import ticker
+
   title = f'One round at several {symbol}'
   with picture(path, title, 'real images seen', study.metric) as axes:
     for (value, curve), color in zip(
@@ -412,11 +414,14 @@ def draw_sweep(
       axes.plot(
         curve['images'][best], score[best], 'o', ms=9, mfc='none', color=color
       )
-    lowest = min(min(curve['score']) for curve in found.values())
-    axes.set_yscale('log')
+    scores = [score for curve in found.values() for score in curve['score']]
     start = next(iter(found.values()))['score'][0]  # every curve's
-    axes.set_ylim(0.8 * lowest, 3 * start)
+    axes.set_yscale('log')
+    axes.set_ylim(0.8 * min(scores), 1.2 * min(max(scores), 2 * start))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     axes.legend()
 
 
