@@ -49,8 +49,8 @@ def full(beta: tuple[float, float]) -> tune_lib.Tune:
 
 
 def itself(members: int) -> tune_lib.Tune:
-  """Returns a sweep that is given nothing but its number of members."""
-  return tune_lib.Tune(members=members)
+  """Returns a sweep that is given no range."""
+  return tune_lib.Tune(members=members, merges=(0.75, 1.25, 1.5))
 
 
 def one_seed(

@@ -101,6 +101,10 @@ def _members(
   ranges = {name: (own[name], own[name]) for name in names if name != 'p_std'}
   if proposal:
     ranges |= proposal.ranges()
+    # A rate says how far members are on much the same way, and so the fastest
+    # would seem the best at every rung. Merges look farther for less.
+    rate = proposal.learning_rate.centre
+    ranges['learning_rate'] = (rate, rate)
     if winner is None:  # the noise widens in later rounds alone
       ranges.pop('p_std', None)
   ranges = {n: r for n, r in (ranges | given).items() if n in names}

@@ -30,7 +30,7 @@ class Tune:
     alpha: the lowest and the highest α, between which members lie evenly in
       the logarithm; () leaves the range to the probe.
     beta: likewise of β.
-    learning_rate: likewise of the peak learning rate.
+    learning_rate: likewise of the peak learning rate; () takes the probe's.
     reduction: a member goes on past 1, η, η² … quarters of its round only if
       it is among the best 1/η of those that came so far; η, 2 or more. 1 lets
       all go on to the end.
