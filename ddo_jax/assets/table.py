@@ -16,6 +16,12 @@ NVIDIA = (
 VAR = 'MIT (FoundationVision: VAR)'
 DIT = 'CC BY-NC 4.0 (Meta: DiT): non-commercial use'
 SIT = 'MIT (New York University: SiT); of its weights no separate statement'
+LLAMAGEN = (
+  'MIT (FoundationVision: LlamaGen); of its weights no separate statement'
+)
+LLAMAGEN_CCA = (
+  'MIT (Tsinghua: CCA, from LlamaGen); of its weights no separate statement'
+)
 INCEPTION = (
   'Apache-2.0 (Google: the Inception model of 2015-12-05); for this copy of it'
   ' see the publisher of the file'
@@ -160,6 +166,47 @@ _TRANSFORMERS = (
     megabytes=2_700,
   ),
 )
+_LLAMAGEN = 'hf://FoundationVision/LlamaGen'
+_LLAMAGEN_CCA = 'hf://ChenDRAG/CCA_LlamaGen/CCA_LlamaGen_Guidance_Free'
+# Megabytes of float32; the types of these files are not published.
+_RASTER = (
+  *(
+    Asset(
+      name=name,
+      address=f'{_LLAMAGEN}/{name}.pt',
+      kind=WEIGHTS,
+      licence=LLAMAGEN,
+      megabytes=megabytes,
+    )
+    for name, megabytes in (
+      ('vq_ds16_c2i', 288),
+      ('vq_ds8_c2i', 281),
+      ('c2i_B_256', 444),
+      ('c2i_L_256', 1_372),
+      ('c2i_B_384', 444),
+      ('c2i_L_384', 1_372),
+      ('c2i_XL_384', 3_099),
+      ('c2i_XXL_384', 5_644),
+      ('c2i_3B_384', 12_387),
+    )
+  ),
+  *(
+    Asset(
+      name=f'c2i_{size}_384-cca',
+      address=f'{_LLAMAGEN_CCA}/c2i_{size}_384_CCA_0005000.pt',
+      kind=WEIGHTS,
+      licence=LLAMAGEN_CCA,
+      megabytes=megabytes,
+    )
+    for size, megabytes in (
+      ('B', 444),
+      ('L', 1_372),
+      ('XL', 3_099),
+      ('XXL', 5_644),
+      ('3B', 12_387),
+    )
+  ),
+)
 _INCEPTION_SHA256 = (
   '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 )
@@ -278,6 +325,7 @@ _DATA = (
 _ALL = (
   *_GENERATORS,
   *_TRANSFORMERS,
+  *_RASTER,
   _VAE,
   *_NETWORKS,
   *_STATISTICS,

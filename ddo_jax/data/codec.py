@@ -264,3 +264,45 @@ class Tokens:
     """Stored rows are images already."""
     del frozen
     return stored
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTokens:
+  """Grey images [B,H,W,1] as tokens [B,H·W], a pixel each, row by row.
+
+  Attributes:
+    image_shape: (H, W, 1).
+    pixel_values: a pixel, and a token, is one of 0 .. pixel_values − 1.
+  """
+
+  image_shape: tuple[int, int, int]
+  pixel_values: int
+
+  def stored_shape(self, example_shape: Shape) -> Shape:
+    """Tokens are stored as the image they are."""
+    del example_shape
+    return tuple(self.image_shape)
+
+  def encode(
+    self, frozen: Frozen, stored: jax.Array, keys: jax.Array
+  ) -> jax.Array:
+    """Turns uint8 images [B,H,W,1] into tokens [B,L], int32."""
+    del frozen, keys
+    return stored.reshape(len(stored), -1).astype(jnp.int32)
+
+  def decode(self, frozen: Frozen, x: jax.Array) -> jax.Array:
+    """Turns tokens [B,L] into uint8 images [B,H,W,1]."""
+    del frozen
+    return x.reshape(len(x), *self.image_shape).astype(jnp.uint8)
+
+  def round_trip(
+    self, frozen: Frozen, x: jax.Array, keys: jax.Array
+  ) -> jax.Array:
+    """Returns x: nothing is lost."""
+    del frozen, keys
+    return x
+
+  def render(self, frozen: Frozen, stored: jax.Array) -> jax.Array:
+    """Stored rows are images already."""
+    del frozen
+    return stored

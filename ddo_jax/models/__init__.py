@@ -8,6 +8,8 @@ from ddo_jax import settings
 from ddo_jax.models import dit
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
+from ddo_jax.models import llamagen
+from ddo_jax.models import llamagen_vq
 from ddo_jax.models import sit
 from ddo_jax.models import toy
 from ddo_jax.models import var
@@ -20,8 +22,14 @@ CONFIGS = (
   var.VarConfig,
   dit.DitConfig,
   sit.SitConfig,
+  llamagen.LlamagenConfig,
+  llamagen.PixelGptConfig,
 )
-_PARTS = (*CONFIGS, vqvae.VqvaeConfig)  # what a recorded config may hold
+_PARTS = (
+  *CONFIGS,
+  vqvae.VqvaeConfig,
+  llamagen_vq.VqConfig,
+)  # what a recorded config may hold
 _RENAMED = {'levels': 'pixel_values'}  # in records of earlier versions
 
 

@@ -224,8 +224,7 @@ class Var(nn.Module):
   ) -> jax.Array:
     """Returns log p(token | coarser scales, label) of each token, in nats.
 
-    It scans over runs of `chunk` tokens and recomputes their logits in the
-    backward pass, so that no more than [B,chunk,V] logits are held at once.
+    No more than [B,chunk,V] logits are held at once.
 
     Args:
       label: the classes, [B] int; num_classes means "no label".
@@ -236,30 +235,7 @@ class Var(nn.Module):
       The log-probabilities, [B,L].
     """
     h = self._forced(label, inputs)
-    rows, length = ids.shape
-    count = -(-length // self.chunk)
-
-    def split_runs(x):
-      """Pads x [B,L,...] and splits it into runs, [count,B,chunk,...]."""
-      widths = [(0, 0)] * x.ndim
-      widths[1] = (0, count * self.chunk - length)
-      x = jnp.pad(x, widths)
-      x = x.reshape(rows, count, self.chunk, *x.shape[2:])
-      return jnp.moveaxis(x, 1, 0)
-
-    def run_log_prob(module, carry, run):
-      run_h, run_ids = run
-      logits = module.head(run_h)
-      chosen = jnp.take_along_axis(logits, run_ids[:, :, None], axis=-1)
-      return carry, chosen[:, :, 0] - jax.nn.logsumexp(logits, axis=-1)
-
-    scan = nn.scan(
-      nn.remat(run_log_prob, prevent_cse=False),
-      variable_broadcast='params',
-      split_rngs={'params': False},
-    )
-    _, parts = scan(self, None, (split_runs(h), split_runs(ids)))
-    return jnp.moveaxis(parts, 0, 1).reshape(rows, -1)[:, :length]
+    return var_layers.token_log_prob(self, h, ids, self.chunk)
 
   def predict(
     self,

@@ -80,7 +80,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
   return norm.apply({}, x)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def unit(x: jax.Array) -> jax.Array:
   """Divides x [...,D] by its length, or by 1e-12 if it is shorter.
 
   The gradient is finite at 0.
@@ -165,8 +165,8 @@ class Attention(nn.Module):
     scale = scale.reshape(1, 1, self.heads, 1)
     # Lengths have full precision, whatever the type of the products.
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    q = _unit(q.astype(wide)) * scale
-    k = _unit(k.astype(wide))
+    q = unit(q.astype(wide)) * scale
+    k = unit(k.astype(wide))
     return q.astype(v.dtype), k.astype(v.dtype), v
 
 
@@ -284,3 +284,46 @@ class HeadNorm(nn.Module):
     linear = nn.Dense(2 * width, kernel_init=normal(width, 0.5), name='ada_lin')
     scale, shift = jnp.split(linear(nn.silu(cond))[:, None, :], 2, axis=-1)
     return layer_norm(x) * (1 + scale) + shift
+
+
+def token_log_prob(
+  module: nn.Module, h: jax.Array, ids: jax.Array, chunk: int
+) -> jax.Array:
+  """Returns the log-probability of each token, in nats.
+
+  It scans over runs of `chunk` tokens and recomputes their logits in the
+  backward pass, so that no more than [B,chunk,V] logits are held at once.
+
+  Args:
+    module: what has the `head` that turns h into logits.
+    h: the inputs of the head, [B,L,C].
+    ids: the tokens, [B,L] int.
+    chunk: the number of tokens of a run.
+
+  Returns:
+    The log-probabilities, [B,L].
+  """
+  rows, length = ids.shape
+  count = -(-length // chunk)
+
+  def split_runs(x):
+    """Pads x [B,L,...] and splits it into runs, [count,B,chunk,...]."""
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, count * chunk - length)
+    x = jnp.pad(x, widths)
+    x = x.reshape(rows, count, chunk, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  def run_log_prob(module, carry, run):
+    run_h, run_ids = run
+    logits = module.head(run_h)
+    chosen = jnp.take_along_axis(logits, run_ids[:, :, None], axis=-1)
+    return carry, chosen[:, :, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+  scan = nn.scan(
+    nn.remat(run_log_prob, prevent_cse=False),
+    variable_broadcast='params',
+    split_rngs={'params': False},
+  )
+  _, parts = scan(module, None, (split_runs(h), split_runs(ids)))
+  return jnp.moveaxis(parts, 0, 1).reshape(rows, -1)[:, :length]

@@ -343,6 +343,10 @@ class VqvaeConfig:
   pixel_values: int = 256
   nearest: bool = False
 
+  def module(self) -> Vqvae:
+    """Returns the tokenizer; see `build`."""
+    return build(self)
+
 
 def build(config: VqvaeConfig) -> Vqvae:
   """Returns the tokenizer of a config.

@@ -1,4 +1,4 @@
-"""The tokenizer as what a phase of training learns."""
+"""VAR's or LlamaGen's tokenizer as what a phase of training learns."""
 
 import dataclasses
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ddo_jax.data import codec as codec_lib
 from ddo_jax.method import likelihood
+from ddo_jax.models import llamagen_vq
 from ddo_jax.models import vqvae
 
 
@@ -25,8 +26,8 @@ class ConvolutionRules(likelihood.WeightRules):
 class Learner:
   """As much of a `LikelihoodModel` as training by `mle_loss` needs.
 
-  The released tokenizer was also trained by perceptual and adversarial losses;
-  this is for small images, where squared errors do.
+  The released tokenizers were also trained by perceptual and adversarial
+  losses; this is for small images, where squared errors do.
 
   Attributes:
     module: the tokenizer.
@@ -35,7 +36,7 @@ class Learner:
     num_classes: 0: a tokenizer goes by no labels.
   """
 
-  module: vqvae.Vqvae
+  module: vqvae.Vqvae | llamagen_vq.VqTokenizer
   image_shape: tuple[int, int, int]
   codec: codec_lib.Pixels
   rules: likelihood.WeightRules = ConvolutionRules()
@@ -65,10 +66,10 @@ class Learner:
     return reconstruction + quantisation
 
 
-def build(config: vqvae.VqvaeConfig) -> Learner:
+def build(config: vqvae.VqvaeConfig | llamagen_vq.VqConfig) -> Learner:
   """Returns the learner of a tokenizer."""
   return Learner(
-    module=vqvae.build(config),
+    module=config.module(),
     image_shape=config.image_shape,
     codec=codec_lib.Pixels(config.pixel_values, config.nearest),
   )

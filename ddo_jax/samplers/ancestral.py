@@ -94,6 +94,10 @@ class Ancestral(contract.Sampler):
     'minus_one'  t = (s − 1) r; s = 1 is no guidance.
     'constant'   t = s − 1 at every stage, as in LlamaGen; s = 1 is none.
 
+  `guided_stages` n > 0 guides the first n stages alone, and goes on with the
+  logits of the label. What LlamaGen's program calls an interval of k is n =
+  k + 2.
+
   Without guidance the model sees every row once. References for DDO are sampled
   without guidance and without filters, see `unguided`.
 
@@ -102,6 +106,9 @@ class Ancestral(contract.Sampler):
     convention: 'var', 'minus_one' or 'constant'.
     top_k: see `keep`; 0 is off.
     top_p: see `keep`; 0 is off.
+    guided_stages: only so many stages, the first ones, are guided; 0 for all.
+    temperature: the guided logits are divided by it before the filters; towards
+      0 only the likeliest token is drawn.
     smooth: put smooth mixtures of vectors on the canvas, see `smooth_weights`.
       The tokens that are returned are drawn all the same, but the canvas is not
       theirs.
@@ -113,6 +120,8 @@ class Ancestral(contract.Sampler):
   convention: str = 'var'
   top_k: int = 0
   top_p: float = 0.0
+  guided_stages: int = 0
+  temperature: float = 1.0
   smooth: bool = False
 
   def strength(self, ratio: float) -> float:
@@ -203,6 +212,15 @@ class Ancestral(contract.Sampler):
         f'config.sampler has top_k {self.top_k} and top_p {self.top_p}; wanted'
         ' a number of tokens, and a probability in [0, 1]; 0 is off'
       )
+    errors.require(
+      self.guided_stages >= 0,
+      'sampler.guided_stages',
+      self.guided_stages,
+      'a number of stages, or 0 for all',
+    )
+    errors.require(
+      self.temperature > 0, 'sampler.temperature', self.temperature, 'positive'
+    )
 
   def _schedule(self, count: int) -> dict[str, np.ndarray]:
     """Returns what varies from stage to stage, as columns [count].
@@ -213,6 +231,7 @@ class Ancestral(contract.Sampler):
     stage = np.arange(count)
     ratio = stage / max(count - 1, 1)
     strength = np.array([self.strength(r) for r in ratio])
+    strength[self.guided_stages or count :] = 0
     sharpness, temperature = smoothing(ratio)
     return {
       'stage': stage,
@@ -232,6 +251,8 @@ class Ancestral(contract.Sampler):
       with_label = jnp.asarray(now['with_label'], logits.dtype) * with_label
       without = jnp.asarray(now['without'], logits.dtype) * without
       logits = with_label - without
+    if self.temperature != 1:
+      logits = logits / self.temperature
     return keep(logits, self.top_k, self.top_p), past
 
   def _draw(self, codebook, now, logits, keys):

@@ -22,6 +22,8 @@ from ddo_jax.assets import download
 from ddo_jax.assets import store
 from ddo_jax.method import likelihood
 from ddo_jax.models import dit
+from ddo_jax.models import llamagen
+from ddo_jax.models import llamagen_vq
 from ddo_jax.models import var
 from ddo_jax.models import vqvae
 from ddo_jax.models import vqvae_learner
@@ -35,6 +37,7 @@ from ddo_jax.weights import dit_names
 from ddo_jax.weights import edm_configs
 from ddo_jax.weights import edm_names
 from ddo_jax.weights import files
+from ddo_jax.weights import llamagen_names
 from ddo_jax.weights import pickle_reader
 from ddo_jax.weights import provenance
 from ddo_jax.weights import safetensors_file
@@ -67,7 +70,7 @@ class Weights:
 
 def _build(config: Any) -> likelihood.LikelihoodModel | vqvae_learner.Learner:
   """Returns what initialises and projects the params of a config."""
-  if isinstance(config, vqvae.VqvaeConfig):
+  if isinstance(config, vqvae.VqvaeConfig | llamagen_vq.VqConfig):
     return vqvae_learner.build(config)
   return config.build()
 
@@ -83,6 +86,12 @@ def _unwrap(config: Any, state: Any) -> tuple[Any, Any]:
   """Returns the config of the network inside a file, and its state dict."""
   if isinstance(config, dit.TransformerConfig):
     return config, dit_names.unwrap(state)
+  if isinstance(config, llamagen.GptConfig | llamagen_vq.VqConfig):
+    state = llamagen_names.unwrap(state)
+    tokenizer = getattr(config, 'tokenizer', None)
+    if tokenizer and llamagen_names.is_tokenizer(state):
+      config = tokenizer
+    return config, state
   if not isinstance(config, var.VarConfig):
     return config, state
   state = var_names.unwrap(state)
@@ -97,6 +106,10 @@ def _to_flax(config: Any, state: dict[str, np.ndarray]) -> likelihood.Params:
     return var_names.to_flax(state)
   if isinstance(config, dit.TransformerConfig):
     return dit_names.to_flax(state, config.grid)
+  if isinstance(config, llamagen.GptConfig):
+    return llamagen_names.transformer_to_flax(state)
+  if isinstance(config, llamagen_vq.VqConfig):
+    return llamagen_names.tokenizer_to_flax(state, len(config.mult))
   return edm_names.to_flax(state, edm_configs.taps_of(config))
 
 
@@ -110,6 +123,10 @@ def _to_official(
     return var_names.to_official(params, config.patch_nums)
   if isinstance(config, dit.TransformerConfig):
     return dit_names.to_official(params, config.grid)
+  if isinstance(config, llamagen.GptConfig):
+    return llamagen_names.transformer_to_official(params)
+  if isinstance(config, llamagen_vq.VqConfig):
+    return llamagen_names.tokenizer_to_official(params, len(config.mult))
   return edm_names.to_official(params, edm_configs.taps_of(config))
 
 
@@ -124,11 +141,12 @@ def read(path: pathlib.Path, source: str = '', config: Any = None) -> Weights:
   Args:
     path: a .pkl of EDM, EDM2 or DDO; an official state dict as .safetensors
       or as PyTorch's .pth, .pt or .bin; or one of these that the trainer of
-      VAR, CCA, DDO, DiT or SiT saved. From a trainer's checkpoint only the
-      transformer is loaded, of DiT's and SiT's its average.
+      VAR, LlamaGen, CCA, DDO, DiT or SiT saved. From a trainer's checkpoint
+      only the transformer is loaded, of DiT's and SiT's its average.
     source: the address that the file was fetched from, if any.
     config: the model's dataclass, for a file that does not say which network
-      it holds. With VAR's, a file of its tokenizer is known by its tensors.
+      it holds. With VAR's and LlamaGen's, a file of the tokenizer is known by
+      its tensors.
 
   Raises:
     errors.UserError: the file is unreadable, or holds an unknown network or
