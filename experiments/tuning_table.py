@@ -50,7 +50,7 @@ def full(beta: tuple[float, float]) -> tune_lib.Tune:
 
 def itself(members: int) -> tune_lib.Tune:
   """Returns a sweep that is given no range."""
-  return tune_lib.Tune(members=members, merges=(0.75, 1.25, 1.5))
+  return tune_lib.Tune(members=members, reduction=2, merges=(0.75, 1.25, 1.5))
 
 
 def one_seed(
@@ -139,7 +139,7 @@ if __name__ == '__main__':
     'workdir', 'runs/tuning_digits', 'The folder of all runs.'
   )
   _SEEDS = flags.DEFINE_integer('seeds', 3, 'The number of pretraining seeds.')
-  _MEMBERS = flags.DEFINE_integer('members', 8, 'Of the sweep that is halved.')
+  _MEMBERS = flags.DEFINE_integer('members', 6, 'Of the sweep that is halved.')
   _BETA = flags.DEFINE_list('beta', ['0.02', '0.5'], 'Of the full sweep.')
   _OUTPUT = flags.DEFINE_string(
     'output', 'experiments/results/tuning_digits.json', 'The file to write.'

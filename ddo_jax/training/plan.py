@@ -43,7 +43,7 @@ from ddo_jax.training import probe as probe_lib
 from ddo_jax.training import step as step_lib
 from ddo_jax.training import workspace
 
-_SWEPT = ('training', 'selection', 'report')  # a round's parts but its pool
+_SWEPT = ('training', 'selection', 'report')  # a setting's parts of a round
 _WIDTH = 80  # columns
 _FIRST = 'first '  # begins the name of a call's tracing and compiling
 
@@ -380,17 +380,25 @@ def _parts(
     size = second.size
     sample = _drawn(run, size) / calls['fake'].images
     parts.append(Part('fake pool', rounds, size, {'fake': sample}))
+  tune = config.tune
+  played = rounds * (tune.members or 1)
   seen = phase.steps() * phase.batch_size
-  parts.append(Part('training', rounds, seen, {'ddo step': phase.steps()}))
+  parts.append(Part('training', played, seen, {'ddo step': phase.steps()}))
   candidates = len(phase.averages.names()) or 1
   times = loop_lib.evaluations(phase) * candidates
   count = evaluation.selection_samples
   made = _scored(run, calls, count, times)
-  parts.append(Part('selection', rounds, times * count, made))
+  parts.append(Part('selection', played, times * count, made))
 
   protocol: Any = classifier_evaluator.ClassifierEvaluator
   if evaluation.protocol:
     protocol = protocols.get(evaluation.protocol)
+  if tune.members:
+    finalists = min(tune.finalists, tune.members)
+    times = 1 + finalists * (1 + len(tune.merges) + len(tune.widths))
+    count = measure.final_images(protocol, evaluation)
+    made = _scored(run, calls, count, times)
+    parts.append(Part('finals', rounds, times * count, made))
   count = measure.num_images(protocol, evaluation)
   blocks = measure.num_blocks(protocol, evaluation)
   made = _scored(run, calls, count, blocks)
@@ -673,7 +681,13 @@ def _filled(
     notes=notes,
   )
   swept = [part for part in parts if part.name in _SWEPT]
-  if seconds and swept:
+  members = run.config.tune.members
+  if members:
+    notes.append(
+      f'a sweep of {members} members a round, as if none of them were ended'
+      ' early; halving ends most of them'
+    )
+  elif seconds and swept:
     hours = sum(made.hours(part) / part.times for part in swept)
     notes.append(
       'a sweep over alpha and beta: each further setting of a round takes'

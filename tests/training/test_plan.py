@@ -46,6 +46,16 @@ def test_what_a_run_is_made_of(config):
   )
 
 
+def test_a_sweep_is_planned_as_if_no_member_were_ended(config):
+  config.tune = config_lib.Tune(members=5, finalists=2, merges=(0.5, 2.0))
+  made = plan_lib.plan(config, 'h100', 8)
+  found = {part.name: (part.times, part.images) for part in made.parts}
+  assert found['training'] == (3 * 5, 64)
+  assert found['selection'] == (3 * 5, 3 * 64)
+  assert found['finals'] == (3, (1 + 2 * 3) * 64)
+  assert 'a sweep of 5 members a round' in made.notes[-1]
+
+
 def test_products_are_counted_whatever_the_devices(config):
   """A step forward through two networks and backward through one: 4 and 3
   forward passes of a pair, but for the gradient of what comes in first."""
