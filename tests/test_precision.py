@@ -12,6 +12,7 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.models import edm
 from ddo_jax.models import edm2
@@ -119,7 +120,8 @@ def test_another_precision_is_another_pool(tmp_path):
   path = tmp_path / 'fakes' / 'pool.json'
   recorded = records.read_json(path)
   assert recorded.pop('precision') == 'highest'
-  assert 'precision' not in recorded['sampler']
+  assert recorded.pop('guidance_channels') == 0
+  assert not recorded['sampler'].keys() & negatives.LATER.keys()
   records.write_json(path, recorded)
   with pytest.raises(errors.UserError, match='lacks 500 shards'):
     open_pool(tmp_path, SAMPLER)

@@ -23,6 +23,14 @@ from ddo_jax.method import likelihood
 from ddo_jax.runtime import manifest
 from ddo_jax.runtime import processes
 
+# Fields that samplers have been given since pools are recorded, and what holds
+# of a pool without a record of them.
+LATER = {
+  'precision': 'highest',
+  'guidance_channels': 0,
+  'guided_stages': 0,
+  'temperature': 1.0,
+}
 _RECORD = 'pool.json'
 
 Stored = dict[str, jax.Array]  # 'stored' [B,...], 'label' [B], and others
@@ -236,9 +244,8 @@ class FakePool:
 
   def _check(self, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises UserError where the recorded identity is not the given one."""
-    # Earlier versions drew every class equally often, and at the highest
-    # precision, and did not say so.
-    recorded = {'labels': labels_lib.EQUAL, 'precision': 'highest'} | recorded
+    # Earlier versions drew every class equally often, and did not say so.
+    recorded = {'labels': labels_lib.EQUAL} | LATER | recorded
     size = recorded.get('shard_size')
     if type(size) is not int or size < 1:
       raise errors.UserError(

@@ -22,6 +22,7 @@ from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
 from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
 from ddo_jax.report import gallery
 from ddo_jax.report import run_folder
 from ddo_jax.runtime import checkpoint
@@ -75,12 +76,12 @@ def _fake_pool(
   """Returns the round's fake pool, drawing what is missing of it."""
   generator = run.generator(guided=False)
   sampler = dataclasses.asdict(generator.sampler)
-  precision = sampler.pop('precision', 'highest')
+  later = {n: sampler.pop(n) for n in negatives.LATER if n in sampler}
   identity = {
     'reference': meta['sha256'],
     'provenance': meta.get('provenance', {}),
     'sampler': sampler,
-    'precision': precision,
+    **later,
     'stream': [run.config.seed, folder.name],
     'labels': str(run.shares),
   }

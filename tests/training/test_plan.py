@@ -173,7 +173,9 @@ def test_a_probe_measures_here(config, monkeypatch):
   config.rounds = 1
   made = plan_lib.plan(config, probe=True)
   assert set(made.calls) <= {*made.seconds, 'scores'}
-  assert all(seconds > 0 for seconds in made.seconds.values())
+  # What was compiled for a test before needs no more than a later call.
+  for name, seconds in made.seconds.items():
+    assert seconds > 0 or name.startswith('first ')
   text = ' '.join(str(made).split())
   assert '8 × cpu' in text
   assert 'hours as measured here' in text
