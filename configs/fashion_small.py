@@ -2,6 +2,11 @@ r"""Fashion-MNIST, 28×28: a small MLP by MLE, and then rounds of DDO, on a CPU.
 
 python -m ddo_jax.main --config=configs/fashion_small.py \
   --workdir=runs/fashion_small
+
+Devices: 1 with 1 GiB; two CPU cores do.
+
+It trains on the first 10,000 images at 14×14, because a network of vectors that
+is narrower than an image cannot take its noise away.
 """
 
 from ddo_jax import config as config_lib

@@ -255,6 +255,8 @@ class _Logger:
 
   def _look(self, step: int, metrics: dict[str, Any]) -> None:
     """Ends a phase, or warns, where its first steps say that it is hopeless."""
+    if self._bad:  # less was learned than the schedule says
+      return
     fault = first_steps.fault(step, metrics, self._job.phase)
     if not fault or metrics.get('bad'):
       return
