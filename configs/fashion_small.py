@@ -1,4 +1,4 @@
-r"""Fashion-MNIST, 28×28: a small MLP by MLE, and then rounds of DDO, on a CPU.
+r"""Fashion-MNIST, 14×14: a small MLP by MLE, and then rounds of DDO, on a CPU.
 
 python -m ddo_jax.main --config=configs/fashion_small.py \
   --workdir=runs/fashion_small
