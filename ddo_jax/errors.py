@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import difflib
 import math
 import reprlib
 from typing import Any
+from typing import TypeVar
 
+_Entry = TypeVar('_Entry')
 _LONGEST = 160  # characters of a value inside a line
 
 
@@ -85,6 +88,25 @@ def near_miss(name: str, known: Iterable[str], most: int = 1) -> str:
   """Returns '; did you mean ...?' where known names are close, else ''."""
   close = nearest(name, known, most)
   return f'; did you mean {" or ".join(close)}?' if close else ''
+
+
+def look_up(name: str, known: Mapping[str, _Entry], kind: str) -> _Entry:
+  """Returns the entry of a name.
+
+  Args:
+    name: the name.
+    known: the entries by name.
+    kind: what they are, e.g. "released model".
+
+  Raises:
+    UserError: there is none of that name; it lists those there are.
+  """
+  if name not in known:
+    raise UserError(
+      f'no {kind} is called {name!r}; known: {", ".join(known)}'
+      f'{near_miss(name, known)}'
+    )
+  return known[name]
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:

@@ -13,8 +13,11 @@ import types
 from unittest import mock
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
+
+from ddo_jax.weights import released as released_lib
 
 MAGIC = 0x1950A86A20F9469CFC6C
 SYSTEM = {
@@ -337,3 +340,13 @@ def edm2(weights):
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def random_state(config):
+  """Random params without two alike, and their official state dict."""
+  draw = np.random.default_rng(0).normal
+  params = jax.tree.map(
+    lambda leaf: np.asarray(draw(size=leaf.shape), np.float32),
+    released_lib._shapes(config),
+  )
+  return params, released_lib._to_official(config, params)

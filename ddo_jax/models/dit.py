@@ -99,16 +99,11 @@ class Transformer(nn.Module):
 
   def _stack(self) -> nn.Module:
     """Returns a module that applies all blocks, one after the other."""
-    block = dit_layers.Block
-    if self.remat:
-      policy = layers.remat_policy(self.remat)
-      block = nn.remat(block, prevent_cse=False, policy=policy)
-    scanned = nn.scan(
-      block,
-      variable_axes={'params': 0, 'intermediates': 0},
-      split_rngs={'params': True},
+    scanned = layers.stacked(
+      dit_layers.Block,
+      depth=self.depth,
       in_axes=nn.broadcast,
-      length=self.depth,
+      remat=self.remat,
     )
     hidden = round(self.mlp_ratio * self.width)
     return scanned(self.heads, hidden, name='blocks')

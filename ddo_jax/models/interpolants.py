@@ -45,7 +45,8 @@ class Path:
 
   def diffusion(self, t: jax.Array) -> jax.Array:
     """Returns g = (a'/a) b² − b b', half the rate at which noise is added."""
-    a, b = self.a(t), self.b(t)
+    a = self.a(t)
+    b = self.b(t)
     return self.slope_a(t) / a * b**2 - b * self.slope_b(t)
 
 
@@ -160,7 +161,8 @@ class InterpolantPrecond(precond.Precond):
   def coefficients(self, sigma: jax.Array) -> precond.Coefficients:
     """Returns the coefficients at the noise levels sigma [B]."""
     t = self.path.time(sigma)
-    a, b = self.path.a(t), self.path.b(t)
+    a = self.path.a(t)
+    b = self.path.b(t)
     c_skip = jnp.ones_like(t)
     if self.predicts == 'velocity':
       slope_b = self.path.slope_b(t)
@@ -212,7 +214,8 @@ class InterpolantWeight:
     del noise
     t = self.path.time(sigma)
     if self.predicts == 'velocity':
-      a, b = self.path.a(t), self.path.b(t)
+      a = self.path.a(t)
+      b = self.path.b(t)
       turn = self.path.slope_a(t) * b - a * self.path.slope_b(t)
       return (turn / b) ** 2
     weight = jnp.ones_like(t)

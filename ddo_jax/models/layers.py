@@ -181,6 +181,32 @@ def checkpointed(
   return nn.remat(apply, policy=remat_policy(remat)) if remat else apply
 
 
+def stacked(
+  block: type[nn.Module], depth: int, in_axes: Any, remat: bool | str
+) -> Callable[..., nn.Module]:
+  """Returns what makes a module of `depth` blocks, one after the other.
+
+  Flax scans over them: their params are stacked, and one is compiled.
+
+  Args:
+    block: (carry, inputs...) -> (carry, outputs); it is made with the settings
+      that the result is called with.
+    depth: the number of blocks.
+    in_axes: for each input, `nn.broadcast` where all blocks share it, or 0.
+    remat: False, or see `remat_policy`.
+  """
+  if remat:
+    policy = remat_policy(remat)
+    block = nn.remat(block, prevent_cse=False, policy=policy)
+  return nn.scan(
+    block,
+    variable_axes={'params': 0, 'intermediates': 0},
+    split_rngs={'params': True},
+    in_axes=in_axes,
+    length=depth,
+  )
+
+
 def apply_training(
   module: nn.Module,
   params: Any,

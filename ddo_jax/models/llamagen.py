@@ -86,16 +86,11 @@ class Gpt(nn.Module):
 
   def _stack(self) -> nn.Module:
     """Returns a module that applies all blocks, one after the other."""
-    block = llamagen_layers.Block
-    if self.remat:
-      policy = layers.remat_policy(self.remat)
-      block = nn.remat(block, prevent_cse=False, policy=policy)
-    scanned = nn.scan(
-      block,
-      variable_axes={'params': 0, 'intermediates': 0},
-      split_rngs={'params': True},
+    scanned = layers.stacked(
+      llamagen_layers.Block,
+      depth=self.depth,
       in_axes=(nn.broadcast, nn.broadcast, 0),
-      length=self.depth,
+      remat=self.remat,
     )
     return scanned(self.heads, self.shared_heads, self.hidden, self.dtype)
 
@@ -332,12 +327,7 @@ class GptConfig(likelihood.ModelConfig):
         f'config.model has {self.heads} heads and {shared_heads} of keys and'
         ' values; the second number must divide the first'
       )
-    dtypes = {'float32': None, 'bfloat16': jnp.bfloat16}
-    if self.dtype not in dtypes:
-      raise errors.UserError(
-        f'config.model.dtype is {self.dtype!r}; it must be one of'
-        f' {sorted(dtypes)}'
-      )
+    dtype = var_layers.product_type(self.dtype)
     return Gpt(
       grid=grid,
       vocab=vocab,
@@ -347,7 +337,7 @@ class GptConfig(likelihood.ModelConfig):
       heads=self.heads,
       shared_heads=shared_heads,
       hidden=self.hidden or -(-(8 * self.width // 3) // 256) * 256,
-      dtype=dtypes[self.dtype],
+      dtype=dtype,
       remat=remat,
       chunk=self.chunk,
     )

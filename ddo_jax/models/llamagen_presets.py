@@ -47,9 +47,4 @@ def get(name: str) -> llamagen.LlamagenConfig:
   Raises:
     errors.UserError: there is no model of that name.
   """
-  if name not in PRESETS:
-    raise errors.UserError(
-      f'no published model is called {name!r}; known: {", ".join(PRESETS)}'
-      f'{errors.near_miss(name, PRESETS)}'
-    )
-  return copy.deepcopy(PRESETS[name])
+  return copy.deepcopy(errors.look_up(name, PRESETS, 'published model'))

@@ -77,9 +77,4 @@ def get(name: str) -> edm.EdmConfig | edm2.Edm2Config:
     errors.UserError: there is no model of that name.
   """
   known = EDM | EDM2
-  if name not in known:
-    raise errors.UserError(
-      f'no released model is called {name!r}; known: {", ".join(known)}'
-      f'{errors.near_miss(name, known)}'
-    )
-  return dataclasses.replace(known[name])
+  return dataclasses.replace(errors.look_up(name, known, 'released model'))

@@ -137,16 +137,11 @@ class Var(nn.Module):
 
   def _stack(self) -> nn.Module:
     """Returns a module that applies all blocks, one after the other."""
-    block = var_layers.Block
-    if self.remat:
-      policy = layers.remat_policy(self.remat)
-      block = nn.remat(block, prevent_cse=False, policy=policy)
-    scanned = nn.scan(
-      block,
-      variable_axes={'params': 0, 'intermediates': 0},
-      split_rngs={'params': True},
+    scanned = layers.stacked(
+      var_layers.Block,
+      depth=self.depth,
       in_axes=(nn.broadcast, nn.broadcast, 0),
-      length=self.depth,
+      remat=self.remat,
     )
     return scanned(
       heads=self.heads,
@@ -467,12 +462,7 @@ def transformer(config: VarConfig, remat: bool | str = False) -> Var:
       f'config.model has {config.heads} heads at width {config.width}; they'
       ' must divide it'
     )
-  dtypes = {'float32': None, 'bfloat16': jnp.bfloat16}
-  if config.dtype not in dtypes:
-    raise errors.UserError(
-      f'config.model.dtype is {config.dtype!r}; it must be one of'
-      f' {sorted(dtypes)}'
-    )
+  dtype = var_layers.product_type(config.dtype)
   return Var(
     patch_nums=tuple(config.tokenizer.patch_nums),
     vocab=config.tokenizer.vocab,
@@ -484,7 +474,7 @@ def transformer(config: VarConfig, remat: bool | str = False) -> Var:
     l2_norm=config.l2_norm,
     shared_modulation=config.shared_modulation,
     gate_init=config.gate_init,
-    dtype=dtypes[config.dtype],
+    dtype=dtype,
     remat=remat,
     chunk=config.chunk,
   )

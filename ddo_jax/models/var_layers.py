@@ -2,12 +2,15 @@
 
 import functools
 import math
+from typing import Any
 
 from flax import linen as nn
 from flax.linen import dtypes
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ddo_jax import errors
 
 # The keys and the values of earlier tokens, each [...,B,T,H,D].
 Past = tuple[jax.Array, jax.Array]
@@ -41,6 +44,20 @@ def _promoted(*arrays, dtype, inexact=True):
 
 
 Dense = functools.partial(nn.Dense, promote_dtype=_promoted)
+
+
+def product_type(name: str) -> Any:
+  """Returns the type of a name in `dtype` of a config; None: that of params.
+
+  Raises:
+    errors.UserError: there is no type of that name.
+  """
+  known = {'float32': None, 'bfloat16': jnp.bfloat16}
+  if name not in known:
+    raise errors.UserError(
+      f'config.model.dtype is {name!r}; it must be one of {sorted(known)}'
+    )
+  return known[name]
 
 
 def normal(width: int, factor: float = 1.0) -> nn.initializers.Initializer:

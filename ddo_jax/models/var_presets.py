@@ -34,9 +34,4 @@ def get(name: str) -> var.VarConfig:
   Raises:
     errors.UserError: there is no model of that name.
   """
-  if name not in VAR:
-    raise errors.UserError(
-      f'no released model is called {name!r}; known: {", ".join(VAR)}'
-      f'{errors.near_miss(name, VAR)}'
-    )
-  return copy.deepcopy(VAR[name])
+  return copy.deepcopy(errors.look_up(name, VAR, 'released model'))

@@ -37,10 +37,7 @@ class DDIM(contract.DenoiseSampler):
     """
     errors.require(0 <= self.eta <= 1, 'sampler.eta', self.eta, 'in [0, 1]')
     start = noise_lib.normal(keys, shape, 'start')
-
-    def noise(step):
-      return noise_lib.normal(keys, shape, 'step', step)
-
+    noise = noise_lib.of_steps(keys, shape)
     return self.integrate(denoise, start, noise)[0]
 
   def steps(self) -> dict[str, np.ndarray]:

@@ -109,10 +109,7 @@ class DDPM(contract.DenoiseSampler):
   ) -> jax.Array:
     """Draws one sample [B, *shape] for each key [B]."""
     start = noise_lib.normal(keys, shape, 'start')
-
-    def noise(step):
-      return noise_lib.normal(keys, shape, 'step', step)
-
+    noise = noise_lib.of_steps(keys, shape)
     return self.integrate(denoise, start, noise)[0]
 
   def integrate(

@@ -88,10 +88,7 @@ class FlowSDE(contract.VelocitySampler):
     """
     self.check()
     start = noise_lib.normal(keys, shape, 'start')
-
-    def noise(step):
-      return noise_lib.normal(keys, shape, 'step', step)
-
+    noise = noise_lib.of_steps(keys, shape)
     return self.integrate(denoise, start, noise)[0]
 
   def integrate(

@@ -75,6 +75,15 @@ def table(dtype: jnp.dtype, **columns: np.ndarray) -> dict[str, jax.Array]:
   return {name: jnp.asarray(c, dtype) for name, c in columns.items()}
 
 
+def of_steps(keys: jax.Array, shape: tuple[int, ...]) -> Noise:
+  """Returns what draws the noise [B, *shape] of each step; see `normal`."""
+
+  def noise(step):
+    return normal(keys, shape, 'step', step)
+
+  return noise
+
+
 def normal(
   keys: jax.Array, shape: tuple[int, ...], *names: str | int | jax.Array
 ) -> jax.Array:

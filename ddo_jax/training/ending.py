@@ -70,10 +70,9 @@ def why(config: config_lib.Config, results: list[dict[str, Any]]) -> str:
     if len(results) < most:
       return ''
     return f'all of the {most} rounds that were asked for are played'
-  if results and _within_noise(results[-1], metric):
-    return _within_noise(results[-1], metric)
-  if len(results) < most:
-    return ''
+  line = _within_noise(results[-1], metric) if results else ''
+  if line or len(results) < most:
+    return line
   return (
     f'config.tune.max_rounds, {most}, is reached: the last round still gained'
   )

@@ -258,7 +258,7 @@ class _Logger:
     if self._bad:  # less was learned than the schedule says
       return
     fault = first_steps.fault(step, metrics, self._job.phase)
-    if not fault or metrics.get('bad'):
+    if not fault:
       return
     if self._job.phase.if_hopeless == 'stop':
       remedy = 'to go on in any case, --config.ddo.if_hopeless=warn'

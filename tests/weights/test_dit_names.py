@@ -35,16 +35,6 @@ SIZES = {
 CONFIGS = {'dit': dit.DitConfig(**SIZES), 'sit': sit.SitConfig(**SIZES)}
 
 
-def state_of(config):
-  """Random params without two alike, and their official state dict."""
-  draw = np.random.default_rng(0).normal
-  params = jax.tree.map(
-    lambda leaf: np.asarray(draw(size=leaf.shape), np.float32),
-    released._shapes(config),
-  )
-  return params, released._to_official(config, params)
-
-
 def same(got, wanted):
   assert jax.tree.structure(got) == jax.tree.structure(wanted)
   jax.tree.map(np.testing.assert_array_equal, got, wanted)
@@ -88,7 +78,7 @@ def test_the_number_of_tensors(name, count):
 def test_there_and_back(tmp_path, family, layout):
   """Official file, folder, our files; of a trainer's, the average is read."""
   config = CONFIGS[family]
-  params, state = state_of(config)
+  params, state = official_files.random_state(config)
   tree = tensors(state)
   if layout == 'trainer':
     worse = {key: leaf + 1 for key, leaf in state.items()}
@@ -168,7 +158,7 @@ def diffusers_of(state):
 
 
 def test_the_mirror_under_diffusers_names(tmp_path):
-  params, state = state_of(CONFIGS['dit'])
+  params, state = official_files.random_state(CONFIGS['dit'])
   theirs = diffusers_of(state)
   # 19 in each block, with five of its own embedders, and three layers.
   assert len(theirs) == 2 * 19 + 6
@@ -184,7 +174,7 @@ def test_the_mirror_under_diffusers_names(tmp_path):
 
 
 def test_other_positions_are_refused():
-  _, state = state_of(CONFIGS['dit'])
+  _, state = official_files.random_state(CONFIGS['dit'])
   positions = state['pos_embed']
   others = (
     positions[..., ::-1],
@@ -203,7 +193,7 @@ def test_other_positions_are_refused():
 
 
 def test_files_of_something_else():
-  _, state = state_of(CONFIGS['sit'])
+  _, state = official_files.random_state(CONFIGS['sit'])
   with pytest.raises(errors.UserError, match=r"under 'ema' or 'model'.*DiT"):
     dit_names.unwrap({'opt': state})
   del state['blocks.0.attn.qkv.weight']
@@ -216,7 +206,7 @@ def test_files_of_something_else():
 
 def test_another_number_of_channels_is_refused(tmp_path):
   """SiT's own sampling script expects 4 of its checkpoints, which have 8."""
-  _, state = state_of(CONFIGS['sit'])
+  _, state = official_files.random_state(CONFIGS['sit'])
   official_files.zipped(tmp_path / 'x.pt', tensors(state))
   plain = dataclasses.replace(CONFIGS['sit'], learn_sigma=False)
   with pytest.raises(errors.UserError, match='another architecture'):

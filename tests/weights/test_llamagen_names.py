@@ -34,16 +34,6 @@ CONFIG = llamagen.LlamagenConfig(
 )
 
 
-def state_of(config):
-  """Random params without two alike, and their official state dict."""
-  draw = np.random.default_rng(0).normal
-  params = jax.tree.map(
-    lambda leaf: np.asarray(draw(size=leaf.shape), np.float32),
-    released._shapes(config),
-  )
-  return params, released._to_official(config, params)
-
-
 def same(got, wanted):
   assert jax.tree.structure(got) == jax.tree.structure(wanted)
   jax.tree.map(np.testing.assert_array_equal, got, wanted)
@@ -70,7 +60,7 @@ def test_the_keys_are_the_official_ones():
 def test_there_and_back(tmp_path, kind, layout):
   """Official file, folder, our files; the config is that of the transformer."""
   wanted = CONFIG if kind == 'transformer' else TOKENIZER
-  params, state = state_of(wanted)
+  params, state = official_files.random_state(wanted)
   tree = tensors(state)
   if layout == 'trainer':
     if kind == 'transformer':
@@ -91,7 +81,7 @@ def test_there_and_back(tmp_path, kind, layout):
 
 def test_other_types_are_read(tmp_path):
   """The types of the released files are not published."""
-  params, state = state_of(CONFIG)
+  params, state = official_files.random_state(CONFIG)
   for dtype in (np.float16, ml_dtypes.bfloat16):
     small = {key: leaf.astype(dtype) for key, leaf in state.items()}
     official_files.zipped(tmp_path / 'x.pt', tensors(small))
@@ -100,13 +90,13 @@ def test_other_types_are_read(tmp_path):
 
 
 def test_files_of_something_else():
-  _, state = state_of(CONFIG)
+  _, state = official_files.random_state(CONFIG)
   with pytest.raises(errors.UserError, match=r"under 'model', 'mod.*LlamaGen"):
     llamagen_names.unwrap({'optimizer': state})
   del state['layers.0.attention.wqkv.weight']
   with pytest.raises(errors.UserError, match='is not whole'):
     llamagen_names.transformer_to_flax(state)
-  _, state = state_of(TOKENIZER)
+  _, state = official_files.random_state(TOKENIZER)
   del state['decoder.mid.1.k.weight']
   with pytest.raises(errors.UserError, match='wanted q, k and v'):
     llamagen_names.tokenizer_to_flax(state, 2)

@@ -25,19 +25,9 @@ CONFIG = var.VarConfig(TOKENIZER, num_classes=3, depth=2, width=8, heads=2)
 RECIPE = config_lib.Config(model=CONFIG, sampler=ancestral.Ancestral())
 
 
-def state_of(config):
-  """Random official weights, without two alike."""
-  draw = np.random.default_rng(0).normal
-  params = jax.tree.map(
-    lambda leaf: np.asarray(draw(size=leaf.shape), np.float32),
-    released._shapes(config),
-  )
-  return params, released._to_official(config, params)
-
-
 def file_of(tmp_path, layout, config):
   """What a program saved, and the params in it."""
-  params, state = state_of(config)
+  params, state = official_files.random_state(config)
   tensors = {key: official_files.Tensor(leaf) for key, leaf in state.items()}
   nested = {'config': {'resos': (16,)}, 'var_wo_ddp': tensors}
   tree = {
@@ -77,7 +67,7 @@ def test_there_and_back(tmp_path, layout, config):
     assert again.config == config
     same(again.params, params)
   state = torch_zip.read(tmp_path / 'ours.pth')
-  assert state.keys() == state_of(config)[1].keys()
+  assert state.keys() == official_files.random_state(config)[1].keys()
   beside = json.loads((tmp_path / 'ours.pth.json').read_text())
   assert beside['provenance'] == weights.provenance
 
@@ -97,7 +87,7 @@ def test_a_run_reads_the_folder(tmp_path):
 
 def test_a_runs_own_tokenizer_is_written(tmp_path):
   """Its folder is of the whole run's config."""
-  params, _ = state_of(TOKENIZER)
+  params, _ = official_files.random_state(TOKENIZER)
   meta = {'stage': 'tokenizer', 'config': settings.to_json(RECIPE)}
   checkpoint.save_params(tmp_path / 'params', params, meta)
   weights = released.load_folder(tmp_path / 'params')
