@@ -334,12 +334,12 @@ def validate(config: Config) -> None:
   with problems.gather():
     if config.rounds != settings.AUTO:
       errors.require_integer('rounds', config.rounds, 0)
-    elif config.evaluation.seeds == 1:
+    elif evaluator_lib.stated_blocks(config.evaluation) == 1:
       errors.require(
         False,
         'evaluation.seeds',
-        1,
-        "2 or more, or 0: rounds='auto' holds a gain against their spread",
+        config.evaluation.seeds,
+        "2 or more: rounds='auto' holds a gain against their spread",
       )
   with problems.gather():
     errors.require_choice('labels', config.labels, labels_lib.RULES)

@@ -16,6 +16,7 @@ from ddo_jax.data import labels as labels_lib
 from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import rows as rows_lib
+from ddo_jax.evaluation.metrics import fd_ratio
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import memorisation
 from ddo_jax.evaluation.metrics import mind
@@ -70,7 +71,8 @@ class _Fitted(NamedTuple):
     accuracy: its share of right answers on the held-out images.
     doubt: see `doubt`.
     features: of the training images.
-    radii: see `prdc.radii`, of these features.
+    held_out_features: of the held-out images.
+    radii: see `prdc.radii`, of the training images' features.
     statistics: of both splits' features, by score.
     held_out: how near the held-out images are to the training images.
     copies: how many of them are copies of training images.
@@ -80,6 +82,7 @@ class _Fitted(NamedTuple):
   accuracy: float
   doubt: str
   features: np.ndarray
+  held_out_features: np.ndarray
   radii: np.ndarray
   statistics: dict[str, frechet.Statistics]
   held_out: memorisation.HeldOut
@@ -94,7 +97,7 @@ class ClassifierEvaluator:
   `accuracy` (the share of samples classified as their own label), `precision`,
   `recall`, `nn_ratio` and `memorised` (see `metrics`). Where they are asked
   for, there are also `fd_train_inf` and `fd_test_inf`, of infinitely many
-  images, and `mind`.
+  images, `mind`, `fd_ratio`, `density` and `coverage`.
 
   Attributes:
     num_images: 5,000.
@@ -179,6 +182,7 @@ class ClassifierEvaluator:
       accuracy=accuracy,
       doubt=doubted,
       features=features,
+      held_out_features=test_features,
       radii=prdc.radii(features),
       statistics={
         'fd_train': frechet.Statistics.of(features),
@@ -283,7 +287,24 @@ class ClassifierEvaluator:
         scores[limit] = uncertainty.limit_of_distance(features, real).value
     if evaluator.MIND in self._extra:
       scores[evaluator.MIND] = mind.mind(self._fitted.features, features)
+    if evaluator.FD_RATIO in self._extra:
+      scores[evaluator.FD_RATIO] = fd_ratio.fd_ratio(
+        fake=features,
+        held_out=self._fitted.held_out_features,
+        real=self._fitted.statistics['fd_train'],
+      )
+    asked = {evaluator.DENSITY, evaluator.COVERAGE}.intersection(self._extra)
+    if asked:
+      found = prdc.density_coverage(
+        self._fitted.features, features, real_radii=self._wide_radii
+      )._asdict()
+      scores |= {name: found[name] for name in sorted(asked)}
     return scores
+
+  @functools.cached_property
+  def _wide_radii(self) -> np.ndarray:
+    """The radii of density and coverage, of the training images' features."""
+    return prdc.radii(self._fitted.features, prdc.COVERED_BY)
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
     """Returns the sampling errors of both Fréchet distances."""

@@ -32,6 +32,11 @@ CLASSIFIER_METRICS = ('fd_train', 'fd_test')
 # What is added to a Fréchet distance's name where it is extrapolated.
 LIMIT = '_inf'
 MIND = 'mind'
+FD_RATIO = 'fd_ratio'
+DENSITY = 'density'
+COVERAGE = 'coverage'
+# Spatial features are of the same network as those of FID.
+_ONE_A_NETWORK = ('fid', 'fd_dinov2')
 
 
 def _not_science(default: Any) -> Any:
@@ -51,19 +56,22 @@ class Evaluation:
     metric: the score that selects checkpoints; lower is better.
     extra: scores that are measured only where they are named here or as the
       metric: the limit of infinitely many images of a Fréchet distance,
-      'fd_train_inf' or 'fid_inf', and 'mind'; see `metrics`. Beside the metric
-      they are a second opinion on every checkpoint.
+      'fd_train_inf' or 'fid_inf', 'mind', 'fd_ratio', 'density' and
+      'coverage'; see `metrics`. Beside the metric they are a second opinion on
+      every checkpoint. The last two choose none, as more is not always better.
     selection_samples: the number of images a checkpoint is selected by, drawn
       from one fixed seed that no report uses.
     samples: the number of images in each block of a report; 0 takes the
       protocol's number, or 5,000 without a protocol.
     seeds: the number of blocks in a report, each drawn from its own seed, over
       which mean and standard deviation are taken; 0 takes the protocol's
-      number, or 3 without a protocol.
+      number, or 3 without a protocol. Finished images are cut into blocks
+      where `samples` is stated, too, and stay whole elsewhere.
     features: the kinds of the protocol's features that are compared; () takes
       all of them.
     real_images: under a protocol, the number of training images embedded for
-      kid, mind, precision and recall; 0 leaves these scores out.
+      kid, mind, precision, recall, density and coverage; 0 leaves these
+      scores out.
     fid_stats: the file of published statistics, by its path or by the name of
       an asset; '' takes the protocol's, which is fetched where it is missing.
     inception: the file of Inception's weights, likewise.
@@ -89,6 +97,22 @@ def kinds(settings: Evaluation) -> tuple[str, ...]:
   return features or protocols.get(settings.protocol).features
 
 
+def stated_blocks(settings: Evaluation) -> int:
+  """Returns the number of reported blocks that settings state.
+
+  It is 0 where they leave it to the classifier's evaluator, or to a protocol
+  that is not there.
+  """
+  if settings.seeds or not protocols.is_there(settings.protocol):
+    return settings.seeds
+  return protocols.get(settings.protocol).num_blocks
+
+
+def networks(settings: Evaluation) -> tuple[str, ...]:
+  """Returns a kind of features for each network of a protocol."""
+  return tuple(kind for kind in kinds(settings) if kind in _ONE_A_NETWORK)
+
+
 def _distances(settings: Evaluation) -> dict[str, int]:
   """Returns the Fréchet distances that are measured, with their features."""
   if not settings.protocol:
@@ -96,13 +120,21 @@ def _distances(settings: Evaluation) -> dict[str, int]:
   return {kind: fid_stats.WIDTHS[kind] for kind in kinds(settings)}
 
 
+def _selecting_extras(settings: Evaluation) -> tuple[str, ...]:
+  """Returns the scores that are asked for, and may choose a checkpoint."""
+  distances = _distances(settings)
+  known = [f'{name}{LIMIT}' for name in distances]
+  if not settings.protocol or 'fid' in distances:
+    known.append(MIND)
+  if not settings.protocol or networks(settings):
+    known.append(FD_RATIO)
+  return tuple(known)
+
+
 def _known_extras(settings: Evaluation) -> tuple[str, ...]:
   """Returns the scores that are measured only where they are asked for."""
-  distances = _distances(settings)
-  limits = [f'{name}{LIMIT}' for name in distances]
-  if settings.protocol and 'fid' not in distances:
-    return tuple(limits)
-  return (*limits, MIND)
+  known = _selecting_extras(settings)
+  return (*known, DENSITY, COVERAGE) if MIND in known else known
 
 
 def extras(settings: Evaluation) -> tuple[str, ...]:
@@ -115,7 +147,7 @@ def _check_metrics(settings: Evaluation) -> None:
   """Raises UserError unless metric and extras are measured, and can be."""
   distances = _distances(settings)
   known = _known_extras(settings)
-  metrics = (*distances, *known)
+  metrics = (*distances, *_selecting_extras(settings))
   errors.require(
     settings.metric in metrics,
     'evaluation.metric',
@@ -130,7 +162,7 @@ def _check_metrics(settings: Evaluation) -> None:
     f'() or some of {known}, which these settings can measure',
   )
   for name in extras(settings):
-    if name == MIND:
+    if not name.endswith(LIMIT):
       continue
     least = uncertainty.least_images(distances[name.removesuffix(LIMIT)])
     for field in ('selection_samples', 'samples'):

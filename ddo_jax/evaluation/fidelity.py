@@ -18,6 +18,7 @@ from ddo_jax.evaluation import evaluator
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import rows as rows_lib
+from ddo_jax.evaluation.metrics import fd_ratio
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.metrics import kid
@@ -101,7 +102,8 @@ class FidelityEvaluator:
   `fd_dinov2`), `inception_score` where the protocol has one, and, where there
   are real images to compare with, `kid`, `precision` and `recall` in the
   features of FID. Where they are asked for, there are also the limits of
-  infinitely many images (`fid_inf` and so on) and `mind`, in FID's features.
+  infinitely many images (`fid_inf` and so on), `mind`, `density` and `coverage`
+  in FID's features, and `fd_ratio`, the mean over the protocol's networks.
 
   Attributes:
     extractor: the feature networks.
@@ -116,6 +118,7 @@ class FidelityEvaluator:
     settings: evaluator.Evaluation,
     seed: int,
     train: sources.Source | None = None,
+    open_test: Callable[[], sources.Source] | None = None,
   ):
     """Loads the networks' weights and the published statistics.
 
@@ -123,11 +126,12 @@ class FidelityEvaluator:
       settings: they name the protocol and what it needs.
       seed: the run's; under some protocols an image's class is drawn from it.
       train: the training images, of which `settings.real_images` are embedded.
+      open_test: opens the held-out images, which `fd_ratio` compares with.
 
     Raises:
       errors.UserError: the weights or the statistics are missing or damaged
         (the line says which file to bring and where to put it), or the
-        training images are not of the protocol's shape.
+        images are not of the protocol's shape.
     """
     self.extractor = features.Extractor(settings)
     self._seed = seed
@@ -146,12 +150,19 @@ class FidelityEvaluator:
     self._count = settings.real_images
     self._extra = evaluator.extras(settings)
     has_real = self._count or self._fid_stats.has_images
-    errors.require(
-      evaluator.MIND not in self._extra or bool(has_real),
-      'evaluation.real_images',
-      self._count,
-      f'positive: {evaluator.MIND} compares with real images',
-    )
+    for name in (evaluator.MIND, evaluator.DENSITY, evaluator.COVERAGE):
+      errors.require(
+        name not in self._extra or bool(has_real),
+        'evaluation.real_images',
+        self._count,
+        f'positive: {name} compares with real images',
+      )
+    self._networks = evaluator.networks(settings)
+    self._test: sources.Source | None = None
+    if open_test and evaluator.FD_RATIO in self._extra:
+      self._test = open_test()
+      stored, _ = self._test.read(np.arange(1))
+      self.check_images(stored.dtype, stored.shape[1:])
     if train is not None:
       stored, _ = train.read(np.arange(1))
       if stored.dtype == np.uint8:  # what latents decode to is not known here
@@ -244,12 +255,35 @@ class FidelityEvaluator:
       )._asdict()
       if evaluator.MIND in self._extra:
         scores[evaluator.MIND] = mind.mind(real, fake)
+      asked = {evaluator.DENSITY, evaluator.COVERAGE}.intersection(self._extra)
+      if asked:
+        shares = prdc.density_coverage(
+          real, fake, real_radii=self._wide_radii
+        )._asdict()
+        scores |= {name: shares[name] for name in sorted(asked)}
+    if self._test is not None:
+      scores[evaluator.FD_RATIO] = fd_ratio.mean_ratio(
+        fake=rows,
+        held_out=self._held_out,
+        real={kind: self._moments[kind] for kind in self._networks},
+      )
     return scores
 
   @functools.cached_property
   def _real_radii(self) -> np.ndarray:
     """See `prdc.radii`, of the real images' features."""
     return prdc.radii(self._real['fid'])
+
+  @functools.cached_property
+  def _wide_radii(self) -> np.ndarray:
+    """The radii of density and coverage, of the real images' features."""
+    return prdc.radii(self._real['fid'], prdc.COVERED_BY)
+
+  @functools.cached_property
+  def _held_out(self) -> rows_lib.Rows:
+    """The features of the held-out images."""
+    chunks = features.of_source(self._test)
+    return self.extractor.rows(chunks, len(self._test), self._test.name)
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
     """Returns the sampling errors of the Fréchet distances, where known."""
@@ -295,6 +329,11 @@ class FidelityEvaluator:
         note = statistics.rank_note(name, n, len(moments.mean))
         if note:
           lines.append(note)
+    if self._test is not None:
+      lines.append(
+        f'{evaluator.FD_RATIO}: of {" and ".join(self._networks)}, of'
+        f' {min(count, len(self._test))} images a set'
+      )
     if protocol.printed == 'minimum' and num_blocks != protocol.num_blocks:
       lines.append(
         f'{num_blocks} set(s) of images, where protocol {protocol.name} prints'

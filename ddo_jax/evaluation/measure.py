@@ -40,7 +40,8 @@ def open_evaluator(
     seed: the run's.
     train: the training images; None will do under a protocol, where the
       settings ask for no real images.
-    open_test: opens the held-out images, which a protocol does without.
+    open_test: opens the held-out images, which a protocol does without where
+      no fd_ratio is asked for.
     labels: how often each class is drawn, one of `labels.RULES`; a protocol has
       a rule of its own.
 
@@ -50,7 +51,7 @@ def open_evaluator(
   """
   evaluator_lib.check(settings)
   if settings.protocol:
-    return fidelity.FidelityEvaluator(settings, seed, train)
+    return fidelity.FidelityEvaluator(settings, seed, train, open_test)
   return classifier_evaluator.ClassifierEvaluator(
     train, open_test(), labels, evaluator_lib.extras(settings)
   )
@@ -132,6 +133,33 @@ def read(
   images = features.of_source(source)
   rows = evaluator.embed(images, len(source), source.name)
   return rows, source.labels() if source.num_classes else None
+
+
+def cut(
+  measured: Measured, settings: evaluator_lib.Evaluation
+) -> list[Measured]:
+  """Cuts finished images into the disjoint blocks that settings state.
+
+  A set stays whole unless both the number of images in a block and that of the
+  blocks are stated, and there are as many images. A file may have them in the
+  order of their classes: a block is drawn from all of the set, and keeps its
+  images in their order.
+
+  Args:
+    measured: the rows of the set, and its labels.
+    settings: say how many blocks of how many images.
+  """
+  rows, labels = measured
+  total = len(next(iter(rows.values())))
+  wanted = settings.samples * settings.seeds
+  if not 0 < wanted <= total:
+    return [measured]
+  order = np.random.RandomState(0).permutation(total)[:wanted]
+  blocks: list[Measured] = []
+  for index in np.sort(order.reshape(settings.seeds, -1), axis=1):
+    part = {kind: array[index] for kind, array in rows.items()}
+    blocks.append((part, None if labels is None else labels[index]))
+  return blocks
 
 
 def selection_scores(

@@ -27,6 +27,7 @@ from ddo_jax.training import workspace
 from ddo_jax.weights import fid_stats
 
 _OWN_IMAGES = 50_000  # as published numbers have
+_OWN_BLOCKS = 3  # of which a spread is seen
 _LOSSY = ('.jpg', '.jpeg', '.webp')
 
 
@@ -150,7 +151,8 @@ def score_images(
   """Scores images that are there already; writes and returns eval.json.
 
   Args:
-    settings: they name the protocol, or none.
+    settings: they name the protocol, or none. Where they state `samples` and
+      `seeds`, a set that is large enough is measured in such blocks.
     seed: the run's.
     data: where real images come from; under a protocol only needed for
       `settings.real_images`.
@@ -170,17 +172,22 @@ def score_images(
     return sources.open_source(data, data.test_split)
 
   evaluator = measure.open_evaluator(settings, seed, train, open_test)
-  rows, labels = measure.read(evaluator, source)
-  scores = measure.scores(evaluator, rows, labels, from_file=True)
+  blocks = measure.cut(measure.read(evaluator, source), settings)
+  scores = [
+    measure.scores(evaluator, rows, labels, from_file=True)
+    for rows, labels in blocks
+  ]
   if not processes.is_main():  # it has no rows to say more of
     return {'scores': scores}
+  first, _ = blocks[0]
+  count = len(next(iter(first.values())))
   result = evaluator.identity() | {
     'images': str(path),
-    'samples': len(source),
-    'seeds': 1,
-    'scores': measure.summarize([scores], evaluator.minima),
-    'uncertainty': evaluator.uncertainty(rows),
-    'notes': evaluator.notes(len(source), 1, rows),
+    'samples': count,
+    'seeds': len(blocks),
+    'scores': measure.summarize(scores, evaluator.minima),
+    'uncertainty': evaluator.uncertainty(first),
+    'notes': evaluator.notes(count, len(blocks), first),
     'environment': devices_lib.environment(),
   }
   records.write_json(output / 'eval.json', result)
@@ -218,7 +225,7 @@ def _own_protocol(
     name=f'{name}-{height}x{width}',
     image_shape=source.stored_shape,
     num_images=settings.samples or _OWN_IMAGES,
-    num_blocks=settings.seeds or 1,
+    num_blocks=settings.seeds or _OWN_BLOCKS,
     labels='shares' if shares else 'random',
     resize=resize,
     fid_stats='',
@@ -245,8 +252,8 @@ def write_fid_stats(
   Args:
     settings: `protocol` names one whose features, resize and Inception Score
       are taken; '' takes EDM's, with the kinds of `features`, FID's if there
-      are none. `samples` and `seeds` are the protocol's, by default one block
-      of 50,000 images. They also name the files of weights.
+      are none. `samples` and `seeds` are the protocol's, by default three
+      blocks of 50,000 images. They also name the files of weights.
     data: where the images come from.
     output: the folder of protocol.json and `<kind>.npz`, one file for each kind
       of features.

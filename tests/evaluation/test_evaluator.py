@@ -21,9 +21,11 @@ from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import rows as rows_lib
 from ddo_jax.evaluation import score
+from ddo_jax.evaluation.metrics import fd_ratio
 from ddo_jax.evaluation.metrics import meanings
 from ddo_jax.evaluation.metrics import memorisation
 from ddo_jax.evaluation.metrics import mind
+from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.networks import classifier
 
 PROTOCOLS = ('', *protocols.PROTOCOLS)
@@ -56,6 +58,8 @@ def test_every_combination_is_accepted_or_refused_at_once(protocol):
     extra = tuple(f'{name}_inf' for name in measured)
     if not protocol or 'fid' in measured:
       extra += ('mind',)
+    if not protocol or {'fid', 'fd_dinov2'} & set(measured):
+      extra += ('fd_ratio',)
     measured += extra
     if not set(features) <= set(KNOWN[protocol]):
       wrong = ('evaluation.features', features)
@@ -181,9 +185,10 @@ def test_scores_that_are_asked_for(evaluator, monkeypatch):
   """They stand beside the others, which stay as they are."""
   rows, labels = measure.read(evaluator, make_source(2, 300))
   plain = evaluator.scores(rows, labels)
+  others = ('fd_ratio', 'density')
   for metric, extra in (
-    ('fd_train', ('fd_test_inf', 'mind')),
-    ('mind', ('fd_test_inf',)),
+    ('fd_train', ('fd_test_inf', 'mind', *others)),
+    ('mind', ('fd_test_inf', *others)),
   ):
     settings = evaluator_lib.Evaluation(
       metric=metric, extra=extra, selection_samples=300
@@ -192,14 +197,39 @@ def test_scores_that_are_asked_for(evaluator, monkeypatch):
     asked = evaluator_lib.extras(settings)
     monkeypatch.setattr(evaluator, '_extra', asked)
     scores = evaluator.scores(rows, labels)
-    assert scores.keys() - plain.keys() == {'fd_test_inf', 'mind'}
+    added = {'fd_test_inf', 'mind', *others}
+    assert scores.keys() - plain.keys() == added
     assert plain.items() <= scores.items()
     assert scores.keys() <= meanings.MEANINGS.keys()
     limit = evaluator.uncertainty(rows)['fd_test']['limit']['value']
     assert scores['fd_test_inf'] == limit
     features = evaluator._fitted.features
     assert scores['mind'] == mind.mind(features, rows['features'])
+    real = evaluator._fitted.statistics['fd_train']
+    held_out = evaluator._fitted.held_out_features
+    wanted = fd_ratio.fd_ratio(rows['features'], held_out, real)
+    assert scores['fd_ratio'] == wanted
+    shares = prdc.density_coverage(features, rows['features'], k=5)
+    assert scores['density'] == shares.density
   assert 0 < scores['fd_test_inf'] < scores['fd_test']
+
+
+def test_finished_images_are_cut_into_stated_blocks():
+  rows = {'a': np.arange(20.0)[:, None], 'b': np.arange(20)}
+  labels = np.repeat([0, 1], 10)
+  for samples, seeds in ((0, 3), (6, 0), (7, 3)):
+    settings = evaluator_lib.Evaluation(samples=samples, seeds=seeds)
+    assert measure.cut((rows, labels), settings) == [(rows, labels)]
+  settings = evaluator_lib.Evaluation(samples=6, seeds=3)
+  blocks = measure.cut((rows, labels), settings)
+  taken = [part['b'] for part, _ in blocks]
+  assert len({*np.concatenate(taken)}) == 18
+  for part, classes in blocks:
+    assert (np.diff(part['b']) > 0).all() and len({*classes}) == 2
+    np.testing.assert_array_equal(part['a'][:, 0], part['b'])
+    np.testing.assert_array_equal(classes, part['b'] // 10)
+  (part, none), *_ = measure.cut((rows, None), settings)
+  assert none is None
 
 
 @pytest.mark.parametrize(
@@ -208,8 +238,8 @@ def test_scores_that_are_asked_for(evaluator, monkeypatch):
     (
       {'extra': ('recall',)},
       "config.evaluation.extra is ('recall',); it must be () or some of"
-      " ('fd_train_inf', 'fd_test_inf', 'mind'), which these settings can"
-      ' measure',
+      " ('fd_train_inf', 'fd_test_inf', 'mind', 'fd_ratio', 'density',"
+      " 'coverage'), which these settings can measure",
     ),
     (
       {'metric': 'fd_test_inf', 'selection_samples': 65},

@@ -26,9 +26,11 @@ from ddo_jax.evaluation import fidelity
 from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation import score
+from ddo_jax.evaluation.metrics import fd_ratio
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import inception_score
 from ddo_jax.evaluation.metrics import mind
+from ddo_jax.evaluation.metrics import prdc
 from ddo_jax.evaluation.networks import inception
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
@@ -252,16 +254,31 @@ def test_drawn_images_do_not_depend_on_the_batch(settings):
 def test_scores_that_are_asked_for(settings):
   """The limit of FID, and mind, which compares with real images."""
   settings.evaluation.metric = 'fid_inf'
-  settings.evaluation.extra = ('mind',)
+  asked = ('mind', 'fd_ratio', 'density', 'coverage')
+  settings.evaluation.extra = asked
+  settings.data.holdout = 0.2
   with pytest.raises(errors.UserError, match='real_images is 0'):
     fidelity.FidelityEvaluator(settings.evaluation, 0)
   settings.evaluation.real_images = 100
   evaluator = workspace.Run(settings, None).evaluator
   rows, _ = measure.draw(evaluator, Drawn(64), None, None, np.arange(90))
   scores = evaluator.scores(rows)
+  evaluator._extra = ()
+  test, evaluator._test = evaluator._test, None
+  plain = evaluator.scores(rows)
   limit = evaluator.uncertainty(rows)['fid']['limit']['value']
   assert scores['fid_inf'] == limit != scores['fid']
-  assert scores['mind'] == mind.mind(evaluator._real['fid'], rows['fid'])
+  real = evaluator._real['fid']
+  assert scores['mind'] == mind.mind(real, rows['fid'])
+  shares = prdc.density_coverage(real, rows['fid'], k=5)
+  assert (scores['density'], scores['coverage']) == shares
+  held_out = evaluator._held_out['fid']
+  assert len(held_out) == 30
+  wanted = fd_ratio.fd_ratio(rows['fid'], held_out, evaluator._moments['fid'])
+  assert scores['fd_ratio'] == wanted
+  evaluator._test = test
+  assert 'fd_ratio: of fid, of 30 images a set' in evaluator.notes(90, 3)
+  assert scores.keys() - plain.keys() == {'fid_inf', *asked}
 
 
 @pytest.fixture

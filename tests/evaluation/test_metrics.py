@@ -7,6 +7,7 @@ import scipy.linalg
 from scipy.spatial import distance as scipy_distance
 
 from ddo_jax import errors
+from ddo_jax.evaluation.metrics import fd_ratio
 from ddo_jax.evaluation.metrics import frechet
 from ddo_jax.evaluation.metrics import memorisation
 from ddo_jax.evaluation.metrics import prdc
@@ -208,6 +209,85 @@ def test_precision_recall_is_the_definition(k):
   radii = prdc.radii(real, k)
   assert prdc.precision_recall(real, fake, k, real_radii=radii) == expected
   assert isinstance(got.precision, float) and isinstance(got.recall, float)
+
+
+@pytest.mark.parametrize('k', [1, 5])
+def test_density_and_coverage_are_the_definition(k):
+  both = _features(0, 200, 4)
+  real = both[:70]
+  fake = both[70:] * np.float32([0.5, 1.2, 0.5, 1]) + np.float32(0.2)
+  balls = 0  # that hold a fake, each counted for each fake
+  covered = 0
+  for i, centre in enumerate(real):
+    others = np.delete(real, i, axis=0)
+    radius = np.sort(np.linalg.norm(others - centre, axis=1))[k - 1]
+    held = np.linalg.norm(fake - centre, axis=1) <= radius
+    balls += held.sum()
+    covered += held.any()
+  expected = (balls / (k * len(fake)), covered / len(real))
+  assert expected[0] > 0.2 and 0.2 < expected[1] < 1
+  assert prdc.density_coverage(real, fake, k) == expected
+  assert prdc.density_coverage(real, fake, k, tile=32) == expected
+  radii = prdc.radii(real, k)
+  got = prdc.density_coverage(real, fake, k, real_radii=radii)
+  assert got == expected and isinstance(got.coverage, float)
+  if k == 5:
+    assert prdc.density_coverage(real, fake) == expected
+
+
+def test_density_and_coverage_by_their_authors_program():
+  """What prdc 0.2 gives for these features, k = 5."""
+  both = _features(0, 200, 4)
+  fake = both[70:] * np.float32([0.5, 1.2, 0.5, 1]) + np.float32(0.2)
+  got = prdc.density_coverage(both[:70], fake)
+  assert got == pytest.approx((495 / 650, 48 / 70), rel=1e-12)
+
+
+def test_density_and_coverage_of_one_distribution():
+  random = np.random.default_rng(3)
+  found = []
+  for _ in range(20):
+    both = random.normal(size=(2, 300, 3))
+    found.append(prdc.density_coverage(*both))
+  density, coverage = np.mean(found, axis=0)
+  assert density == pytest.approx(1, abs=0.03)
+  assert coverage == pytest.approx(1 - 2**-5, abs=0.01)
+
+
+def test_an_outlier_makes_samples_precise_but_not_dense():
+  """Figure 2 of Naeem et al."""
+  random = np.random.default_rng(4)
+  real = np.append(random.normal(size=(99, 2)), [[30.0, 0]], axis=0)
+  fake = random.normal(size=(100, 2)) + np.array([30, 0])
+  assert prdc.precision_recall(real, fake).precision == 1
+  got = prdc.density_coverage(real, fake)
+  assert got == (0.2, 0.01)
+  with pytest.raises(errors.UserError, match='real has 5 rows; the 5-th'):
+    prdc.density_coverage(fake[:5], real)
+
+
+def test_a_ratio_of_distances_is_taken_at_equal_numbers():
+  drawn = _features(5, 5_200, 6)
+  real = frechet.Statistics.of(drawn[:4_000])
+  held_out = drawn[4_000:4_200]
+  fake = 1.05 * drawn[4_200:]
+  unit = frechet.distance(frechet.Statistics.of(held_out), real)
+  order = np.random.RandomState(0).permutation(1_000).reshape(5, 200)
+  parts = [frechet.Statistics.of(fake[index]) for index in order]
+  wanted = np.mean([frechet.distance(part, real) for part in parts]) / unit
+  got = fd_ratio.fd_ratio(fake, held_out, real)
+  assert got == pytest.approx(wanted, rel=1e-12)
+  whole = frechet.distance(frechet.Statistics.of(fake), real) / unit
+  assert got > 1.1 * whole  # for 1,000 images stand better than 200
+  assert fd_ratio.fd_ratio(held_out, held_out, real) == 1
+  nets = {'a': real, 'b': real}
+  mean = fd_ratio.mean_ratio(
+    {'a': fake, 'b': held_out}, dict.fromkeys(nets, held_out), nets
+  )
+  assert mean == pytest.approx((got + 1) / 2)
+  with pytest.raises(errors.UserError, match='they are the same ones'):
+    one = np.eye(2, dtype=np.float32)
+    fd_ratio.fd_ratio(one, one, frechet.Statistics.of(one))
 
 
 def test_precision_recall_of_known_cases():

@@ -137,3 +137,14 @@ def test_what_makes_no_sense_is_one_line(field, value, line):
     config_lib.validate(config)
   # It is not looked at before that.
   assert isinstance(ending.ceiling(config), int)
+
+
+def test_a_protocol_of_one_block_has_no_spread_to_hold_a_gain_against():
+  config = config_of()
+  config.evaluation = config_lib.Evaluation('adm-img256', 'fid')
+  with pytest.raises(errors.UserError, match=r'seeds is 0; it must be 2 or'):
+    config_lib.validate(config)
+  config.evaluation.seeds = 3
+  config_lib.validate(config)
+  config.evaluation = config_lib.Evaluation('edm-cifar10', 'fid')
+  config_lib.validate(config)

@@ -22,11 +22,12 @@ class Meaning:
   cost: Callable[[float], float]
 
 
-def _low(measures: str) -> Meaning:
-  def cost(value: float) -> float:
-    return value
+def _as_it_is(value: float) -> float:
+  return value
 
-  return Meaning(measures, 'lower is better', cost)
+
+def _low(measures: str) -> Meaning:
+  return Meaning(measures, 'lower is better', _as_it_is)
 
 
 def _high(measures: str) -> Meaning:
@@ -58,12 +59,26 @@ MEANINGS = {
   'fid_inf': _low(f'{_INFINITE}in Inception features'),
   'sfid_inf': _low(f'{_INFINITE}in spatial Inception features'),
   'fd_dinov2_inf': _low(f'{_INFINITE}in DINOv2 features'),
+  'fd_ratio': Meaning(
+    'Fréchet distance of samples to the training images, over that of held-out'
+    ' real images; the mean over networks',
+    'lower is better, and 1 is as held-out images',
+    _as_it_is,
+  ),
   'mind': _low('Sliced Wasserstein distance of features to real images'),
   'kid': _low('Kernel distance in Inception features'),
   'inception_score': _high('Inception Score: sharp and varied classes'),
   'accuracy': _high('Share of samples classified as the class asked for'),
   'precision': _high('Share of samples that lie among the real images'),
   'recall': _high('Share of real images that lie among the samples'),
+  'density': Meaning(
+    'Real balls, to the 5th neighbour, that a sample lies in, over 5',
+    'near 1 is better: below, off the data; above, where it is densest',
+    _distance_from_one,
+  ),
+  'coverage': _high(
+    'Share of real balls, to the 5th neighbour, with a sample in them'
+  ),
   'nn_ratio': Meaning(
     'Distance to the nearest training image, over that of held-out images',
     'near 1 is better: below, samples are copies; above, off the data',

@@ -1,9 +1,14 @@
-"""Precision and recall by k-nearest-neighbour manifolds, and their distances.
+"""Precision, recall, density and coverage by nearest neighbours.
 
 Kynkäänniemi et al. 2019 (arXiv 1904.06991) approximate each set of features by
 the union of the balls around its points that reach to their k-th neighbour.
 Precision is the share of fakes inside the real manifold, and recall the share
 of reals inside the fake manifold.
+
+One real outlier has a ball so large that it makes many fakes precise, and one
+fake outlier covers many reals. Naeem et al. 2020 (arXiv 2002.09797) count the
+real balls that a fake lies in (density), and take coverage by the real balls
+alone.
 """
 
 from collections.abc import Iterator
@@ -17,6 +22,7 @@ from ddo_jax.evaluation.metrics import frechet
 # Rows in a tile, whose distances take 8 MiB, which is near to what caches hold.
 # With 50,000 rows of 2,048 features BLAS is as busy as with larger tiles.
 TILE = 1_024
+COVERED_BY = 5  # the k of density and coverage, as Naeem et al. have it
 
 
 class PrecisionRecall(NamedTuple):
@@ -24,6 +30,17 @@ class PrecisionRecall(NamedTuple):
 
   precision: float
   recall: float
+
+
+class DensityCoverage(NamedTuple):
+  """`density`, 0 or more, of the fakes and `coverage`, in [0, 1], of the reals.
+
+  For two samples of one distribution the expected density is 1, whatever it is,
+  and the expected coverage of many equally many points 1 − 2⁻ᵏ.
+  """
+
+  density: float
+  coverage: float
 
 
 def _tiles(
@@ -194,3 +211,47 @@ def precision_recall(
     fake_inside[rows] |= in_real_ball.any(axis=1)
     real_inside[columns] |= in_fake_ball.any(axis=0)
   return PrecisionRecall(float(fake_inside.mean()), float(real_inside.mean()))
+
+
+def density_coverage(
+  real: np.ndarray,
+  fake: np.ndarray,
+  k: int = COVERED_BY,
+  tile: int = TILE,
+  real_radii: np.ndarray | None = None,
+) -> DensityCoverage:
+  """Returns density and coverage (arXiv 2002.09797).
+
+  density = 1/(k M) Σ_j Σ_i 1[fake_j ∈ B_i] and coverage =
+  1/N Σ_i 1[∃ j: fake_j ∈ B_i], where B_i is the ball around real_i that reaches
+  to its k-th neighbour among the reals. As in `precision_recall`, a point at
+  exactly the radius is inside.
+
+  Args:
+    real: [N, D] features of real images, N > k.
+    fake: [M, D] features of samples. Coverage depends on N and M, so compare
+      only numbers from sets of equal sizes.
+    k: the number of the neighbour that a ball reaches to; the point itself is
+      not counted.
+    tile: the number of rows compared at once; see `kth_distance`.
+    real_radii: [N] what `radii(real, k)` returned; None computes it.
+
+  Returns:
+    (density, coverage), Python floats.
+
+  Raises:
+    UserError: a set is not [N, D], holds NaN or Inf, the real one has k rows or
+      fewer, or the two have different D.
+  """
+  real = frechet.check_features('real', real)
+  fake = frechet.check_features('fake', fake)
+  _check_pair(fake, real, k, tile)
+  _check_neighbours('real', real, k)
+  real_radius = radii(real, k, tile) if real_radii is None else real_radii
+  inside = 0
+  covered = np.zeros(len(real), bool)
+  for _, columns, squared in _tiles(fake, real, tile):
+    in_real_ball = squared <= real_radius[None, columns]
+    inside += int(in_real_ball.sum())
+    covered[columns] |= in_real_ball.any(axis=0)
+  return DensityCoverage(inside / (k * len(fake)), float(covered.mean()))
