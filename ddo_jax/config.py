@@ -26,6 +26,7 @@ from ddo_jax.runtime import layout
 from ddo_jax.samplers import contract
 from ddo_jax.training import bad_numbers
 from ddo_jax.training import first_steps
+from ddo_jax.training import lora as lora_lib
 from ddo_jax.training import state as state_lib
 from ddo_jax.tuning import tune as tune_lib
 
@@ -65,6 +66,7 @@ BadNumbers = bad_numbers.BadNumbers
 Data = sources.Data
 Executor = layout.ExecutorConfig
 Evaluation = evaluator_lib.Evaluation
+Lora = lora_lib.Lora
 Optimizer = state_lib.Optimizer
 Tune = tune_lib.Tune
 
@@ -100,6 +102,8 @@ class Phase:
     negatives: where the second rows come from; of no account to MLE.
     optimizer: Adam and its schedule.
     averages: the averages of the weights.
+    lora: whether the weights themselves are trained, or a low-rank difference
+      to the reference's, which only a round has.
     noise: the law of σ; of no account to models of tokens.
     images: real rows seen (the paper: 1.5 M on CIFAR-10).
     batch_size: real rows a step; as many second rows go with them.
@@ -114,6 +118,7 @@ class Phase:
   negatives: negatives_lib.Negatives = _static_group(negatives_lib.Pool())
   optimizer: Optimizer = _group(Optimizer())
   averages: Averages = _static_group(Averages())
+  lora: Lora = _static_group(Lora())
   noise: noise_lib.NoiseLaw = _group(noise_lib.LogNormal())
   images: int = _static(1_500_000)
   batch_size: int = _static(512)
@@ -258,7 +263,7 @@ RENAMED = {
 def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
   """Gathers what makes no sense in one phase."""
   groups = ('objective', 'negatives', 'optimizer', 'averages', 'noise')
-  for group in (*groups, 'bad_numbers'):
+  for group in (*groups, 'lora', 'bad_numbers'):
     with problems.gather():
       getattr(phase, group).check(f'{name}.{group}')
   rhythm = phase.rhythm
@@ -286,6 +291,13 @@ def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
   with problems.gather():
     field = f'{name}.if_hopeless'
     errors.require_choice(field, phase.if_hopeless, first_steps.POLICIES)
+  with problems.gather():
+    errors.require(
+      name == 'ddo' or not phase.lora.rank,
+      f'{name}.lora.rank',
+      phase.lora.rank,
+      '0: only a round has a reference to which a difference is trained',
+    )
   drop = phase.label_drop
   objective = phase.objective
   with problems.gather():
@@ -356,6 +368,15 @@ def validate(config: Config) -> None:
       'ddo.rhythm.eval_images',
       config.ddo.rhythm.eval_images,
       'positive where config.tune.members is',
+    )
+  with problems.gather():
+    given = set(tune_lib.RANGES) <= config.tune.ranges().keys()
+    errors.require(
+      not config.tune.members or not config.ddo.lora.rank or given,
+      'ddo.lora.rank',
+      config.ddo.lora.rank,
+      '0 where the probe is asked, which moves the weights themselves: give'
+      f' config.tune all of {", ".join(tune_lib.RANGES)}',
     )
   with problems.gather():
     errors.require(

@@ -32,6 +32,11 @@ def stream(seed: int, *names: str | int) -> jax.Array:
   return _fold(jax.random.key(seed), names)
 
 
+def named(key: jax.Array, name: str) -> jax.Array:
+  """Returns a key of its own for what is named so."""
+  return _fold(key, (name,))
+
+
 def per_example(key: jax.Array, ids: jax.Array) -> jax.Array:
   """Returns one key for each row, [B], folded from `key` and the ids [B]."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)

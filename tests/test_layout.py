@@ -25,6 +25,7 @@ FLOORS = (
     'training.averages',
     'training.bad_numbers',
     'training.first_steps',
+    'training.lora',
     'training.state',
     'training.step',
     'tuning.alarms',

@@ -131,15 +131,26 @@ def make_rows(stage: Stage, model: Any, count: int) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
+def param_shapes(stage: Stage) -> likelihood.Params:
+  """Returns the shapes of θ."""
+  return jax.eval_shape(stage.build(False).init, rng.stream(0))
+
+
+@functools.lru_cache(maxsize=32)
+def reference_shapes(stage: Stage) -> likelihood.Params:
+  """Returns the shapes of θ_ref, as a step takes it."""
+  return jax.eval_shape(stage.build(False).rules.reduce, param_shapes(stage))
+
+
+@functools.lru_cache(maxsize=32)
 def state_shapes(stage: Stage) -> state_lib.TrainState:
   """Returns the shapes of a phase's training state."""
   model = stage.build(False)
-  params = jax.eval_shape(model.init, rng.stream(0))
 
   def create(params):
     return state_lib.at_start(params, model.rules, stage.phase)
 
-  return jax.eval_shape(create, params)
+  return jax.eval_shape(create, param_shapes(stage))
 
 
 def _averages(stage: Stage, layout: layout_lib.Layout, params: Any) -> int:
@@ -152,12 +163,11 @@ def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
   """Returns the bytes that stand on each device throughout a phase.
 
   Returns:
-    Those of 'params' (θ), 'moments' (the optimizer's state and the number of
-    the step), 'averages', 'reference' and 'frozen'. An offloaded reference
-    counts: how early XLA brings it for a microbatch is not known.
+    Those of 'params' (what is trained), 'moments' (the optimizer's state and
+    the number of the step), 'averages', 'reference' and 'frozen'. An offloaded
+    reference counts: how early XLA brings it for a microbatch is not known.
   """
   state = state_shapes(stage)
-  reference = jax.eval_shape(stage.build(False).rules.reduce, state.params)
   averages = 0
   if 'ema' not in layout.offload:
     averages = _averages(stage, layout, state.params)
@@ -166,9 +176,23 @@ def standing(stage: Stage, layout: layout_lib.Layout) -> dict[str, int]:
     'moments': layout.share(state.opt_state, 'opt_state')
     + layout.share(state.step, 'step'),
     'averages': averages,
-    'reference': layout.share(reference, 'reference'),
+    'reference': layout.share(reference_shapes(stage), 'reference'),
     'frozen': layout.share(stage.frozen),
   }
+
+
+def standing_to_sample(
+  stage: Stage, layout: layout_lib.Layout
+) -> dict[str, int]:
+  """Returns the bytes that stand on each device while candidates are drawn of.
+
+  Beside what stands in any case, see `standing`, these are the 'merged' weights
+  of what is trained in factors.
+  """
+  merged = 0
+  if stage.phase.lora.rank:
+    merged = layout.share(param_shapes(stage))
+  return standing(stage, layout) | {'merged': merged}
 
 
 @functools.lru_cache(maxsize=256)
@@ -182,16 +206,16 @@ def _gradient_bytes(stage: Stage, remat: bool | str, count: int) -> int:
   """
   model = stage.build(remat)
   rows = make_rows(stage, model, count)
-  params = state_shapes(stage).params
-  reference = jax.eval_shape(model.rules.reduce, params)
+  trained = state_shapes(stage).params
+  reference = reference_shapes(stage)
 
-  def gradient(params, reference, frozen, rows):
+  def gradient(trained, reference, frozen, rows):
     _, _, grads = step_lib.gradient_of(
-      params, reference, frozen, rows, model, stage.phase, stage.sampler
+      trained, reference, frozen, rows, model, stage.phase, stage.sampler
     )
     return grads
 
-  return memory.peak(gradient, params, reference, stage.frozen, rows)
+  return memory.peak(gradient, trained, reference, stage.frozen, rows)
 
 
 def step_parts(
@@ -257,7 +281,7 @@ def sample_call(
 
   labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
   ids = jax.ShapeDtypeStruct((rows,), jnp.uint32)
-  return draw, (state_shapes(stage).params, stage.frozen, labels, ids)
+  return draw, (param_shapes(stage), stage.frozen, labels, ids)
 
 
 @functools.lru_cache(maxsize=64)
@@ -402,7 +426,7 @@ def call_size(
   room = layout.room()
   if room is None:
     return _CALL
-  taken = sum(standing(stage, layout).values())
+  taken = sum(standing_to_sample(stage, layout).values())
   choices = [_CALL, *(2**k for k in range(9, -1, -1))]
 
   def counted(count):

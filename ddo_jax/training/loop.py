@@ -33,6 +33,7 @@ from ddo_jax.runtime import progress
 from ddo_jax.runtime import records
 from ddo_jax.training import evaluations as evaluations_lib
 from ddo_jax.training import first_steps
+from ddo_jax.training import lora as lora_lib
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
 
@@ -333,13 +334,26 @@ class _Logger:
         )
 
 
+def _plain(job: Job, trained: likelihood.Params) -> likelihood.Params:
+  """Returns what is trained, or its average, as weights of the model."""
+  lora = job.phase.lora
+  if not lora.rank:
+    return trained
+  shapes = jax.eval_shape(job.model.init, rng.stream(0))
+  dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(shapes))
+  merge = lora_lib.plain(lora, job.model.rules, dtypes)
+  parts = devices_lib.from_host((job.reference, trained))
+  return job.executor.make_state(merge, *parts)
+
+
 def _evaluate(
   job: Job, state: state_lib.TrainState, step: int
 ) -> dict[str, Any]:
   """Scores every candidate; returns the best one's record."""
   best: dict[str, Any] | None = None
   folder = _evaluation_folder(job, step)
-  for profile, params in state.candidates().items():
+  for profile, trained in state.candidates().items():
+    params = _plain(job, trained)
     scores = job.evaluate(params, folder=folder / profile)
     selection = scores[job.metric]
     if not np.isfinite(selection):
@@ -386,7 +400,8 @@ def _keep_averages(job: Job, state: state_lib.TrainState, step: int) -> None:
   """Keeps the averages of a state that is about to be evaluated."""
   folder = averages_folder(job.folder, step)
   for name in job.phase.averages.power_names():
-    checkpoint.save_params(folder / name, state.ema[name], {'step': step})
+    params = _plain(job, state.ema[name])
+    checkpoint.save_params(folder / name, params, {'step': step})
 
 
 def _forget_evaluations(job: Job, start: int) -> None:
@@ -518,7 +533,8 @@ def _promote(
   candidates = state.candidates()
   profile = best['profile'] if best else next(iter(candidates))
   selection = best['selection'] if best else None
-  return Promotion(candidates[profile], step, profile, selection, *history)
+  params = _plain(job, candidates[profile])
+  return Promotion(params, step, profile, selection, *history)
 
 
 def _abstract_state(job: Job) -> Any:
@@ -534,11 +550,14 @@ def _abstract_state(job: Job) -> Any:
 
 def _fresh_state(job: Job) -> state_lib.TrainState:
   """Returns the state of step 0, on the devices."""
+  key = rng.stream(job.seed, 'lora', job.clock or job.name)
 
   def create(params):
-    return state_lib.at_start(params, job.model.rules, job.phase)
+    return state_lib.at_start(params, job.model.rules, job.phase, key)
 
-  return job.executor.make_state(create, job.start())
+  # Of factors nothing but shapes is taken of the params, which stand there.
+  start = job.reference if job.phase.lora.rank else job.start()
+  return job.executor.make_state(create, start)
 
 
 def _leave(job: Job, signum: int, step: int) -> NoReturn:

@@ -248,7 +248,7 @@ def _step_work(
   return work_lib.of(
     step,
     state,
-    jax.eval_shape(model.rules.reduce, state.params),
+    fit_lib.reference_shapes(stage),
     stage.frozen,
     rows.real,
     rows.fake,
@@ -421,7 +421,7 @@ def _memory(run: workspace.Run) -> dict[str, dict[str, int]]:
   stage = run.stage('ddo')
   rows = math.ceil(run.sample_batch / layout.num_devices)
   drawn = fit_lib.sample_bytes(stage, run.config.sampler, rows)
-  standing = fit_lib.standing(stage, layout)
+  standing = fit_lib.standing_to_sample(stage, layout)
   return memory | {'sampling': standing | {'activations': drawn}}
 
 
@@ -660,6 +660,15 @@ def _filled(
     notes.append(
       f'room: jax takes {chip.share:.0%} of a GPU unless'
       ' XLA_CLIENT_MEM_FRACTION says otherwise'
+    )
+  rank = run.config.ddo.lora.rank
+  if rank:
+    trained = fit_lib.state_shapes(run.stage('ddo')).params
+    count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    notes.append(
+      f'a round trains {count:,} numbers, factors of rank {rank};'
+      ' its activations hold the merged weights, and gradients of whole'
+      ' matrices'
     )
   about = cost.describe(
     run.stage('ddo').build(False),

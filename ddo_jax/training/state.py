@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ddo_jax import errors
+from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.method import likelihood
 from ddo_jax.training import averages as averages_lib
@@ -23,8 +24,8 @@ class TrainState:
 
   Attributes:
     step: [] int32, the optimizer steps done in this phase.
-    params: θ.
-    ema: profile name -> averaged params; possibly empty.
+    params: θ, or the factors of θ − θ_ref where a phase has a `lora.Lora`.
+    ema: profile name -> averages of these; possibly empty.
     opt_state: the state of `Optimizer.transform`.
   """
 
@@ -34,7 +35,11 @@ class TrainState:
   opt_state: Any
 
   def candidates(self) -> dict[str, Params]:
-    """Returns what may be evaluated and promoted: the averages, else θ."""
+    """Returns what may be evaluated and promoted: the averages, else θ.
+
+    Factors are still to be merged. The average of products is of no low rank;
+    that of the factors stands for it.
+    """
     return self.ema or {'params': self.params}
 
 
@@ -235,7 +240,10 @@ def create(
 
 
 def at_start(
-  params: Params, rules: likelihood.WeightRules, phase: Any
+  params: Params,
+  rules: likelihood.WeightRules,
+  phase: Any,
+  key: jax.Array | None = None,
 ) -> TrainState:
   """Returns the state of a phase's step 0; see `create`.
 
@@ -243,9 +251,14 @@ def at_start(
     params: where θ starts.
     rules: those of the model, which say what decays.
     phase: a `config.Phase`, at any round: its numbers take no part.
+    key: draws the factors of a phase of low rank; None draws the same ones
+      always, which does for their shapes.
   """
-  transform = phase.optimizer.transform(rules, phase.batch_size, phase.images)
-  return create(params, transform, phase.averages)
+  transform = phase.optimizer.transform(
+    phase.lora.rules(rules), phase.batch_size, phase.images
+  )
+  trained = phase.lora.start(params, rng.stream(0) if key is None else key)
+  return create(trained, transform, phase.averages)
 
 
 def at_step(state: TrainState, step: jax.Array) -> TrainState:

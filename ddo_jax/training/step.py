@@ -169,7 +169,7 @@ def mle_loss(
 
 
 def gradient_of(
-  params: likelihood.Params,
+  trained: likelihood.Params,
   reference: likelihood.Params,
   frozen: likelihood.Frozen,
   rows: Microbatch,
@@ -177,14 +177,28 @@ def gradient_of(
   phase: Any,
   sampler: Any,
 ) -> tuple[Metrics, Metrics, likelihood.Params]:
-  """Returns the metrics, per-row results [B] and gradient of a microbatch."""
+  """Returns the metrics, per-row results [B] and gradient of a microbatch.
+
+  Args:
+    trained: what is trained, see `lora.Lora`.
+    reference: θ_ref.
+    frozen: weights that are neither.
+    rows: those of the microbatch.
+    model: the family.
+    phase: the phase, which says how θ is made of what is trained.
+    sampler: draws fakes inside the step, where the negatives ask for it.
+  """
   # Each microbatch asks for it, so that it need not stay there between them.
   reference = memory.on_device(reference)
   pairs = make_pairs(rows, reference, frozen, model, phase, sampler)
-  loss = contrastive_loss if phase.objective.contrastive else mle_loss
-  value_and_grad = jax.value_and_grad(loss, has_aux=True)
-  (_, (metrics, results)), grads = value_and_grad(
-    params, reference, frozen, pairs, model, phase
+  loss_of = contrastive_loss if phase.objective.contrastive else mle_loss
+
+  def loss(trained):
+    params = phase.lora.merge(reference, trained)
+    return loss_of(params, reference, frozen, pairs, model, phase)
+
+  (_, (metrics, results)), grads = jax.value_and_grad(loss, has_aux=True)(
+    trained
   )
   return metrics, results, grads
 
@@ -273,7 +287,8 @@ def train_step(
   """One optimizer step on B real rows, and on as many fakes or negatives.
 
   Args:
-    state: θ, its averages and the optimizer's state; safe to donate.
+    state: what is trained, its averages and the optimizer's state; safe to
+      donate.
     reference: θ_ref, which never changes.
     frozen: weights that are neither.
     real: the real rows as stored, see `Microbatch`.
@@ -305,15 +320,14 @@ def train_step(
     metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
     results = jax.lax.all_gather(results, axis_name, tiled=True)
 
-  transform = phase.optimizer.transform(
-    model.rules, phase.batch_size, phase.images
-  )
+  rules = phase.lora.rules(model.rules)
+  transform = phase.optimizer.transform(rules, phase.batch_size, phase.images)
   next_state = state_lib.apply_gradients(
     state=state,
     grads=grads,
     transform=transform,
     averages=phase.averages,
-    rules=model.rules,
+    rules=rules,
     batch_size=phase.batch_size,
   )
   metrics['grad_norm'] = optax.tree.norm(grads)
@@ -326,8 +340,9 @@ def train_step(
     )
     next_state = without_bad(metrics['bad'], state, next_state)
 
+  there = memory.on_device(reference)
   distance = jax.tree.map(
-    _difference, state.params, memory.on_device(reference)
+    _difference, phase.lora.merge(there, state.params), there
   )
   metrics['learning_rate'] = phase.optimizer.rate(
     state.step, phase.batch_size, phase.images
