@@ -22,6 +22,7 @@ from ddo_jax.method import likelihood
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import noise as noise_lib
 from ddo_jax.method import objective as objective_lib
+from ddo_jax.models import discriminator as discriminator_lib
 from ddo_jax.runtime import layout
 from ddo_jax.samplers import contract
 from ddo_jax.training import bad_numbers
@@ -141,6 +142,18 @@ class Phase:
     return -(-self.images // self.batch_size)
 
 
+# What a discriminator learns is DDO's loss with its logit for the log-ratio.
+_DISCRIMINATOR = Phase(
+  objective=ddo.DDO(alpha=(1.0,), beta=(1.0,)),
+  optimizer=Optimizer(learning_rate=(3e-4,)),
+  noise=noise_lib.LogUniform(),
+  images=2_000 * 256,
+  batch_size=256,
+  if_hopeless='warn',
+  rhythm=Rhythm(eval_images=100 * 256),
+)
+
+
 @dataclasses.dataclass
 class Config:
   """A run.
@@ -160,6 +173,11 @@ class Config:
       guides where `sampler.guidance` is not 1. Without it the model itself, its
       label left out, is the guide.
     guide: the guide's model settings, if they are not those of `model`.
+    discriminator_from: the params of a discriminator of real against drawn
+      images, a folder that --mode=discriminator left. It corrects samples where
+      `sampler.discriminator` is not 0.
+    discriminator_network: its size.
+    discriminator: how --mode=discriminator trains one.
     vae_from: the autoencoder of latent models, 'sd-vae-ft-mse' or the path of
       its .safetensors or .bin. Only seeing or scoring their images needs it;
       training does not.
@@ -187,6 +205,11 @@ class Config:
   sampler: contract.Sampler | None = None
   guide_from: str = _knob('')
   guide: likelihood.ModelConfig | None = None
+  discriminator_from: str = _knob('')
+  discriminator_network: discriminator_lib.DiscriminatorConfig = _group(
+    discriminator_lib.DiscriminatorConfig(), science=False
+  )
+  discriminator: Phase = _group(_DISCRIMINATOR, science=False)
   vae_from: str = _knob('')
   tokenizer_from: str = _knob('')
   data: Data = _group(Data())
@@ -310,7 +333,7 @@ def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
       )
   with problems.gather():
     errors.require(
-      name == 'ddo' or not objective.contrastive,
+      name in ('ddo', 'discriminator') or not objective.contrastive,
       f'{name}.objective',
       objective,
       'MLE()',
@@ -358,8 +381,10 @@ def validate(config: Config) -> None:
   with problems.gather():
     seed = config.seed
     errors.require(0 <= seed < 2**32, 'seed', seed, 'in [0, 2**32)')
-  for name in PHASES:
+  for name in (*PHASES, 'discriminator'):
     _validate_phase(problems, name, getattr(config, name))
+  with problems.gather():
+    config.discriminator_network.check('discriminator_network')
   with problems.gather():
     config.tune.check('tune')
   with problems.gather():

@@ -18,6 +18,9 @@ beside it and no others:
               that need not be there, or measured here; needs no data.
   pretrain    --config --workdir
               The pretraining alone.
+  discriminator  --config --workdir [--round]
+              Trains a discriminator of real images against a round's pool, for
+              config.discriminator_from and config.sampler.discriminator.
   sample      --config --workdir [--params --output]
               [--num_samples, or --seeds=0-15; --classes=3,7]
               Draws images of the newest params, or of --params: for each seed
@@ -79,6 +82,7 @@ from ddo_jax.runtime import processes
 from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
 from ddo_jax.training import check as check_lib
+from ddo_jax.training import discriminator as discriminator_lib
 from ddo_jax.training import plan as plan_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import samples
@@ -169,6 +173,9 @@ _PARAMS = flags.DEFINE_string(
   None,
   'sample, evaluate: a folder of params, a released file or its published name;'
   ' default the newest.',
+)
+_ROUND = flags.DEFINE_integer(
+  'round', 0, 'discriminator: of the pool of which round.', lower_bound=0
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   'num_samples', 100, 'sample: takes seeds 0, 1, ….', lower_bound=1
@@ -314,6 +321,24 @@ def plan(
 def pretrain(config: config_lib.Config, workdir: pathlib.Path) -> pathlib.Path:
   """Pretrains; returns the folder of params that a first round starts from."""
   return run_lib.pretrain(workspace.Run(config, workdir))
+
+
+def discriminator(
+  config: config_lib.Config, workdir: pathlib.Path, index: int = 0
+) -> pathlib.Path:
+  """Trains a discriminator of real images against the pool of a round.
+
+  Args:
+    config: the run's; `config.discriminator` says how it is trained.
+    workdir: its folder, in which the round has begun.
+    index: the number of the round.
+
+  Returns:
+    The folder of its params, for `config.discriminator_from`; see
+    `training.discriminator.fit`.
+  """
+  with workspace.claimed(config, workdir):
+    return discriminator_lib.train(workspace.Run(config, workdir), index)
 
 
 def params_folder(
@@ -495,6 +520,10 @@ def _pretrain() -> Any:
   return pretrain(_CONFIG.value, _path(_WORKDIR))
 
 
+def _discriminator() -> Any:
+  return discriminator(_CONFIG.value, _path(_WORKDIR), _ROUND.value)
+
+
 def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
   return samples.parse_numbers(flag.name, flag.value) if flag.value else ()
 
@@ -588,6 +617,7 @@ _MODES = {
     '--config=configs/digits.py --chip=h100 --num_devices=8',
   ),
   'pretrain': _Mode(_pretrain, (_CONFIG, _WORKDIR), (), _RUN),
+  'discriminator': _Mode(_discriminator, (_CONFIG, _WORKDIR), (_ROUND,), _RUN),
   'sample': _Mode(
     _sample,
     (_CONFIG, _WORKDIR),

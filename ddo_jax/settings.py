@@ -48,7 +48,10 @@ def _default_of(field: dataclasses.Field) -> Any:
 def flatten(
   config: Any, prefix: str = ''
 ) -> Iterator[tuple[str, Any, bool, Any]]:
-  """Yields (dotted name, value, is science, default) of every leaf."""
+  """Yields (dotted name, value, is science, default) of every leaf.
+
+  No leaf of a group that is no science is science.
+  """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     name = prefix + field.name
@@ -56,7 +59,8 @@ def flatten(
       science = field.metadata.get('science', True)
       default = type(_default_of(field)).__name__
       yield f'{name}.type', type(value).__name__, science, default
-      yield from flatten(value, name + '.')
+      for inner, leaf, inner_science, default in flatten(value, name + '.'):
+        yield inner, leaf, science and inner_science, default
     else:
       science = field.metadata.get('science', True)
       yield name, value, science, _default_of(field)

@@ -61,6 +61,33 @@ def test_sample_is_repeatable_and_guidance_changes_it(workdir, tmp_path):
   assert (tmp_path / 'a' / 'samples.png').exists()
 
 
+def test_a_discriminator_of_a_round_corrects_its_samples(workdir, tmp_path):
+  def corrected(folder):
+    config = tiny()
+    config.discriminator_network.blocks = 0
+    config.discriminator_from = str(folder)
+    config.sampler.discriminator = 1000.0  # it has learned little
+    return config
+
+  def draw(name, config):
+    main.sample(config, workdir, num_samples=20, output=tmp_path / name)
+    return (tmp_path / name / 'samples.npz').read_bytes()
+
+  config = tiny()
+  config.discriminator_network.blocks = 0
+  config.discriminator.images = 4 * 16
+  config.discriminator.batch_size = 16
+  folder = main.discriminator(config, workdir)
+  assert folder.is_relative_to(workdir / 'round_000')
+  plain = draw('plain', tiny())
+  assert draw('trained', corrected(folder)) != plain
+  model = config.discriminator_network.beside(config.model.build())
+  checkpoint.save_params(tmp_path / 'fresh', model.init(rng.stream(0)), {})
+  assert draw('fresh', corrected(tmp_path / 'fresh')) == plain
+  with pytest.raises(errors.UserError, match='holds no params: --mode=discr'):
+    draw('none', corrected(tmp_path))
+
+
 def test_classes_and_seeds_are_chosen(workdir, tmp_path):
   def draw(name, **chosen):
     path = main.sample(tiny(), workdir, output=tmp_path / name, **chosen)

@@ -110,7 +110,7 @@ def open_pool(tmp_path, sampler):
     sample_batch=100,
     generator=lambda guided: generator,
   )
-  round_lib._fake_pool(run, tmp_path, {}, {'sha256': 'of the reference'})
+  round_lib.fake_pool(run, tmp_path, {}, {'sha256': 'of the reference'})
 
 
 def test_another_precision_is_another_pool(tmp_path):

@@ -1,7 +1,6 @@
 """Denoisers, whose likelihood has a bound."""
 
 import dataclasses
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -68,6 +67,8 @@ class Diffusion:
     num_bins: the number of noise bins in the diagnostics.
     guide: the guide's module, with the denoiser's signature; None where the
       guide is built as the denoiser is.
+    discriminator: a module (x [B,H,W,C], sigma [B], label [B]) -> logit [B],
+      see `discriminator.Discriminator`; None where there is none.
     precision: that of the network's products in training, see `precision`. θ
       and θ_ref share it; samples have that of their sampler.
   """
@@ -81,6 +82,7 @@ class Diffusion:
   rules: likelihood.WeightRules = _static(default=likelihood.WeightRules())
   num_bins: int = _static(default=8)
   guide: nn.Module | None = _static(default=None)
+  discriminator: nn.Module | None = _static(default=None)
   precision: str = _static(default='highest')
 
   @property
@@ -116,14 +118,8 @@ class Diffusion:
   def _noisy(self, batch: Batch, keys: jax.Array) -> Noisy:
     """Draws one (σ, n) a row."""
     chex.assert_shape(batch.x, (None, *self.example_shape))
-    # One draw a row, split after: compile time grows with the number of calls.
-    size = 1 + math.prod(self.example_shape)
-    normal = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
-    z = normal[:, 0]
-    noise = normal[:, 1:].reshape(batch.x.shape)
-    sigma = self.noise.sigma(z)
-    noisy = batch.x + sigma[:, None, None, None] * noise
-    return Noisy(z, sigma, noise, noisy, self.weight(sigma, self.noise))
+    drawn = noise_lib.draw(self.noise, batch.x, keys)
+    return Noisy(*drawn, weight=self.weight(drawn.sigma, self.noise))
 
   def log_prob(
     self, params: Params, frozen: Frozen, batch: Batch, keys: jax.Array
@@ -156,11 +152,9 @@ class Diffusion:
     theirs = jax.lax.stop_gradient(theirs)
     target = self._target(batch, drawn)
     product = (ours - theirs) * (ours + theirs - 2 * target)
-    # Equal bins over two standard deviations of z; the outer ones are open.
-    noise_bin = jnp.floor((drawn.z + 2) / 4 * self.num_bins).astype(jnp.int32)
     squares = jnp.sum((ours - target) ** 2, axis=(1, 2, 3))
     info = {
-      'noise_bin': jnp.clip(noise_bin, 0, self.num_bins - 1),
+      'noise_bin': noise_lib.bins(drawn.z, self.num_bins),
       'mle_loss': drawn.weight * squares,
     }
     return -drawn.weight * jnp.sum(product, axis=(1, 2, 3)), info
@@ -186,6 +180,9 @@ class Diffusion:
     ignores them. Without such weights the model itself without labels is the
     guide (classifier-free guidance).
 
+    Where the sampler asks for a discriminator, what its logit (of the weights
+    `frozen['discriminator']`) says of real against drawn is added to D.
+
     Raises:
       errors.UserError: guidance is asked for and there is nothing to guide, or
         the sampler's precision has no such name.
@@ -203,6 +200,14 @@ class Diffusion:
         sampler.guidance_max,
         channels=sampler.guidance_channels,
         level=sampler.level,
+      )
+    if sampler.discriminator:
+      denoise = guidance.corrected(
+        denoise,
+        model._logit(frozen, label, sampler),
+        sampler.discriminator,
+        sampler.discriminator_min,
+        sampler.discriminator_max,
       )
     return sampler(denoise, self.example_shape, keys)
 
@@ -237,6 +242,36 @@ class Diffusion:
         ' guided by a denoiser'
       )
     return dataclasses.replace(self, guide=guide.denoiser)
+
+  def with_discriminator(self, discriminator: nn.Module) -> 'Diffusion':
+    """Returns this model with a module that tells real from drawn rows."""
+    return dataclasses.replace(self, discriminator=discriminator)
+
+  def _logit(
+    self, frozen: Frozen, label: jax.Array, sampler: Any
+  ) -> guidance.Logit:
+    """Returns the discriminator's logit, its params and labels bound."""
+    if self.discriminator is None or 'discriminator' not in frozen:
+      raise errors.UserError(
+        f'config.sampler.discriminator is {sampler.discriminator} and no'
+        ' discriminator was given: train one with --mode=discriminator and name'
+        ' its params with --config.discriminator_from, or set'
+        ' config.sampler.discriminator=0'
+      )
+    if sampler.drives == 'velocity':
+      raise errors.UserError(
+        f'config.sampler is {sampler}, which drives a velocity, and a'
+        ' discriminator corrects a denoiser: set config.sampler to one that'
+        ' follows noise levels, such as samplers.heun.Heun, or'
+        ' config.sampler.discriminator=0'
+      )
+    params = {'params': frozen['discriminator']}
+
+    def logit(x, sigma):
+      with precision_lib.of(self.precision):
+        return self.discriminator.apply(params, x, sigma, label)
+
+    return logit
 
   def _guide(
     self, params: Params, frozen: Frozen, label: jax.Array, sampler: Any

@@ -28,6 +28,9 @@ from ddo_jax.runtime import processes
 LATER = {
   'precision': 'highest',
   'guidance_channels': 0,
+  'discriminator': 0.0,
+  'discriminator_min': 0.05,
+  'discriminator_max': 80.0,
   'guided_stages': 0,
   'temperature': 1.0,
 }

@@ -7,7 +7,9 @@ their own, so that an ε-, v- or flow-matching network is a preconditioning
 """
 
 import dataclasses
+import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,44 @@ class LogNormal(NoiseLaw):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(unsafe_hash=True)
+class LogUniform(NoiseLaw):
+  """ln σ uniform between two noise levels: every scale of an image alike.
+
+  Attributes:
+    lowest: the smallest σ, one value a round.
+    highest: the largest σ, one value a round.
+  """
+
+  lowest: settings.PerRound = (0.05,)
+  highest: settings.PerRound = (80.0,)
+
+  def _width(self) -> jax.Array:
+    """Returns ln(highest/lowest), []."""
+    return jnp.log(self.highest) - jnp.log(self.lowest)
+
+  def sigma(self, z: jax.Array) -> jax.Array:
+    """Returns lowest (highest/lowest)^Φ(z)."""
+    return self.lowest * jnp.exp(self._width() * stats.norm.cdf(z))
+
+  def log_density(self, sigma: jax.Array) -> jax.Array:
+    """Returns the constant log-density of ln σ, −∞ outside."""
+    inside = (self.lowest <= sigma) & (sigma <= self.highest)
+    return jnp.where(inside, -jnp.log(self._width()), -jnp.inf)
+
+  def check(self, name: str) -> None:
+    """Raises UserError unless both are positive, the highest above."""
+    errors.require_positive(f'{name}.lowest', self.lowest)
+    errors.require_positive(f'{name}.highest', self.highest)
+    errors.require(
+      np.max(self.lowest) < np.min(self.highest),
+      f'{name}.highest',
+      self.highest,
+      f'above {name}.lowest, {self.lowest}',
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(unsafe_hash=True)
 class UniformTime(NoiseLaw):
   """t uniform on (0, 1) with σ = t/(1 − t): plain flow matching."""
 
@@ -126,6 +166,48 @@ class LinearBetas(NoiseLaw):
   def sigma(self, z: jax.Array) -> jax.Array:
     """Returns the level whose share of the normal quantiles z falls into."""
     return _pick(z, schedules.ddpm_sigmas())
+
+
+class Drawn(NamedTuple):
+  """One draw of (σ, n) for each row.
+
+  Attributes:
+    z: the noise law's normal numbers, [B].
+    sigma: σ, [B].
+    noise: n of unit variance, [B,H,W,C].
+    x: the noisy rows x₀ + σ n, [B,H,W,C].
+  """
+
+  z: jax.Array
+  sigma: jax.Array
+  noise: jax.Array
+  x: jax.Array
+
+
+def draw(law: NoiseLaw, x: jax.Array, keys: jax.Array) -> Drawn:
+  """Draws one (σ, n) for each row of clean data.
+
+  Args:
+    law: the law of σ.
+    x: the clean rows x₀, [B,H,W,C].
+    keys: [B], the rows' keys.
+  """
+  # One draw a row, split after: compile time grows with the number of calls.
+  size = 1 + math.prod(x.shape[1:])
+  normal = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
+  z = normal[:, 0]
+  noise = normal[:, 1:].reshape(x.shape)
+  sigma = law.sigma(z)
+  return Drawn(z, sigma, noise, x + sigma[:, None, None, None] * noise)
+
+
+def bins(z: jax.Array, count: int) -> jax.Array:
+  """Returns the noise bins [B] int32, from 0 to count − 1, of numbers z [B].
+
+  They are equal over two standard deviations of z; the outer ones are open.
+  """
+  found = jnp.floor((z + 2) / 4 * count).astype(jnp.int32)
+  return jnp.clip(found, 0, count - 1)
 
 
 def _pick(z: jax.Array, sigmas: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from ddo_jax.method import noise as noise_lib
 from ddo_jax.models import layers
 from ddo_jax.models import precond
 
-_GROUPS = 8  # of the U-Net's norms
+GROUPS = 8  # of the U-Net's norms
 
 
 @dataclasses.dataclass
@@ -72,10 +72,10 @@ class ToyConfig(likelihood.ModelConfig):
       'of even height and width for the U-Net (pad with config.data.pad_to)',
     )
     errors.require(
-      self.network == 'mlp' or self.hidden % _GROUPS == 0,
+      self.network == 'mlp' or self.hidden % GROUPS == 0,
       'model.hidden',
       self.hidden,
-      f'a multiple of {_GROUPS} for the U-Net, the groups of its norms',
+      f'a multiple of {GROUPS} for the U-Net, the groups of its norms',
     )
     network = networks[self.network](self.hidden, self.blocks, self.num_classes)
     return diffusion.Diffusion(
@@ -154,7 +154,7 @@ class ConvBlock(nn.Module):
     """Returns [B,H,W,channels] of x [B,H,W,C] and condition [B,E]."""
     # The fast variance loses all its digits where the mean is large.
     norm = functools.partial(
-      nn.GroupNorm, _GROUPS, epsilon=1e-5, use_fast_variance=False
+      nn.GroupNorm, GROUPS, epsilon=1e-5, use_fast_variance=False
     )
     zeros = nn.initializers.zeros
     h = nn.silu(norm()(x))

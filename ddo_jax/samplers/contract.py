@@ -160,6 +160,10 @@ class DenoiseSampler(Sampler, abc.ABC):
     guidance_max: the largest noise level that is guided.
     guidance_channels: how many channels are guided; 0 for all. DiT's and SiT's
       programs guide the first 3 of 4.
+    discriminator: the weight w of a discriminator's gradient, see
+      `guidance.corrected`; 0 is none.
+    discriminator_min: noise levels up to this one are not corrected.
+    discriminator_max: the largest noise level that is corrected.
     precision: that of the network's products while it draws, 'highest', 'high'
       or 'default'; see `precision`.
   """
@@ -170,6 +174,9 @@ class DenoiseSampler(Sampler, abc.ABC):
   guidance_min: float = 0.0
   guidance_max: float = 1e9
   guidance_channels: int = 0
+  discriminator: float = 0.0
+  discriminator_min: float = 0.05
+  discriminator_max: float = 80.0
   precision: str = 'highest'
 
   def level(self, told: jax.Array) -> jax.Array:
@@ -184,7 +191,7 @@ class DenoiseSampler(Sampler, abc.ABC):
 
   def unguided(self) -> 'DenoiseSampler':
     """Returns the sampler of the model itself, without guidance."""
-    return dataclasses.replace(self, guidance=1.0)
+    return dataclasses.replace(self, guidance=1.0, discriminator=0.0)
 
 
 class VelocitySampler(DenoiseSampler):

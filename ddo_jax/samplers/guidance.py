@@ -1,4 +1,4 @@
-"""Guidance of a denoiser by a second, weaker one."""
+"""Guidance of a denoiser: by a second, weaker one, or by a discriminator."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from ddo_jax import errors
 from ddo_jax.samplers import contract
+
+# (x [B,...], sigma [B]) -> [B], the logit of a discriminator at noise levels.
+Logit = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def guided(
@@ -75,5 +78,66 @@ def guided(
     moved = jnp.where(inside, moved, part)
     rest = strong[..., part.shape[-1] :]
     return jnp.concatenate([moved, rest], axis=-1) if rest.shape[-1] else moved
+
+  return call
+
+
+def corrected(
+  denoise: contract.Denoise,
+  logit: Logit,
+  weight: float,
+  low: float,
+  high: float,
+) -> contract.Denoise:
+  """Corrects a model by what a discriminator saw, for σ in (low, high].
+
+  D = D_model + weight σ² ∇ₓ logit(x, σ): discriminator guidance (Kim et al.
+  2023). The best discriminator of real rows against the model's, both with
+  noise of level σ, has the logit log p_data(x; σ) − log p_model(x; σ). By
+  Tweedie's formula, D = x + σ² ∇ₓ log p(x; σ), a weight of 1 then gives the
+  denoiser of the data. Kim et al. correct the first half of each step of
+  Heun's method alone; here every call is corrected, so that it is one denoiser
+  for every sampler.
+
+  Args:
+    denoise: the model's denoiser; of what it returns, the first channels, as
+      many as x has, are corrected.
+    logit: the discriminator's logit, high for real rows.
+    weight: w; 1 corrects in full, 0 not at all.
+    low: noise levels up to this one are not corrected, and there the gradient
+      is not computed.
+    high: the largest noise level that is corrected.
+
+  Returns:
+    A denoiser.
+
+  Raises:
+    errors.UserError: the interval is empty.
+  """
+  if not low < high:
+    raise errors.UserError(
+      f'discriminator_min is {low}, discriminator_max {high}: no noise level'
+      ' lies above the one and up to the other; set discriminator to 0 for no'
+      ' correction'
+    )
+
+  def total(x, sigma):
+    return jnp.sum(logit(x, sigma))
+
+  def zero(x, sigma):
+    del sigma
+    return jnp.zeros_like(x)
+
+  def call(x, sigma):
+    output = denoise(x, sigma)
+    inside = (low < sigma) & (sigma <= high)
+    slope = jax.lax.cond(jnp.any(inside), jax.grad(total), zero, x, sigma)
+    scale = jnp.where(inside, weight * sigma**2, 0)
+    step = scale.reshape(-1, *[1] * (x.ndim - 1)) * slope
+    rest = output[..., x.shape[-1] :]
+    if not rest.shape[-1]:
+      return output + step
+    moved = output[..., : x.shape[-1]] + step
+    return jnp.concatenate([moved, rest], axis=-1)
 
   return call

@@ -247,6 +247,11 @@ def _weights(plan: Plan) -> str:
       else:  # it is converted once all else is right
         store.resolve(name, f'--config.{field}')
       found.append(f'{field} {name}')
+  if config.discriminator_from:
+    with problems.gather():
+      folder = plan.run.frozen_folder('discriminator')
+      checkpoint.check_params(folder, plan.frozen['discriminator'])
+      found.append(f'discriminator_from {folder}')
   if config.vae_from:
     with problems.gather():
       _ = plan.run.vae

@@ -67,7 +67,7 @@ def _reference(
   return params, read, meta
 
 
-def _fake_pool(
+def fake_pool(
   run: workspace.Run,
   folder: pathlib.Path,
   reference: likelihood.Params,
@@ -317,7 +317,7 @@ def play_round(
     if not tuned:  # what members leave stays there
       workspace.check_source(manifest, 'promoted', phase.steps())
     if phase.used_negatives.needs_pool:
-      fake = _fake_pool(run, folder, reference, meta)
+      fake = fake_pool(run, folder, reference, meta)
   clock.append(time.perf_counter())
 
   if promotion is None:

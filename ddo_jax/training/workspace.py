@@ -8,6 +8,7 @@ import functools
 import logging
 import pathlib
 import shutil
+import typing
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from ddo_jax.data import workers
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import measure
 from ddo_jax.evaluation import protocols
+from ddo_jax.method import diffusion
 from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.models import vae as vae_lib
@@ -201,7 +203,7 @@ def claimed(
 def build_model(
   config: config_lib.Config, noise: Any = None, remat: bool | str = False
 ) -> likelihood.LikelihoodModel:
-  """Returns a config's model, with the guide's network if there is one.
+  """Returns a config's model, with what guides it if there is something.
 
   Args:
     config: the run's.
@@ -210,9 +212,13 @@ def build_model(
   """
   config_lib.require_model(config)
   model = config.model.build(noise=noise, remat=remat)
-  if config.guide is None:
-    return model
-  return model.guided_by(config.guide.build(noise=noise))
+  if config.guide is not None:
+    model = model.guided_by(config.guide.build(noise=noise))
+  if config.discriminator_from:
+    discriminator = config.discriminator_network.beside(model)
+    denoiser = typing.cast(diffusion.Diffusion, model)  # it refuses others
+    model = denoiser.with_discriminator(discriminator.network)
+  return model
 
 
 def params_target(
@@ -495,9 +501,13 @@ class Run:
   def frozen_models(self) -> dict[str, Any]:
     """Returns the models of the frozen weights, less the autoencoder."""
     config = self.config
-    models = {}
+    models: dict[str, Any] = {}
     if config.guide_from:
       models['guide'] = (config.guide or config.model).build()
+    if config.discriminator_from:
+      models['discriminator'] = config.discriminator_network.beside(
+        config.model.build()
+      )
     learner = config.model.build_tokenizer()
     if learner:
       models['tokenizer'] = learner
@@ -514,9 +524,22 @@ class Run:
     return vae_names.read(self._vae_file)
 
   def frozen_folder(self, name: str) -> pathlib.Path:
-    """Returns where the params of one of `frozen_models` are."""
+    """Returns where the params of one of `frozen_models` are.
+
+    Raises:
+      errors.UserError: there is no discriminator, or what is named cannot be
+        had.
+    """
     if name == 'tokenizer':
       return self.tokenizer_folder
+    if name == 'discriminator':  # there are none of other programs
+      folder = pathlib.Path(self.config.discriminator_from)
+      if not (folder / 'params').exists():
+        raise errors.UserError(
+          f'--config.discriminator_from={folder} holds no params:'
+          ' --mode=discriminator trains a discriminator and says where it is'
+        )
+      return folder
     return self._folder_named(
       'guide_from', self.config.guide or self.config.model
     )

@@ -35,6 +35,18 @@ def test_uniform_time():
   np.testing.assert_allclose(ends[0] * ends[1], 1, rtol=1e-3)
 
 
+def test_log_uniform():
+  law = noise.LogUniform(0.05, 80.0)
+  share = np.log(law.sigma(Z) / 0.05) / np.log(80 / 0.05)
+  assert stats.kstest(share, 'uniform').pvalue > 0.01
+  ends = law.sigma(jnp.array([-40.0, 40.0]))
+  np.testing.assert_allclose(ends, [0.05, 80.0], rtol=1e-5)
+  outside = law.log_density(jnp.array([0.04, 81.0]))
+  np.testing.assert_array_equal(outside, -np.inf)
+  with pytest.raises(errors.UserError, match='above discriminator'):
+    noise.LogUniform((2.0,), (1.0,)).check('discriminator.noise')
+
+
 def test_a_discrete_law_has_its_levels_equally_often():
   levels = (0.1, 0.5, 2.0, 9.0)
   sigma = np.asarray(noise.Discrete(levels).sigma(Z))
@@ -49,7 +61,12 @@ def test_a_discrete_law_has_its_levels_equally_often():
 
 
 @pytest.mark.parametrize(
-  'law', [noise.LogNormal(-0.4, 1.3), noise.UniformTime()]
+  'law',
+  [
+    noise.LogNormal(-0.4, 1.3),
+    noise.LogUniform(0.05, 80.0),
+    noise.UniformTime(),
+  ],
 )
 def test_the_density_is_that_of_the_draws(law):
   """Of ln σ, as the change of variables from z has it."""

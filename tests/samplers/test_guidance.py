@@ -1,6 +1,7 @@
-"""Guidance by a second network: its interval, its weights, its labels."""
+"""Guidance: by a second network, and by a discriminator."""
 
 import dataclasses
+import types
 
 from flax import linen as nn
 import jax
@@ -12,9 +13,13 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.method import diffusion
 from ddo_jax.method import noise
+from ddo_jax.models import discriminator as discriminator_lib
+from ddo_jax.models import sit
+from ddo_jax.models import toy
 from ddo_jax.samplers import ablation
 from ddo_jax.samplers import contract
 from ddo_jax.samplers import dpm_solver_v3
+from ddo_jax.samplers import flow_ode
 from ddo_jax.samplers import guidance
 from ddo_jax.samplers import heun
 
@@ -74,10 +79,11 @@ def test_the_guide_is_not_evaluated_elsewhere(sampler):
 
 @pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: type(s).__name__)
 def test_the_contract(sampler):
-  guided = dataclasses.replace(sampler, guidance=3.0, guidance_min=0.1)
+  plain = dataclasses.replace(sampler, guidance_min=0.1)
+  guided = dataclasses.replace(plain, guidance=3.0, discriminator=2.0)
   assert isinstance(guided, contract.Sampler)
   assert guided.drives == 'denoise'
-  assert guided.unguided() == dataclasses.replace(guided, guidance=1.0)
+  assert guided.unguided() == plain
   assert hash(guided.unguided()) != hash(guided)
 
 
@@ -174,3 +180,200 @@ def test_a_model_without_labels_needs_a_guide():
   sample = guided_model(num_classes=0).sample
   with pytest.raises(errors.UserError, match='no guide was given'):
     sample(params, {}, labels, keys(2), sampler)
+
+
+# --- By a discriminator -------------------------------------------------------
+
+# The mean and the standard deviation of two Gaussians.
+DATA = (0.7, 0.5)
+MODEL = (-0.4, 0.9)
+
+
+def gaussian_denoiser(of):
+  mean, deviation = of
+
+  def denoise(x, sigma):
+    variance = sigma[:, None, None, None] ** 2
+    return (deviation**2 * x + variance * mean) / (deviation**2 + variance)
+
+  return denoise
+
+
+def best_logit(x, sigma):
+  """Returns the log-ratio of the two at noise levels."""
+
+  def log_density(of):
+    mean, deviation = of
+    spread = jnp.sqrt(deviation**2 + sigma**2)[:, None, None, None]
+    density = jax.scipy.stats.norm.logpdf(x, mean, spread)
+    return jnp.sum(density, axis=(1, 2, 3))
+
+  return log_density(DATA) - log_density(MODEL)
+
+
+def test_the_best_discriminator_gives_the_denoiser_of_the_data():
+  with jax.enable_x64(True):
+    sigma = jnp.geomspace(0.06, 80, 5)
+    x = jnp.linspace(-2, 2, 20).reshape(5, *SHAPE) * (
+      1 + sigma[:, None, None, None]
+    )
+    got = guidance.corrected(
+      gaussian_denoiser(MODEL), best_logit, 1.0, 0.05, 80.0
+    )(x, sigma)
+    wanted = gaussian_denoiser(DATA)(x, sigma)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+    apart = gaussian_denoiser(MODEL)(x, sigma) - wanted
+    assert jnp.abs(apart).min(axis=(1, 2, 3)).min() > 1e-3
+
+
+def test_its_samples_are_of_the_data():
+  denoise = guidance.corrected(
+    gaussian_denoiser(MODEL), best_logit, 1.0, 0.0, 80.0
+  )
+  sampler = heun.Heun(32, sigma_max=80.0)
+  drawn = np.asarray(sampler(denoise, SHAPE, keys(2_000)), np.float64)
+  # Five standard errors of 8,000 numbers.
+  mean, deviation = DATA
+  assert abs(drawn.mean() - mean) < 5 * deviation / 8_000**0.5
+  assert abs(drawn.std() / deviation - 1) < 5 / 16_000**0.5
+
+
+def test_rows_are_corrected_for_sigma_in_the_interval():
+  sigma = jnp.array([0.5, 0.50001, 1.0, 2.0, 2.00001])
+  x = jnp.arange(20.0).reshape(5, *SHAPE)
+  got = guidance.corrected(model, best_logit, 1.7, 0.5, 2.0)(x, sigma)
+  plain = model(x, sigma)
+  np.testing.assert_array_equal(got[jnp.array([0, 4])], plain[::4])
+  slope = jax.vmap(jax.grad(lambda x, s: best_logit(x[None], s[None])[0]))
+  wanted = plain + 1.7 * sigma[:, None, None, None] ** 2 * slope(x, sigma)
+  np.testing.assert_allclose(got[1:4], wanted[1:4], rtol=1e-5)
+  assert float(jnp.abs(wanted - plain)[1:4].min()) > 0.01
+  with pytest.raises(errors.UserError, match='discriminator_min is 2'):
+    guidance.corrected(model, best_logit, 1.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: type(s).__name__)
+def test_the_discriminator_is_not_asked_elsewhere(sampler):
+  asked, judged = [], []
+
+  def keep(into, s):
+    return into.append(float(s))
+
+  def denoise(x, sigma):
+    jax.debug.callback(lambda s: keep(asked, s), sigma[0], ordered=True)
+    return model(x, sigma)
+
+  def logit(x, sigma):
+    jax.debug.callback(lambda s: keep(judged, s), sigma[0], ordered=True)
+    return best_logit(x, sigma)
+
+  sampler(guidance.corrected(denoise, logit, 2.0, 0.01, 20.0), SHAPE, keys(2))
+  jax.effects_barrier()
+  assert judged == [s for s in asked if 0.01 < s <= 20]
+  assert 0 < len(judged) < len(asked)
+
+
+def test_a_learned_variance_is_left_as_it_is():
+  def with_variance(x, sigma):
+    return jnp.concatenate([model(x, sigma), x + 9], axis=-1)
+
+  x, sigma = jnp.ones((2, *SHAPE)), jnp.array([1.0, 2.0])
+  got = guidance.corrected(with_variance, best_logit, 1.0, 0.0, 80.0)(x, sigma)
+  wanted = guidance.corrected(model, best_logit, 1.0, 0.0, 80.0)(x, sigma)
+  np.testing.assert_allclose(got[..., :1], wanted, rtol=1e-6)
+  np.testing.assert_array_equal(got[..., 1:], x + 9)
+
+
+KINDS = {
+  'mlp': discriminator_lib.VectorNetwork,
+  'unet': discriminator_lib.ImageNetwork,
+}
+
+
+@pytest.mark.parametrize('network', KINDS)
+def test_a_fresh_discriminator_changes_no_bit(network):
+  plain = toy.ToyConfig(network, 8, 1, (4, 4, 1), 3).build()
+  settings = discriminator_lib.DiscriminatorConfig(hidden=8, blocks=1)
+  fresh = settings.beside(plain)
+  assert isinstance(fresh.network, KINDS[network])
+  numbers = np.random.default_rng(0)
+
+  def normal(leaf):
+    return 0.3 * numbers.standard_normal(leaf.shape, np.float32)
+
+  weights = jax.jit(fresh.init)(rng.stream(1))
+  moved = jax.tree.map(lambda leaf: leaf + normal(leaf), weights)
+  labels = jnp.arange(4) % 3
+  x, sigma = normal(jnp.zeros((4, 4, 4, 1))), jnp.geomspace(0.1, 10, 4)
+
+  @jax.jit
+  def denoise(x, sigma):
+    return model(x, 1 / sigma)
+
+  @jax.jit
+  def corrected(weights):
+    def logit(x, sigma):
+      return fresh.logit(weights, x, sigma, labels)
+
+    return guidance.corrected(denoise, logit, 2.0, 0.0, 80.0)(x, sigma)
+
+  unguided = denoise(x, sigma)
+  np.testing.assert_array_equal(corrected(weights), unguided)
+  assert jnp.abs(corrected(moved) - unguided).max() > 1e-3
+
+
+class Sum(nn.Module):
+  """A discriminator that likes brightness."""
+
+  def __call__(self, x, sigma, label):
+    return jnp.sum(x, axis=(1, 2, 3))
+
+
+def test_what_the_sampler_asks_for():
+  corrected = guided_model().with_discriminator(Sum())
+  frozen = {'discriminator': {}}
+  # A constant D is where Heun's method ends; the last call is at σ = 0.002.
+  for weight, interval, moved in (
+    (0.0, (0.001, 80.0), 0.0),
+    (5e4, (0.001, 80.0), 0.2),
+    (5e4, (0.002, 80.0), 0.0),
+    (5e4, (0.001, 0.0019), 0.0),
+  ):
+    low, high = interval
+    sampler = heun.Heun(
+      4,
+      discriminator=weight,
+      discriminator_min=low,
+      discriminator_max=high,
+    )
+    x = draw(corrected, frozen, sampler)
+    np.testing.assert_allclose(x, [1 + moved, 2 + moved], rtol=1e-4)
+
+
+def test_a_discriminator_that_is_not_there_is_a_mistake():
+  sampler = heun.Heun(4, discriminator=1.0)
+  with pytest.raises(errors.UserError, match='no discriminator was given'):
+    draw(guided_model(), {}, sampler)
+
+
+def test_velocities_and_tokens_have_none():
+  config = sit.SitConfig(
+    image_shape=(4, 4, 1), patch=2, width=8, depth=1, heads=1, num_classes=3
+  )
+  model = config.build()
+  fresh = discriminator_lib.DiscriminatorConfig(hidden=8, blocks=0).beside(
+    model
+  )
+  frozen = {'discriminator': jax.eval_shape(fresh.init, rng.stream(0))}
+  sampler = flow_ode.FlowODE(discriminator=1.0)
+  with pytest.raises(errors.UserError, match='drives a velocity'):
+    jax.eval_shape(
+      lambda params, frozen: model.with_discriminator(fresh.network).sample(
+        params, frozen, jnp.zeros(2, jnp.int32), keys(2), sampler
+      ),
+      jax.eval_shape(model.init, rng.stream(0)),
+      frozen,
+    )
+  tokens = types.SimpleNamespace(offers=('stages',))
+  with pytest.raises(errors.UserError, match='draws tokens: unset'):
+    discriminator_lib.DiscriminatorConfig().beside(tokens)

@@ -1,0 +1,264 @@
+"""Trains a discriminator of a reference's samples against the real images.
+
+It is a phase like a round, see `method.discriminator`, by the same loop: it is
+saved, resumed and evaluated as one. What chooses its checkpoint is the loss on
+a tenth of the real images and of the pool, which it is not trained on; its own
+rows it learns by heart.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import config as config_lib
+from ddo_jax import errors
+from ddo_jax import rng
+from ddo_jax import settings
+from ddo_jax.data import selection
+from ddo_jax.data import sources
+from ddo_jax.data import splits
+from ddo_jax.data import workers
+from ddo_jax.method import discriminator as discriminator_lib
+from ddo_jax.method import likelihood
+from ddo_jax.runtime import checkpoint
+from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import manifest as manifest_lib
+from ddo_jax.runtime import records
+from ddo_jax.runtime import work
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import round as round_lib
+from ddo_jax.training import workspace
+
+_HELD_OUT = 0.1  # of the real images, and of the pool
+_DRAWS = 16  # of (σ, n) for each held-out image
+_MOST = 2_000  # held-out images of a kind that are looked at
+_ROWS = 1_000  # in a call
+METRIC = 'held_out_loss'
+
+
+def train(run: workspace.Run, index: int = 0) -> pathlib.Path:
+  """Trains the discriminator of a round's reference; see `fit`.
+
+  Args:
+    run: a run that has begun the round. What is missing of its pool is drawn.
+    index: the number of the round, from 0.
+
+  Returns:
+    The folder of the params, for `config.discriminator_from`.
+
+  Raises:
+    errors.UserError: the round has no reference, or see `fit`.
+  """
+  stage = run.workdir / f'round_{index:03d}'
+  if not (stage / 'reference').exists():
+    raise errors.UserError(
+      f'{stage} has no reference: a discriminator is trained on the pool of a'
+      ' round, which --mode=selfplay begins'
+    )
+  reference, meta = workspace.load_params(
+    stage / 'reference', run.model, run.executor
+  )
+  fake = round_lib.fake_pool(run, stage, reference, meta)
+  return fit(run, stage / 'discriminator', fake)
+
+
+def fit(
+  run: workspace.Run, folder: pathlib.Path, fake: sources.Source
+) -> pathlib.Path:
+  """Trains a discriminator of a pool, or returns the one that was trained.
+
+  The folder's done.json says at which step its loss on held-out images was
+  lowest, and what it cost in forward passes of the generator (see `costs`).
+
+  Args:
+    run: the run, whose `config.discriminator` says how.
+    folder: where it is kept, inside of the run's folder; a call that was cut
+      off goes on there.
+    fake: the pool.
+
+  Returns:
+    The folder of the params.
+
+  Raises:
+    errors.UserError: the folder has one of other settings, or see `loop.run`.
+  """
+  phase = config_lib.at_round(run.config.discriminator, 0)
+  network = run.config.discriminator_network
+  about = {
+    'phase': settings.to_json(run.config.discriminator),
+    'network': settings.to_json(network),
+  }
+  manifest = manifest_lib.Manifest(folder, ('params', 'done.json'))
+  done = manifest.read_json('done.json')
+  if done is not None and manifest.holds('params'):
+    if done['about'] != about:
+      raise errors.UserError(
+        f'{folder} holds a discriminator of other settings: delete it to train'
+        ' another'
+      )
+    return folder / 'params'
+
+  # It has as much of a model as the loop asks for.
+  model: Any = network.beside(run.model, phase.noise)
+  real = run.real
+  seed = run.config.seed
+  init = functools.partial(model.init, rng.stream(seed, 'discriminator'))
+
+  def start():
+    return run.executor.make_state(init)
+
+  judge = _Judge(run, model, _part(real, True), _part(fake, True))
+  job = loop_lib.Job(
+    name=folder.relative_to(run.workdir).as_posix(),
+    folder=folder,
+    seed=seed,
+    phase=phase,
+    model=model,
+    start=start,
+    reference=start(),
+    frozen=run.frozen,
+    real=_part(real, False),
+    fake=_part(fake, False),
+    sampler=None,
+    executor=run.executor,
+    accumulate=1,
+    log=records.MetricsLog(folder),
+    evaluate=judge,
+    metric=METRIC,
+    workers=workers.count(run.config.data.workers),
+  )
+  promotion = loop_lib.run(job)
+  meta = {'stage': job.name, 'about': about, 'step': promotion.step}
+  sha256 = checkpoint.save_params(folder / 'params', promotion.params, meta)
+  manifest.add_params('params', sha256)
+  result = {
+    'about': about,
+    'step': promotion.step,
+    METRIC: promotion.selection,
+    'costs': costs(run, model, phase, judge.count * len(promotion.evaluations)),
+    'environment': devices_lib.environment(),
+  }
+  manifest.write_json('done.json', result)
+  return folder / 'params'
+
+
+def _part(source: sources.Source, held_out: bool) -> sources.Source:
+  """Returns the tenth of a source that is held out, or the rest of it."""
+  held = splits.held_out(source.labels(), _HELD_OUT)
+  rows = np.flatnonzero(held == held_out)
+  errors.require(
+    len(rows) > 0,
+    'ddo.negatives.size',
+    len(source),
+    'ten or more images of a class, of which one is held out',
+  )
+  word = 'held out' if held_out else 'trained on'
+  return selection.of_rows(source, rows, f'{source.name} ({word})')
+
+
+class _Judge:
+  """Scores a discriminator on held-out rows, always under the same noise.
+
+  Attributes:
+    count: the number of rows that it looks at.
+  """
+
+  def __init__(
+    self,
+    run: workspace.Run,
+    model: discriminator_lib.Discriminator,
+    real: sources.Source,
+    fake: sources.Source,
+  ):
+    """Reads the rows, `_MOST` of a kind."""
+    self._executor = run.executor
+    self._frozen = run.frozen
+    self._model = model
+    self._key = rng.stream(run.config.seed, 'discriminator', 'held out')
+    self._rows = {'real': _read(real), 'fake': _read(fake)}
+    self.count = sum(len(rows['id']) for rows in self._rows.values())
+
+  def __call__(self, params: Any, folder: pathlib.Path) -> dict[str, float]:
+    """Returns the mean of −log σ(±logit) of a row, ln 2 at chance, and the
+    shares of real and of drawn rows that are told for what they are.
+    """
+    del folder
+    weights = self._executor.replicate((self._key, self._model))
+    weights = (params, self._frozen, *weights)
+    scores = {}
+    losses = []
+    for name, rows in self._rows.items():
+      parts = self._executor.map_rows(_logits, weights, [rows], _ROWS)
+      logit = np.concatenate(list(parts)).astype(np.float64)
+      signed = logit if name == 'real' else -logit
+      losses.append(np.mean(np.logaddexp(0, -signed)))
+      scores[f'accuracy_{name}'] = float(np.mean((1 + np.sign(signed)) / 2))
+    return {METRIC: float(np.mean(losses))} | scores
+
+
+def _read(source: sources.Source) -> dict[str, np.ndarray]:
+  """Returns the first held-out rows, each `_DRAWS` times."""
+  rows = np.arange(min(len(source), _MOST))
+  stored, label = source.read(rows)
+  ids = np.arange(len(rows) * _DRAWS, dtype=np.uint32)
+  return {
+    'stored': np.repeat(stored, _DRAWS, axis=0),
+    'label': np.repeat(label, _DRAWS),
+    'id': ids,
+  }
+
+
+@jax.jit
+def _logits(weights: Any, rows: dict[str, jax.Array]) -> jax.Array:
+  """Returns the logits [B] of rows at one draw of (σ, n) each."""
+  params, frozen, key, model = weights
+  keys = rng.per_example(key, rows['id'])
+  encode_keys = rng.split_rows(keys, 'encode')
+  x = model.codec.encode(frozen, rows['stored'], encode_keys)
+  batch = likelihood.Batch(x, rows['label'], rows['id'])
+  logit, _ = model.log_ratio(params, params, frozen, batch, keys)
+  return logit
+
+
+def costs(
+  run: workspace.Run,
+  model: discriminator_lib.Discriminator,
+  phase: config_lib.Phase,
+  scored: int,
+) -> dict[str, float]:
+  """Counts a discriminator in forward passes of the generator for one image.
+
+  Args:
+    run: the run; its model is the generator.
+    model: the discriminator.
+    phase: how it is trained; all of its steps count, not those alone that led
+      to the best one.
+    scored: the rows that it was scored on, in all evaluations.
+
+  Returns:
+    {'training', 'selection': of the training and of choosing the checkpoint;
+    'gradient': what it adds to a call of the denoiser while one samples}.
+  """
+  x = jnp.zeros((1, *model.example_shape))
+  sigma = jnp.ones(1)
+  label = jnp.zeros(1, jnp.int32)
+  params = jax.eval_shape(model.init, rng.stream(0))
+  denoiser: Any = run.model
+  generator = jax.eval_shape(denoiser.init, rng.stream(0))
+
+  def loss(params, x):
+    return jnp.sum(model.logit(params, x, sigma, label))
+
+  forward = work.of(denoiser.denoise, generator, x, sigma, label).total
+  once = work.of(loss, params, x).total / forward
+  step = work.of(jax.value_and_grad(loss), params, x).total / forward
+  gradient = work.of(jax.grad(loss, argnums=1), params, x).total / forward
+  return {
+    'training': 2 * phase.steps() * phase.batch_size * step,
+    'selection': scored * once,
+    'gradient': gradient,
+  }
