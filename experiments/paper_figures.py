@@ -12,9 +12,9 @@ python -m experiments.paper_figures --config=configs/cifar10_edm_cond.py
 * guidance (6a): the score against a second one, over the scale of guidance, of
   the reference and of what the last round promoted;
 * cost (4): score, parameters and time an image of the reference, of the
-  reference under classifier-free guidance and under autoguidance, and of DDO.
-  The paper's figure has discriminator guidance too; this package does not offer
-  it yet.
+  reference under classifier-free guidance, under discriminator guidance and
+  under autoguidance, and of DDO. The discriminator is trained on the first
+  round's pool.
 
 All rounds begin at the same weights, and draw noise and rows alike. What is
 done is kept in the folder, and a later call goes on with it.
@@ -42,15 +42,18 @@ from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
+from ddo_jax.method import negatives
 from ddo_jax.report import cost
 from ddo_jax.report import figures
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
+from ddo_jax.training import discriminator as discriminator_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's α and β
 SCALES = (1.0, 1.1, 1.25, 1.5, 2.0)
+WEIGHTS = (0.5, 1.0, 2.0, 3.0)  # of a discriminator
 _GUIDE = 16  # the guide is trained on so many times fewer images
 _TIMED = 3  # calls, of which the median counts
 _SIZE = (4.2, 3.0)  # of a figure, in inches
@@ -183,32 +186,49 @@ def opened(
   return run, params
 
 
-def generator_at(run: workspace.Run, scale: float) -> generate.Generator:
-  """Returns a run's generator under a scale of guidance."""
+def generator_at(
+  run: workspace.Run, scale: float, field: str = 'guidance'
+) -> generate.Generator:
+  """Returns a run's generator under a scale of guidance.
+
+  Args:
+    run: the run.
+    scale: the scale.
+    field: the sampler's field that holds it, 'guidance' or 'discriminator'.
+  """
   generator = run.generator()
-  generator.sampler = dataclasses.replace(generator.sampler, guidance=scale)
+  generator.sampler = dataclasses.replace(generator.sampler, **{field: scale})
   return generator
 
 
 def over_scales(
-  study: Study, config: config_lib.Config, folder: pathlib.Path, label: str
+  study: Study,
+  config: config_lib.Config,
+  folder: pathlib.Path,
+  label: str,
+  field: str = 'guidance',
 ) -> dict[str, dict[str, float]]:
   """Returns {scale: the selection's scores} of params.
 
   Args:
     study: the recipe.
-    config: it, or one with a guide.
+    config: it, or one with a guide or a discriminator.
     folder: the params.
     label: a word for the files that keep the scores.
+    field: see `generator_at`.
   """
   run, params = opened(config, study, folder)
   guide = 'by_network' if config.guide_from else 'by_label'
+  scales = SCALES
+  if field == 'discriminator':
+    guide = 'by_discriminator'
+    scales = WEIGHTS
   found = {}
-  for scale in SCALES:
+  for scale in scales:
     score = functools.partial(
       measure.selection_scores,
       evaluator=run.evaluator,
-      generator=generator_at(run, scale),
+      generator=generator_at(run, scale, field),
       params=params,
       settings=config.evaluation,
       seed=config.seed,
@@ -267,6 +287,19 @@ def guide_of(study: Study) -> config_lib.Config | None:
   return dataclasses.replace(config, guide_from=str(params))
 
 
+def with_discriminator(study: Study) -> config_lib.Config | None:
+  """Returns the recipe with a discriminator of its first round's pool.
+
+  None where the model draws tokens, or the round has no pool.
+  """
+  run = workspace.Run(study.config, study.folder)
+  pools = isinstance(study.config.ddo.negatives, negatives.Pool)
+  if 'denoise' not in run.model.offers or not pools:
+    return None
+  params = discriminator_lib.train(run)
+  return dataclasses.replace(study.config, discriminator_from=str(params))
+
+
 def milliseconds(
   run: workspace.Run, generator: generate.Generator, params: Any
 ) -> float:
@@ -284,18 +317,23 @@ def milliseconds(
 
 
 def method_cost(
-  study: Study, config: config_lib.Config, folder: pathlib.Path, scale: float
+  study: Study,
+  config: config_lib.Config,
+  folder: pathlib.Path,
+  scale: float,
+  field: str = 'guidance',
 ) -> dict[str, float]:
   """Returns what a method costs and reaches, on the reporting seeds.
 
   Args:
     study: the recipe.
-    config: it, or one with a guide.
+    config: it, or one with a guide or a discriminator.
     folder: the params.
     scale: that of guidance; 1 is without.
+    field: see `generator_at`.
   """
   run, params = opened(config, study, folder)
-  generator = generator_at(run, scale)
+  generator = generator_at(run, scale, field)
   scores = measure.report_scores(
     evaluator=run.evaluator,
     generator=generator,
@@ -309,10 +347,12 @@ def method_cost(
     run.frozen,
     stored,
   )
-  parameters = own['parameters']
-  if scale != 1 and config.guide_from:
-    leaves = jax.tree.leaves(run.frozen['guide'])
-    parameters += sum(leaf.size for leaf in leaves)
+  beside = []
+  if field == 'discriminator':
+    beside = jax.tree.leaves(run.frozen['discriminator'])
+  elif scale != 1 and config.guide_from:
+    beside = jax.tree.leaves(run.frozen['guide'])
+  parameters = own['parameters'] + sum(leaf.size for leaf in beside)
   score = scores[study.metric]
   return {
     'score': score[score['headline']],
@@ -327,15 +367,20 @@ def costs(study: Study) -> dict[str, dict[str, float]]:
   """Returns {method: see `method_cost`}, at the scales that selection likes."""
   study.play()
 
-  def best(config):
-    found = over_scales(study, config, study.start, 'reference')
+  def best(config, field='guidance'):
+    found = over_scales(study, config, study.start, 'reference', field)
     return float(min(found, key=lambda scale: found[scale][study.metric]))
 
   plain = dataclasses.replace(study.config, guide_from='', guide=None)
-  rows = {'reference': (plain, study.start, 1.0)}
+  rows: dict[str, tuple] = {'reference': (plain, study.start, 1.0)}
   if plain.model.num_classes:
     scale = best(plain)
     rows['classifier-free guidance'] = (plain, study.start, scale)
+  judged = with_discriminator(study)
+  if judged:
+    field = 'discriminator'
+    row = (judged, study.start, best(judged, field), field)
+    rows['discriminator guidance'] = row
   guide = guide_of(study)
   if guide:
     scale = best(guide)
@@ -461,7 +506,7 @@ def draw_guidance(study: Study, found: Any, path: pathlib.Path) -> None:
 
 def draw_costs(study: Study, found: Any, path: pathlib.Path) -> None:
   """4: the score against the time of an image, by parameters."""
-  marks = 'os^D'
+  marks = 'osv^D'
   x = 'milliseconds an image'
   with picture(path, 'Cost of a sample', x, study.metric) as axes:
     for (name, row), mark, color in zip(

@@ -155,6 +155,8 @@ def test_science_must_not_change(name, value):
     ('data.data_dir', '/data'),
     ('ddo.rhythm.save_images', 7),
     ('ddo.rhythm.log_images', 7),
+    ('discriminator.images', 7),
+    ('discriminator_network.hidden', 7),
     ('executor.kind', 'fsdp'),
     ('executor.accumulate', 2),
     ('executor.remat', True),

@@ -121,6 +121,9 @@ def test_another_precision_is_another_pool(tmp_path):
   recorded = records.read_json(path)
   assert recorded.pop('precision') == 'highest'
   assert recorded.pop('guidance_channels') == 0
+  assert recorded.pop('discriminator') == 0
+  del recorded['discriminator_min']
+  del recorded['discriminator_max']
   assert not recorded['sampler'].keys() & negatives.LATER.keys()
   records.write_json(path, recorded)
   with pytest.raises(errors.UserError, match='lacks 500 shards'):

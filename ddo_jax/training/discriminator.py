@@ -67,7 +67,10 @@ def train(run: workspace.Run, index: int = 0) -> pathlib.Path:
 
 
 def fit(
-  run: workspace.Run, folder: pathlib.Path, fake: sources.Source
+  run: workspace.Run,
+  folder: pathlib.Path,
+  fake: sources.Source,
+  phase: config_lib.Phase | None = None,
 ) -> pathlib.Path:
   """Trains a discriminator of a pool, or returns the one that was trained.
 
@@ -75,10 +78,11 @@ def fit(
   lowest, and what it cost in forward passes of the generator (see `costs`).
 
   Args:
-    run: the run, whose `config.discriminator` says how.
-    folder: where it is kept, inside of the run's folder; a call that was cut
-      off goes on there.
+    run: the run.
+    folder: where it is kept; a call that was cut off goes on there. Noise and
+      the order of rows depend on its name and its parent's.
     fake: the pool.
+    phase: how it is trained; None: as `config.discriminator` says.
 
   Returns:
     The folder of the params.
@@ -86,21 +90,22 @@ def fit(
   Raises:
     errors.UserError: the folder has one of other settings, or see `loop.run`.
   """
-  phase = config_lib.at_round(run.config.discriminator, 0)
+  phase = config_lib.at_round(phase or run.config.discriminator, 0)
   network = run.config.discriminator_network
   about = {
-    'phase': settings.to_json(run.config.discriminator),
+    'phase': settings.to_json(phase),
     'network': settings.to_json(network),
   }
-  manifest = manifest_lib.Manifest(folder, ('params', 'done.json'))
-  done = manifest.read_json('done.json')
-  if done is not None and manifest.holds('params'):
-    if done['about'] != about:
-      raise errors.UserError(
-        f'{folder} holds a discriminator of other settings: delete it to train'
-        ' another'
-      )
+  manifest = manifest_lib.Manifest(folder, ('settings.json', 'params'))
+  begun = manifest.read_json('settings.json')
+  if begun not in (None, about):
+    raise errors.UserError(
+      f'{folder} holds a discriminator of other settings: delete it to train'
+      ' another'
+    )
+  if manifest.lists('done.json') and manifest.holds('params'):
     return folder / 'params'
+  manifest.write_json('settings.json', about)
 
   # It has as much of a model as the loop asks for.
   model: Any = network.beside(run.model, phase.noise)
@@ -113,7 +118,7 @@ def fit(
 
   judge = _Judge(run, model, _part(real, True), _part(fake, True))
   job = loop_lib.Job(
-    name=folder.relative_to(run.workdir).as_posix(),
+    name=f'{folder.parent.name}/{folder.name}',
     folder=folder,
     seed=seed,
     phase=phase,
@@ -136,7 +141,6 @@ def fit(
   sha256 = checkpoint.save_params(folder / 'params', promotion.params, meta)
   manifest.add_params('params', sha256)
   result = {
-    'about': about,
     'step': promotion.step,
     METRIC: promotion.selection,
     'costs': costs(run, model, phase, judge.count * len(promotion.evaluations)),

@@ -28,7 +28,10 @@ def fixture_study(tmp_path):
     (paper_figures.draw_betas, CURVES),
     (paper_figures.draw_best_alpha, CURVES),
     (paper_figures.draw_guidance, {'reference': SCORES, 'DDO': SCORES}),
-    (paper_figures.draw_costs, {'reference': COST, 'DDO': COST}),
+    (
+      paper_figures.draw_costs,
+      {'reference': COST, 'discriminator guidance': COST, 'DDO': COST},
+    ),
   ],
 )
 def test_each_figure_is_drawn(study, draw, found):

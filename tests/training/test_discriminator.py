@@ -36,7 +36,7 @@ def new_pool(count=200):
 @pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
   run = new_run(tmp_path_factory.mktemp('run'))
-  folder = run.workdir / 'discriminator'
+  folder = run.workdir / 'round_000' / 'discriminator'
   params = discriminator.fit(run, folder, new_pool())
   return run, params, records.read_json(folder / 'done.json')
 
@@ -44,7 +44,7 @@ def fitted(tmp_path_factory):
 def test_it_tells_images_apart_that_it_has_not_seen(fitted):
   _, params, done = fitted
   assert (params / 'params').is_dir()
-  log = records.MetricsLog(params.parent).read('discriminator')
+  log = records.MetricsLog(params.parent).read('round_000/discriminator')
   losses = [record['selection'] for record in log if record['kind'] == 'eval']
   assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
   assert done['step'] > 0
