@@ -2,9 +2,15 @@ r"""ImageNet-256 latents: DDO on DiT-XL/2, which has FID 9.62, guided 2.27.
 
 python -m ddo_jax.main --config=configs/imagenet256_dit_xl2.py \
   --workdir=runs/imagenet256_dit_xl2 \
-  --config.data.source=<zip of latents of ImageNet at 256×256, as EDM2's>
+  --config.data.source=<latents of ImageNet at 256×256>
 
 Devices: 8 with 40 GiB each.
+
+The latents are those of images in [−1, 1], the mirrored ones too, made by
+  --mode=encode --config=imagenet256_dit_xl2 --mirrored --output=<latents> \
+  --config.data.source=<folder of ImageNet's class folders> \
+  --config.data.resize=256 --config.data.resize_by=adm --config.data.channels=3
+EDM2's own, of images in [0, 1], are others.
 
 The weights (CC BY-NC 4.0, 2.7 GB), the autoencoder, Inception's weights and
 OpenAI's statistics (2 GB) are fetched.

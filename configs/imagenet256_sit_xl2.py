@@ -2,9 +2,11 @@ r"""ImageNet-256 latents: DDO on SiT-XL/2, which has FID 9.35, guided 2.15.
 
 python -m ddo_jax.main --config=configs/imagenet256_sit_xl2.py \
   --workdir=runs/imagenet256_sit_xl2 \
-  --config.data.source=<zip of latents of ImageNet at 256×256, as EDM2's>
+  --config.data.source=<latents of ImageNet at 256×256>
 
 Devices: 8 with 40 GiB each.
+
+The latents are DiT's; see configs/imagenet256_dit_xl2.py.
 
 The weights (2.7 GB), the autoencoder, Inception's weights and OpenAI's
 statistics (2 GB) are fetched.

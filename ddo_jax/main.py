@@ -36,6 +36,9 @@ beside it and no others:
               with the numbers and a remedy. Exits with 2 if it is ill.
   convert     --source --output [--config --sha256]
               Released weights to a folder of params, and back to a file.
+  encode      --config --output [--mirrored]
+              The training images as latents, for a recipe of a latent model;
+              their folder then serves as --config.data.source.
   fid_stats   --config --output
               Statistics of the data; their folder then serves as
               --config.evaluation.protocol.
@@ -83,6 +86,7 @@ from ddo_jax.runtime import records
 from ddo_jax.samplers import contract
 from ddo_jax.training import check as check_lib
 from ddo_jax.training import discriminator as discriminator_lib
+from ddo_jax.training import encode as encode_lib
 from ddo_jax.training import plan as plan_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import samples
@@ -193,8 +197,13 @@ _OUTPUT = flags.DEFINE_string(
   'output',
   None,
   'sample, evaluate: folder of the result; default the workdir. convert: a'
-  ' folder of params, or a .safetensors or .pth file, to write. fid_stats: the'
-  ' folder of the statistics.',
+  ' folder of params, or a .safetensors or .pth file, to write. encode: the'
+  ' folder of the latents. fid_stats: the folder of the statistics.',
+)
+_MIRRORED = flags.DEFINE_bool(
+  'mirrored',
+  False,
+  'encode: each image a second time, mirrored, as DiT and SiT were trained.',
 )
 _IMAGES = flags.DEFINE_string(
   'images', None, 'evaluate: score these, a folder or zip of PNGs or an .npz.'
@@ -473,6 +482,22 @@ def convert(
   return output
 
 
+def encode(
+  config: config_lib.Config, output: pathlib.Path, mirrored: bool = False
+) -> pathlib.Path:
+  """Writes images as latents; see `encode.write`.
+
+  Args:
+    config: a recipe of a model of latents, whose `data` names images.
+    output: the folder of the set; a call that was cut off goes on in it.
+    mirrored: whether each image is there a second time, mirrored.
+
+  Returns:
+    output.
+  """
+  return encode_lib.write(workspace.Run(config, None), output, mirrored)
+
+
 def fid_stats(config: config_lib.Config, output: pathlib.Path) -> pathlib.Path:
   """Makes a protocol of a data set; returns its folder."""
   return score.write_fid_stats(
@@ -583,6 +608,10 @@ def _convert() -> Any:
   return processes.decide('convert', lambda: str(write()))
 
 
+def _encode() -> Any:
+  return encode(_CONFIG.value, _path(_OUTPUT), _MIRRORED.value)
+
+
 def _fid_stats() -> Any:
   return fid_stats(_CONFIG.value, _path(_OUTPUT))
 
@@ -637,6 +666,13 @@ _MODES = {
     (_SOURCE, _OUTPUT),
     (_CONFIG, _SHA256),
     '--source=edm-cifar10-32x32-uncond-vp.pkl --output=weights/cifar10',
+  ),
+  'encode': _Mode(
+    _encode,
+    (_CONFIG, _OUTPUT),
+    (_MIRRORED,),
+    '--config=configs/imagenet256_dit_xl2.py --config.data.source=images'
+    ' --output=latents',
   ),
   'fid_stats': _Mode(
     _fid_stats,

@@ -107,13 +107,15 @@ class Latents:
 
   Attributes:
     autoencoder: `models.vae.AutoencoderKL`. Its weights are `frozen['vae']`;
-      only the decoding half is needed here. Its images lie in [0, 1].
+      only the decoding half is needed to show latents.
     mean: the mean of the data's latents, by channel.
     std: their standard deviation, by channel.
     sigma_data: σ_d, the standard deviation of x.
     pixel_values: a pixel of an image is one of 0 .. pixel_values − 1.
     nearest: whether an image is rounded to the nearest pixel value, as DiT's
       programs do. If not, it is cut off to the one below, as EDM2's do.
+    signed: whether the autoencoder's images lie in [−1, 1], as for Stable
+      Diffusion and DiT. If not, they lie in [0, 1], as for EDM2.
   """
 
   autoencoder: nn.Module
@@ -122,6 +124,22 @@ class Latents:
   sigma_data: float = 0.5
   pixel_values: int = 256
   nearest: bool = False
+  signed: bool = False
+
+  @property
+  def image_range(self) -> tuple[float, float]:
+    """Where the autoencoder's images lie."""
+    return (-1.0, 1.0) if self.signed else (0.0, 1.0)
+
+  @property
+  def factor(self) -> int:
+    """How many times larger the sides of an image are than its latent's."""
+    return 2 ** (len(self.autoencoder.widths) - 1)
+
+  def image_shape(self, example_shape: Shape) -> Shape:
+    """The shape (H, W, 3) of an image whose latent has the given shape."""
+    height, width, _ = example_shape
+    return (self.factor * height, self.factor * width, 3)
 
   def affine(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 scale and bias [1,1,1,C] of x = scale · z + bias."""
@@ -161,7 +179,9 @@ class Latents:
 
   def compress(self, frozen: Frozen, images: jax.Array) -> jax.Array:
     """Turns uint8 images [B,H,W,3] into raw latents [B,H/8,W/8,2C]."""
+    low, high = self.image_range
     x = images.astype(jnp.float32) / (self.pixel_values - 1)
+    x = low + (high - low) * x
     moments = self._apply(frozen, x, 'encode_moments')
     return jnp.concatenate(moments, axis=-1)
 
@@ -172,7 +192,9 @@ class Latents:
       errors.UserError: the autoencoder's weights are not among `frozen`.
     """
     mean, _ = jnp.split(stored, 2, axis=-1)
-    x = jnp.clip(self._apply(frozen, mean, 'decode'), 0, 1)
+    low, high = self.image_range
+    x = jnp.clip(self._apply(frozen, mean, 'decode'), low, high)
+    x = (x - low) / (high - low)
     # 0.999 of a pixel value that is cut off is the one below.
     half = 0.5 if self.nearest else 0.0
     return jnp.floor(x * (self.pixel_values - 1) + half).astype(jnp.uint8)

@@ -33,7 +33,8 @@ from ddo_jax.runtime import reading
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 LATENTS = '.npy'
 _LOGGER = logging.getLogger(__name__)
-_MANIFEST = 'dataset.json'
+LABELS = 'dataset.json'
+RECORD = 'latents.json'  # of a set that `latent_set` writes
 MOST_BYTES = 2**28  # in the file of a row
 _MOST_LINKED = 1_000  # folders that are entered again through symlinks
 # A list of labels has so many bytes for an image, beside its name.
@@ -248,7 +249,7 @@ def _label(
   by_folder, folders = _folder_labels(names)
   if manifest is None:
     return by_folder, folders
-  where = path / _MANIFEST
+  where = path / LABELS
   labels = _parse_labels(str(where), manifest, names)
   if not by_folder:
     return labels, ()
@@ -322,6 +323,17 @@ def _read(where: str, read_file: Read, name: str, most: int) -> bytes:
     return read_file(name, most)
 
 
+def _check_whole(path: pathlib.Path, record: bytes, rows: list[str]) -> None:
+  """Raises UserError where a set of latents was not written to its end."""
+  with encoded.user_error(f'{path / RECORD} is damaged'):
+    wanted = int(json.loads(record)['rows'])
+  if len(rows) != wanted:
+    raise errors.UserError(
+      f'{path} holds {len(rows)} of {wanted} latents: run the same command of'
+      ' --mode=encode again to write the others'
+    )
+
+
 def open_files(
   path: pathlib.Path, wanted: splits.Wanted | None = None
 ) -> encoded.EncodedSource:
@@ -343,7 +355,7 @@ def open_files(
   names, read_file = opener(path)
   top = ''
   rows = [n for n in names if n.lower().endswith((*IMAGES, LATENTS))]
-  if wanted and _MANIFEST in names:
+  if wanted and LABELS in names:
     wanted.choose(str(path), [])
   elif wanted and rows:
     top = _folder_of_split(path, rows, wanted)
@@ -357,13 +369,17 @@ def open_files(
       f' either {IMAGES} or {LATENTS}'
     )
   rows = images or latents
+  if RECORD in names:
+    _check_whole(
+      path, _read(str(path / RECORD), read_file, top + RECORD, 2**16), rows
+    )
 
   manifest = None
-  if _MANIFEST in names:
+  if LABELS in names:
     listed = sum(_LISTED_BYTES + 4 * len(name) for name in rows)
-    where = str(path / _MANIFEST)
-    manifest = _read(where, read_file, top + _MANIFEST, 2**20 + listed)
-  nested = [n for n in names if n.endswith(f'/{_MANIFEST}')]
+    where = str(path / LABELS)
+    manifest = _read(where, read_file, top + LABELS, 2**20 + listed)
+  nested = [n for n in names if n.endswith(f'/{LABELS}')]
   if nested and manifest is None:
     raise errors.UserError(f'{path / nested[0]} must be at the top: move it up')
   labels, class_names = _label(path, manifest, rows)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent import futures
 import functools
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from ddo_jax.data import workers as workers_lib
 # The rows of a step: 'stored' [b,H,W,C], 'label' [b], 'id' [b] and, if asked
 # for, 'other_label' [b].
 Stored = dict[str, np.ndarray]
+
+# What is read at once, in whatever form.
+Rows = TypeVar('Rows')
 
 _AHEAD = 4  # Batches that are read before they are asked for, at least.
 
@@ -56,12 +60,12 @@ def order(seed: int, positions: np.ndarray, length: int) -> np.ndarray:
   return index
 
 
-def _read_ahead(
+def read_ahead(
   source: sources.Source,
   workers: int,
-  read_step: Callable[[workers_lib.Read, int], Stored],
+  read_step: Callable[[workers_lib.Read, int], Rows],
   steps: range,
-) -> Iterator[Stored]:
+) -> Iterator[Rows]:
   """Yields read_step(read, step) for each step in order, read ahead.
 
   Args:
@@ -71,7 +75,7 @@ def _read_ahead(
     steps: the steps.
   """
   ahead = max(_AHEAD, workers)
-  pending: collections.deque[futures.Future[Stored]] = collections.deque()
+  pending: collections.deque[futures.Future[Rows]] = collections.deque()
   with workers_lib.reading(source, workers) as read:
     pool = futures.ThreadPoolExecutor(ahead)
     try:
@@ -149,4 +153,4 @@ def batches(
   steps = range(start_step, stop_step)
   if isinstance(source, sources.ArraySource):
     return (read_step(source.read, step) for step in steps)
-  return _read_ahead(source, workers, read_step, steps)
+  return read_ahead(source, workers, read_step, steps)

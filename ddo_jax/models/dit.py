@@ -255,6 +255,7 @@ class TransformerConfig(likelihood.ModelConfig):
       std=(1 / LATENT_SCALE,) * channels,
       sigma_data=1.0,
       nearest=True,
+      signed=True,
     )
 
 

@@ -20,7 +20,9 @@ from ddo_jax import settings
 from ddo_jax.assets import download
 from ddo_jax.assets import store
 from ddo_jax.data import classes as classes_lib
+from ddo_jax.data import codec as codec_lib
 from ddo_jax.data import labels as labels_lib
+from ddo_jax.data import latent_set
 from ddo_jax.data import sources
 from ddo_jax.data import workers
 from ddo_jax.evaluation import evaluator as evaluator_lib
@@ -408,6 +410,11 @@ class Run:
   def real(self) -> sources.Source:
     """The training split, checked against the model."""
     source = self._train
+    codec = self.model.codec
+    if isinstance(codec, codec_lib.Latents):
+      latent_set.check_range(
+        self.config.data.source, codec.image_range, 'config.data.source'
+      )
     likelihood.check_source(
       model=self.model,
       name=source.name,
@@ -513,15 +520,25 @@ class Run:
       models['tokenizer'] = learner
     return models
 
+  @property
+  def _autoencoder(self) -> vae_lib.AutoencoderKL | None:
+    """The model's autoencoder; None for a model of something else."""
+    return getattr(self.model.codec, 'autoencoder', None)
+
   @functools.cached_property
   def _vae_file(self) -> pathlib.Path:
     """The file of the autoencoder."""
     return store.resolve(self.config.vae_from, '--config.vae_from')
 
+  @property
+  def vae_sha256(self) -> str:
+    """The hash of the autoencoder's file."""
+    return download.sha256_of(self._vae_file)
+
   @functools.cached_property
   def vae(self) -> likelihood.Params:
     """The autoencoder of a latent model, on the host."""
-    return vae_names.read(self._vae_file)
+    return vae_names.read(self._vae_file, self._autoencoder)
 
   def frozen_folder(self, name: str) -> pathlib.Path:
     """Returns where the params of one of `frozen_models` are.
@@ -562,7 +579,7 @@ class Run:
       meta = checkpoint.load_meta(self.frozen_folder(name))
       hashes[name] = meta['sha256']
     if self.config.vae_from:
-      hashes['vae'] = download.sha256_of(self._vae_file)
+      hashes['vae'] = self.vae_sha256
     return hashes
 
   def stage(self, name: str) -> fit_lib.Stage:
@@ -576,7 +593,7 @@ class Run:
       for part, model in models.items():
         frozen[part] = jax.eval_shape(model.init, rng.stream(0))
       if config.vae_from:
-        frozen['vae'] = vae_lib.param_shapes()
+        frozen['vae'] = vae_lib.param_shapes(self._autoencoder)
 
     def build(remat):
       if name == 'tokenizer':

@@ -19,6 +19,7 @@ from ddo_jax.method import generate
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
+from ddo_jax.models import dit_presets
 from ddo_jax.models import edm2
 from ddo_jax.models import presets
 from ddo_jax.models import toy
@@ -191,6 +192,24 @@ def test_pixel_values_are_cut_off_or_rounded(nearest, wanted):
   stored = np.broadcast_to(mean[:, None, None, None], (5, 1, 1, 8))
   images = decoder.render({'vae': None}, jnp.asarray(stored))
   np.testing.assert_array_equal(images[:, 0, 0, 0], wanted)
+  decoder = codec.Latents(Plain(), nearest=nearest, signed=True)
+  images = decoder.render({'vae': None}, jnp.asarray(2 * stored - 1))
+  np.testing.assert_array_equal(images[:, 0, 0, 0], wanted)
+
+
+def test_edm2s_images_lie_in_0_to_1_and_dits_in_minus_1_to_1():
+  ranges = {
+    'edm2-img512-xs': (0, 1),
+    'DiT-S-2-256x256': (-1, 1),
+    'SiT-S-2-256x256': (-1, 1),
+  }
+  for name, wanted in ranges.items():
+    known = presets if name in presets.EDM2 else dit_presets
+    model = known.get(name).build()
+    assert model.codec.image_range == wanted
+    side = 512 if '512' in name else 256
+    shape = model.codec.image_shape(model.example_shape)
+    assert shape == (side, side, 3)
 
 
 def test_raw_latents_of_images(autoencoder):
