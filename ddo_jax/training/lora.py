@@ -100,8 +100,8 @@ class Lora:
     """Returns θ.
 
     Args:
-      reference: θ_ref, perhaps reduced (`WeightRules.reduce`): leaves that are
-        not adapted stay of their type.
+      reference: θ_ref, perhaps reduced (`WeightRules.reduce`). Then θ is of
+        the same types, rounded as the forward pass would.
       trained: what is trained; with B = 0, θ is θ_ref bit for bit.
     """
     if not self.rank:
@@ -112,7 +112,13 @@ class Lora:
       if factors is None:
         return leaf
       product = jnp.matmul(factors['down'], factors['up'], precision='highest')
-      return leaf + product.reshape(leaf.shape)
+      moved = leaf + product.reshape(leaf.shape)
+      if moved.dtype == leaf.dtype:
+        return moved
+      # Said so, or XLA might drop a conversion there and back.
+      kept = jnp.finfo(leaf.dtype)
+      moved = jax.lax.reduce_precision(moved, kept.nexp, kept.nmant)
+      return moved.astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(of_leaf, reference)
 
@@ -145,10 +151,11 @@ def plain(
   """
 
   def merged(reference, factors):
-    leaves, tree = jax.tree.flatten(lora.merge(reference, factors))
+    leaves, tree = jax.tree.flatten(reference)
     leaves = [
       leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)
     ]
-    return rules.project(jax.tree.unflatten(tree, leaves))
+    whole = jax.tree.unflatten(tree, leaves)
+    return rules.project(lora.merge(whole, factors))
 
   return merged

@@ -244,6 +244,9 @@ def test_weights_go_back_on_the_sphere():
   kernel = plain['network']['enc_4x4_conv']['kernel']
   norms = jnp.sqrt(jnp.mean(kernel**2, axis=(0, 1, 2)))
   np.testing.assert_allclose(norms, 1.0, atol=1e-3)
+  # The factors themselves are free.
+  assert LORA.rules(model.rules) == likelihood.WeightRules()
+  assert lora_lib.Lora().rules(model.rules) == model.rules
 
 
 def test_a_reduced_reference_is_merged_into_whole_types():
@@ -254,6 +257,14 @@ def test_a_reduced_reference_is_merged_into_whole_types():
   merge = lora_lib.plain(LORA, likelihood.WeightRules(), (np.float32,) * 2)
   rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), reduced)
   chex.assert_trees_all_equal(merge(reduced, factors), rounded)
+  # In a step θ is as its reference, and the same to a forward pass.
+  factors = moved(factors)
+  theta = jax.jit(LORA.merge)(reduced, factors)
+  chex.assert_trees_all_equal_shapes_and_dtypes(theta, reduced)
+  found = merge(reduced, factors)
+  assert not np.array_equal(found['kernel'], rounded['kernel'])
+  found = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), found)
+  chex.assert_trees_all_equal(found, theta)
 
 
 def test_what_stands_is_counted_to_the_byte():
