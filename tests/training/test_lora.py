@@ -8,6 +8,7 @@ import interruption
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from training import test_loop
 from training import test_step
@@ -24,6 +25,7 @@ from ddo_jax.runtime import layout as layout_lib
 from ddo_jax.runtime import memory
 from ddo_jax.runtime import records
 from ddo_jax.samplers import heun
+from ddo_jax.training import averages
 from ddo_jax.training import fit
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import lora as lora_lib
@@ -192,8 +194,42 @@ def test_the_gradient_is_the_chain_rule_through_the_merged_weights(step_case):
       np.testing.assert_allclose(ours[name][side], leaf, atol=1e-3 * size)
 
 
-def test_a_round_starts_at_chance_and_ends_in_plain_weights(tmp_path):
+def low_rank(executor, folder):
+  """Returns a job of a round of low rank, of which nothing is evaluated."""
+  job = test_loop.new_job(executor, folder)
+  phase = dataclasses.replace(
+    test_loop.PHASE, lora=LORA, averages=config_lib.Averages(halflife=(30.0,))
+  )
+  return dataclasses.replace(job, phase=phase)
+
+
+@pytest.fixture(scope='module')
+def played(tmp_path_factory):
+  """A job, which was played under pmap, and the weights of its last state."""
   executor = devices_lib.Executor(config_lib.Executor())
+  folder = tmp_path_factory.mktemp('played')
+  job = low_rank(executor, folder)
+  promotion = loop_lib.run(job)
+  return job, jax.device_get(promotion.params), records.read_log(folder)
+
+
+def test_a_round_starts_at_chance_and_ends_in_plain_weights(played):
+  job, found, logged = played
+  reference = jax.device_get(job.reference)
+  chex.assert_trees_all_equal_shapes_and_dtypes(found, reference)
+  changes = jax.tree_util.tree_leaves_with_path(
+    jax.tree.map(lambda a, b: np.abs(a - b).max(), found, reference)
+  )
+  for path, change in changes:
+    assert (change > 1e-3) == (path[-1].key == 'kernel')
+  assert logged[0]['reference_distance'] == 0.0
+  chance = logged[0]['chance_loss']
+  assert logged[0]['loss'] == pytest.approx(chance, rel=1e-6)
+  assert logged[-1]['reference_distance'] > 1e-2
+
+
+def test_law_4_a_killed_round_goes_on_from_its_factors(played, tmp_path):
+  job, found, _ = played
   judged = []
 
   def judge(params, folder):
@@ -201,38 +237,49 @@ def test_a_round_starts_at_chance_and_ends_in_plain_weights(tmp_path):
     judged.append(jax.device_get(params))
     return {'fd_train': 9.0 - len(judged)}
 
-  job = test_loop.new_job(executor, tmp_path)
-  averages = config_lib.Averages(halflife=(30.0,))
-  phase = dataclasses.replace(test_loop.PHASE, lora=LORA, averages=averages)
-  job = dataclasses.replace(job, phase=phase)
-  # Nothing is evaluated: the last state is promoted.
-  promotion = loop_lib.run(job)
-  reference = jax.device_get(job.reference)
-  found = jax.device_get(promotion.params)
-  chex.assert_trees_all_equal_shapes_and_dtypes(found, reference)
-  changes = jax.tree_util.tree_leaves_with_path(
-    jax.tree.map(lambda a, b: np.abs(a - b).max(), found, reference)
-  )
-  for path, change in changes:
-    assert (change > 1e-3) == (path[-1].key == 'kernel')
-  logged = records.read_log(tmp_path)
-  first = logged[0]
-  assert first['reference_distance'] == 0.0
-  assert first['loss'] == pytest.approx(first['chance_loss'], rel=1e-6)
-  assert logged[-1]['reference_distance'] > 1e-2
-
-  # The same weights come again where it goes on, from the factors on disk.
-  other = dataclasses.replace(
-    job,
-    folder=tmp_path / 'other',
-    log=records.MetricsLog(tmp_path / 'other'),
-    evaluate=judge,
-  )
-  interruption.interrupted(other, 7)
-  again = loop_lib.run(dataclasses.replace(other, start=None))
+  log = records.MetricsLog(tmp_path)
+  job = dataclasses.replace(job, folder=tmp_path, log=log, evaluate=judge)
+  interruption.interrupted(job, 7)
+  again = loop_lib.run(dataclasses.replace(job, start=None))
   assert (again.step, len(judged)) == (test_loop.STEPS, 3)
-  chex.assert_trees_all_equal(judged[0], reference)
+  chex.assert_trees_all_equal(judged[0], jax.device_get(job.reference))
   chex.assert_trees_all_equal(judged[-1], found)
+  chex.assert_trees_all_equal(jax.device_get(again.params), found)
+
+
+def test_law_3_fsdp_and_microbatches_train_the_same(played, tmp_path):
+  _, found, _ = played
+  fsdp = devices_lib.Executor(config_lib.Executor(kind='fsdp'))
+  job = dataclasses.replace(low_rank(fsdp, tmp_path), accumulate=2)
+  params = loop_lib.run(job).params
+  kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+  assert any(not leaf.sharding.is_fully_replicated for leaf in kernels)
+  chex.assert_trees_all_close(
+    jax.device_get(params), found, rtol=1e-3, atol=1e-4
+  )
+
+
+def test_averages_of_factors_stand_for_those_of_weights(played):
+  job, found, _ = played
+  step = loop_lib._compile_step(job)
+  state = loop_lib._fresh_state(job)
+  reference = jax.device_get(job.reference)
+  wanted = reference
+  for real, fake in loop_lib.batches(job, 0):
+    [weight] = job.phase.averages.weights(state.step, job.phase.batch_size)
+    state, _ = step(state, real, fake)
+    theta = LORA.merge(reference, jax.device_get(state.params))
+    wanted = averages.update(wanted, theta, weight)
+  [trained] = state.ema.values()
+  average = LORA.merge(reference, jax.device_get(trained))
+  chex.assert_trees_all_close(average, found, rtol=1e-5)  # it was promoted
+
+  def apart(first, second):
+    return optax.tree.norm(jax.tree.map(jnp.subtract, first, second))
+
+  distance = apart(wanted, reference)
+  assert apart(theta, wanted) > 0.1 * distance
+  assert apart(average, wanted) < 0.01 * distance
 
 
 def test_weights_go_back_on_the_sphere():
