@@ -89,6 +89,11 @@ class Rhythm:
   log_images: int = _knob(25_600, science=False)
 
 
+# What a phase may train on, see `Phase.trains_on`.
+POOL = 'pool'
+_TRAINS_ON = ('real', POOL)
+
+
 # A phase is a pytree: what a round may vary (the numbers of the objective and
 # of the noise law, the peak learning rate) are leaves, the rest is static.
 @jax.tree_util.register_dataclass
@@ -100,7 +105,11 @@ class Phase:
 
   Attributes:
     objective: what is minimised: `ddo.DDO`, a sibling, or `objective.MLE`.
-    negatives: where the second rows come from; of no account to MLE.
+    negatives: where the second rows come from; of no account to MLE on real
+      images.
+    trains_on: what MLE minimises its loss on, 'real' images, or the fake
+      'pool' in their place, by the same road. An objective of log-ratios has
+      need of both kinds, and 'real' there.
     optimizer: Adam and its schedule.
     averages: the averages of the weights.
     lora: whether the weights themselves are trained, or a low-rank difference
@@ -117,6 +126,7 @@ class Phase:
 
   objective: objective_lib.Objective = _group(ddo.DDO())
   negatives: negatives_lib.Negatives = _static_group(negatives_lib.Pool())
+  trains_on: str = _static('real')
   optimizer: Optimizer = _group(Optimizer())
   averages: Averages = _static_group(Averages())
   lora: Lora = _static_group(Lora())
@@ -132,8 +142,8 @@ class Phase:
 
   @property
   def used_negatives(self) -> negatives_lib.Negatives:
-    """The negatives, or ones that need nothing where the loss has none."""
-    if self.objective.contrastive:
+    """The negatives, or ones that need nothing where nothing uses them."""
+    if self.objective.contrastive or self.trains_on == POOL:
       return self.negatives
     return negatives_lib.Negatives()
 
@@ -331,6 +341,21 @@ def _validate_phase(problems: errors.Problems, name: str, phase: Phase) -> None:
         f'config.{name}.objective is {objective}, which compares labels, with'
         f' {phase.negatives}: set --config.{name}.negatives=other_labels'
       )
+  with problems.gather():
+    field = f'{name}.trains_on'
+    errors.require_choice(field, phase.trains_on, _TRAINS_ON)
+    errors.require(
+      phase.trains_on != POOL
+      or (
+        name == 'ddo'
+        and not objective.contrastive
+        and phase.negatives.needs_pool
+      ),
+      field,
+      phase.trains_on,
+      f"'real', or in a round objective=mle and negatives=pool, for it has"
+      f' {objective} and {phase.negatives}',
+    )
   with problems.gather():
     errors.require(
       name in ('ddo', 'discriminator') or not objective.contrastive,

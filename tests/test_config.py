@@ -74,6 +74,9 @@ def test_each_config_has_its_own_knobs():
     ('ddo.rhythm.eval_images', -1),
     ('ddo.optimizer.clip_norm', -1.0),
     ('ddo.label_drop', 1.0),
+    ('ddo.trains_on', 'fakes'),
+    ('ddo.trains_on', 'pool'),  # DDO takes both
+    ('pretrain.trains_on', 'pool'),  # whose reference there is none of
     ('evaluation.samples', -1),
     ('evaluation.seeds', -1),
     ('executor.kind', 'tpu'),

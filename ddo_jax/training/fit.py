@@ -114,6 +114,9 @@ def make_rows(stage: Stage, model: Any, count: int) -> Any:
   """Returns the shapes of a `step.Microbatch` of `count` real rows."""
   shape = model.codec.stored_shape(model.example_shape)
   dtype = stored_dtype(model)
+  phase = stage.phase
+  # MLE on the pool reads it in the place of the real rows.
+  pairs = phase.objective.contrastive and phase.used_negatives.needs_pool
 
   def make():
     label = jnp.zeros(count, jnp.int32)
@@ -122,7 +125,7 @@ def make_rows(stage: Stage, model: Any, count: int) -> Any:
     fake = {'stored': stored, 'label': label}
     return step_lib.Microbatch(
       real={**fake, 'id': ids, 'other_label': label},
-      fake=fake if stage.phase.used_negatives.needs_pool else None,
+      fake=fake if pairs else None,
       keys=rng.per_example(rng.stream(0), ids),
       dropped=jnp.zeros(count, jnp.bool_),
     )

@@ -73,7 +73,14 @@ def fake_pool(
   reference: likelihood.Params,
   meta: dict[str, Any],
 ) -> sources.Source:
-  """Returns the round's fake pool, drawing what is missing of it."""
+  """Returns a round's fake pool, drawing what is missing of it.
+
+  Args:
+    run: the run.
+    folder: the round's; the images depend on its name.
+    reference: θ_ref, on the devices.
+    meta: its metadata.
+  """
   generator = run.generator(guided=False)
   sampler = dataclasses.asdict(generator.sampler)
   later = {n: sampler.pop(n) for n in negatives.LATER if n in sampler}
@@ -331,6 +338,8 @@ def play_round(
       fake=fake,
       score=score,
     )
+    if phase.trains_on == config_lib.POOL:
+      job = dataclasses.replace(job, real=fake, fake=None)
     if not tuned:
       promotion = loop_lib.run(job)
     else:

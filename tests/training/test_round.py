@@ -2,14 +2,22 @@
 
 import numpy as np
 import pytest
+from strangers import tiny
 
 from configs import digits
 from configs import digits_var
 from ddo_jax import config as config_lib
 from ddo_jax import errors
+from ddo_jax import rng
+from ddo_jax import settings
 from ddo_jax.data import labels as labels_lib
 from ddo_jax.method import negatives
+from ddo_jax.method import objective
+from ddo_jax.runtime import checkpoint
 from ddo_jax.training import check
+from ddo_jax.training import fit
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import plan
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import workspace
 
@@ -70,6 +78,49 @@ def test_the_pool_of_uneven_data_is_as_uneven(tmp_path):
   assert drawn('balanced') == [0, 67, 67, 66]
   # The published protocols have all classes equally often.
   assert drawn(protocol='edm-cifar10') == [0, 67, 67, 66]
+
+
+def test_maximum_likelihood_may_go_by_the_pool(tmp_path, monkeypatch):
+  """It reads it where the real images are read, and as they are."""
+  config = tiny.get_config()
+  config.ddo.objective = objective.MLE()
+  config.ddo.trains_on = 'pool'
+  config_lib.validate(config)
+  run = workspace.Run(config, tmp_path)
+  parts = plan.plan(config).parts
+  assert [part.images for part in parts if part.name == 'fake pool'] == [64]
+  stage = run.stage('ddo')
+  assert fit.make_rows(stage, stage.build(False), 4).fake is None
+  params = run.executor.make_state(run.model.init, rng.stream(0))
+  checkpoint.save_params(tmp_path / 'origin', params, {})
+
+  class Played(Exception):
+    pass
+
+  def play(job):
+    raise Played(job)
+
+  monkeypatch.setattr(loop_lib, 'run', play)
+  with pytest.raises(Played) as played:
+    round_lib.play_round(run, 0, tmp_path / 'origin', None)
+  [job] = played.value.args
+  pool = np.load(tmp_path / 'round_000' / 'fakes' / '000000.npz')
+  np.testing.assert_array_equal(job.real.stored, pool['image'])
+  rows, none = next(loop_lib.batches(job, 0))
+  assert none is None
+  read = np.asarray(rows['stored']).reshape(-1, 8, 8, 1)
+  drawn = {image.tobytes() for image in pool['image']}
+  assert {image.tobytes() for image in read} <= drawn
+
+
+def test_an_old_phase_trained_on_real_images():
+  record = settings.to_json(digits.get_config())
+  del record['ddo.trains_on']
+  assert not settings.science_changes(digits.get_config(), record)
+  changed = digits.get_config()
+  changed.ddo.trains_on = 'pool'
+  [line] = settings.science_changes(changed, record)
+  assert line == "ddo.trains_on: 'real' -> 'pool'"
 
 
 def test_a_round_begins_with_scores_of_its_own_classes():
