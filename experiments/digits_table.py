@@ -15,18 +15,18 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging as absl_logging
-import numpy as np
 
 from configs import digits
 from ddo_jax import config as config_lib
 from ddo_jax.evaluation import measure
 from ddo_jax.method import generate
-from ddo_jax.method import objective
 from ddo_jax.report import page
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
+from experiments import controls
+from experiments import tables
 
 WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/digits_table', 'The folder of all runs.'
@@ -36,9 +36,6 @@ OUTPUT = flags.DEFINE_string(
   'output', 'experiments/results/digits_table.json', 'The file to write.'
 )
 
-# A DDO step on B real and B fake rows runs θ forward and backward on 2B rows
-# and the reference forward: 2 + 4 + 2 units. An MLE step on B rows takes 3.
-COMPUTE = 8 / 3
 LEARNING_RATES = (1e-3, 3e-4, 1e-4)
 SCALES = (1.1, 1.25, 1.5, 2.0)
 METRICS = (
@@ -59,45 +56,6 @@ def digits_config(seed: int) -> config_lib.Config:
   return config
 
 
-def longer(phase: config_lib.Phase) -> config_lib.Phase:
-  """Returns a phase whose MLE steps cost what the phase's DDO steps cost.
-
-  It is evaluated as often in all.
-  """
-  rhythm = dataclasses.replace(
-    phase.rhythm, eval_images=round(phase.rhythm.eval_images * COMPUTE)
-  )
-  return dataclasses.replace(
-    phase,
-    objective=objective.MLE(),
-    images=round(phase.images * COMPUTE),
-    rhythm=rhythm,
-  )
-
-
-def control_phase(config: config_lib.Config, rate: float) -> config_lib.Phase:
-  """Returns the control's phase: pretraining goes on at a constant rate.
-
-  Args:
-    config: the recipe. The mean of the noise law, the label drop and the
-      half-life of the average are those of its pretraining.
-    rate: the learning rate.
-  """
-  return dataclasses.replace(
-    longer(config.ddo),
-    label_drop=config.pretrain.label_drop,
-    optimizer=dataclasses.replace(
-      config.ddo.optimizer, learning_rate=(rate,), warmup_images=0
-    ),
-    averages=dataclasses.replace(
-      config.ddo.averages, halflife=config.pretrain.averages.halflife
-    ),
-    noise=dataclasses.replace(
-      config.ddo.noise, p_mean=config.pretrain.noise.p_mean
-    ),
-  )
-
-
 def control(
   config: config_lib.Config, workdir: pathlib.Path, params: pathlib.Path
 ) -> tuple[pathlib.Path, list[dict[str, Any]]]:
@@ -116,7 +74,7 @@ def control(
     again = dataclasses.replace(
       config,
       name='continued MLE',
-      ddo=control_phase(config, rate),
+      ddo=controls.continued(config, rate),
       init_from=str(params),
     )
     folder = workdir / f'mle_{rate:g}'
@@ -216,18 +174,15 @@ def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
   """Returns Markdown: a row a method, mean ± sd over the pretraining seeds."""
-  lines = [
-    '| | ' + ' | '.join(METRICS) + ' |',
-    '|---' * (len(METRICS) + 1) + '|',
-  ]
-  for row in results[0]['rows']:
-    cells = []
-    for metric in METRICS:
-      values = [result['rows'][row][metric] for result in results]
-      sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-      cells.append(f'{np.mean(values):.3f} ± {sd:.3f}')
-    lines.append(f'| {row} | ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines)
+
+  def cell(row, metric):
+    values = [result['rows'][row][metric] for result in results]
+    return tables.mean_and_sd(values)
+
+  rows = {
+    row: [cell(row, metric) for metric in METRICS] for row in results[0]['rows']
+  }
+  return tables.markdown(METRICS, rows)
 
 
 def main(_) -> None:

@@ -36,6 +36,7 @@ from ddo_jax.runtime import records
 from ddo_jax.training import round as round_lib
 from ddo_jax.training import run as run_lib
 from ddo_jax.training import workspace
+from experiments import controls
 from experiments import digits_table
 
 flags.set_default(digits_table.WORKDIR, 'runs/digits_var_table')
@@ -123,7 +124,7 @@ def phase_at(
   )
   if phase.objective.contrastive:
     return phase
-  return digits_table.longer(phase)
+  return controls.longer(phase)
 
 
 def start_of(

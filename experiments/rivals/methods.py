@@ -1,0 +1,456 @@
+"""The rivals, a function each: what it trains, and what it looks at.
+
+Each takes a `bench.Bench` and returns a `bench.Played`, or raises `bench.Unfit`
+with the reason. All have the same budget of forward-equivalents and the same
+number of looks on the selection seed.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddo_jax import config as config_lib
+from ddo_jax import rng
+from ddo_jax.method import ddo
+from ddo_jax.method import likelihood
+from ddo_jax.method import negatives
+from ddo_jax.method import objective
+from ddo_jax.method import siblings
+from ddo_jax.tuning import candidates as candidates_lib
+from experiments import controls
+from experiments.rivals import bench as bench_lib
+
+Bench = bench_lib.Bench
+Candidate = bench_lib.Candidate
+Played = bench_lib.Played
+Unfit = bench_lib.Unfit
+
+RATES = (1e-3, 3e-4, 1e-4)  # learning rates of maximum likelihood
+SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
+WEIGHTS = (0.25, 0.5, 1.0, 1.5)  # Neon's w and SIMS' ω
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
+_SNAPSHOTS = 3  # of a training, of which merges and guides are made
+_WIDTH = 0.1  # σ_rel of the average that a snapshot is
+_SHORTER = 8  # an autoguide sees this part of the images of pretraining
+
+
+# The reference.
+
+
+def reference(bench: Bench) -> Played:
+  """θ_ref as it is."""
+  generator = bench.run.generator()
+  return Played(Candidate({}, lambda: bench.reference, generator, 0.0), [], 0.0)
+
+
+def retuned(bench: Bench) -> Played:
+  """θ_ref under other settings of its own sampler."""
+  sampler = bench.run.generator().sampler
+  if hasattr(sampler, 'churn'):
+    grid = [
+      {'churn': churn, 'churn_noise': noise}
+      for churn in (1.0, 2.0, 4.0, 7.0, 12.0, 20.0)
+      for noise in (1.0, 1.01)
+    ]
+  elif hasattr(sampler, 'temperature'):
+    grid = [
+      {'temperature': temperature, 'top_p': top_p}
+      for temperature in (0.85, 0.9, 0.95, 1.05)
+      for top_p in (0.0, 0.98, 0.95)
+    ]
+  else:
+    raise Unfit('its sampler has nothing to tune but its steps')
+
+  def candidates() -> Iterator[Candidate]:
+    for settings in grid:
+      generator = bench.run.generator()
+      generator.sampler = dataclasses.replace(sampler, **settings)
+      yield Candidate(settings, lambda: bench.reference, generator, 0.0)
+
+  return bench.search('retuned', candidates())
+
+
+# Maximum likelihood.
+
+
+def continued_mle(bench: Bench) -> Played:
+  """Pretraining goes on, on real images, at the best of some rates."""
+  looks = bench.looks // len(RATES)
+  phases = {
+    f'{rate:g}': bench.sized(
+      config_lib.at_round(controls.continued(bench.run.config, rate), 0), looks
+    )
+    for rate in RATES
+  }
+  return bench.trained('mle', phases)
+
+
+def _self_phase(bench: Bench, rate: float) -> config_lib.Phase:
+  """Returns MLE on the pool by pretraining's road, at a constant rate."""
+  phase = config_lib.at_round(controls.continued(bench.run.config, rate), 0)
+  second = bench.phase.negatives
+  if not second.needs_pool:
+    second = negatives.Pool(size=bench.pool_size)
+  phase = dataclasses.replace(
+    phase,
+    trains_on=config_lib.POOL,
+    negatives=second,
+    averages=config_lib.Averages(width=(_WIDTH,)),
+  )
+  return bench.sized(phase, bench.looks // len(RATES))
+
+
+def mle_on_pool(bench: Bench) -> Played:
+  """MLE on samples of the reference: θ_s, which is Neon at w = −1."""
+  phases = {f'{rate:g}': _self_phase(bench, rate) for rate in RATES}
+  return bench.trained('mle_pool', phases, start=False)
+
+
+def self_trained(bench: Bench) -> list[bench_lib.Snapshot]:
+  """Returns θ_s at a quarter, a half and the end of its training."""
+  phase = _self_phase(bench, SELF_RATE)
+  name = f'mle_pool/{SELF_RATE:g}'
+  bench.train(name, phase)
+  found = bench.snapshots(name, phase)
+  return [*found[:2], found[-1]]
+
+
+# DDO and what shares its step.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(unsafe_hash=True)
+class RealOnly(ddo.DDO):
+  """DDO at α = 0: its real half alone."""
+
+  def loss(
+    self, log_ratio_real: Any, log_ratio_other: Any, rows: objective.Rows
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns −log σ(β r_real), and zeros."""
+    real, other = super().loss(log_ratio_real, log_ratio_other, rows)
+    return real, jnp.zeros_like(other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(unsafe_hash=True)
+class FakeOnly(ddo.DDO):
+  """DDO's fake half alone, α → ∞."""
+
+  def loss(
+    self, log_ratio_real: Any, log_ratio_other: Any, rows: objective.Rows
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns zeros, and −α log σ(−β r_fake)."""
+    real, other = super().loss(log_ratio_real, log_ratio_other, rows)
+    return jnp.zeros_like(real), other
+
+
+def _contrast(
+  name: str, make: Callable[[Any], objective.Objective], **changes: Any
+) -> Callable[[Bench], Played]:
+  """Returns the method that plays the recipe's round by another objective.
+
+  Args:
+    name: the method's.
+    make: the recipe's objective -> its own, with the same α and β.
+    **changes: other fields of the phase.
+  """
+
+  def play(bench: Bench) -> Played:
+    if not hasattr(bench.phase.objective, 'beta'):
+      raise Unfit('the recipe has no beta')
+    phase = dataclasses.replace(
+      bench.phase, objective=make(bench.phase.objective), **changes
+    )
+    if phase.used_negatives.needs_other_label and not bench.model.num_classes:
+      raise Unfit('the data has no labels')
+    return bench.trained(name, {'round': bench.sized(phase, bench.looks)})
+
+  return play
+
+
+def _divergence(kind: str) -> Callable[[Bench], Played]:
+  """Returns the method of an f-divergence."""
+
+  def make(given):
+    return siblings.FDivergence(
+      alpha=given.alpha, beta=given.beta, kind=kind, normalize=given.normalize
+    )
+
+  return _contrast(kind, make)
+
+
+def _fields(given: Any, *names: str) -> dict[str, Any]:
+  return {name: getattr(given, name) for name in names}
+
+
+# Neon, and its control.
+
+
+def neon_candidates(
+  bench: Bench, toward: bench_lib.Snapshot, about: dict[str, Any]
+) -> Iterator[Candidate]:
+  """Yields (1 + w) θ_ref − w θ_s, for each w of the grid.
+
+  Args:
+    bench: the seed's.
+    toward: θ_s.
+    about: its settings.
+  """
+  for weight in WEIGHTS:
+    yield Candidate(
+      settings=about | {'w': weight},
+      params=functools.partial(extrapolated, bench, toward.params, weight),
+      generator=bench.run.generator(),
+      training=toward.training,
+    )
+
+
+def extrapolated(
+  bench: Bench, toward: Callable[[], likelihood.Params], weight: float
+) -> likelihood.Params:
+  """Returns (1 + w) θ_ref − w θ_s, which is a merge of weight −w."""
+  [(_, merged)] = candidates_lib.merges(
+    reference=bench.reference,
+    params=toward(),
+    weights=[-weight],
+    rules=bench.model.rules,
+    executor=bench.run.executor,
+  )
+  return merged
+
+
+def neon(bench: Bench) -> Played:
+  """The reference, extrapolated away from what its own samples make of it.
+
+  A model of tokens is sampled under guidance as strong as w is searched with.
+  """
+  found = self_trained(bench)
+  trained = found[-1].training
+
+  def candidates() -> Iterator[Candidate]:
+    if not bench.tokens:
+      for snapshot in found:
+        about = {'images': snapshot.images}
+        yield from neon_candidates(bench, snapshot, about)
+      return
+    for strength in (0.0, 0.25, 0.5):
+      about = {'images': found[1].images, 'guidance': strength}
+      for candidate in neon_candidates(bench, found[1], about):
+        yield candidate._replace(generator=bench.guided(strength))
+
+  return bench.search('neon', candidates(), trained)
+
+
+def _random_like(
+  bench: Bench, toward: bench_lib.Snapshot, draw: int
+) -> likelihood.Params:
+  """Returns θ_ref + d, each leaf of d as long as that of θ_s − θ_ref."""
+  key = rng.stream(bench.run.config.seed, 'random direction', str(draw))
+  leaves, tree = jax.tree.flatten(jax.device_get(bench.reference))
+  others = jax.tree.leaves(jax.device_get(toward.params()))
+  found = []
+  keys = jax.random.split(key, len(leaves))
+  for key, leaf, other in zip(keys, leaves, others, strict=True):
+    noise = np.asarray(jax.random.normal(key, leaf.shape), leaf.dtype)
+    length = np.linalg.norm(noise) or 1.0
+    found.append(leaf + noise * (np.linalg.norm(other - leaf) / length))
+  return bench.run.executor.make_state(
+    lambda params: params, jax.tree.unflatten(tree, found)
+  )
+
+
+def random_direction(bench: Bench) -> Played:
+  """Neon's control: directions as long as θ_s − θ_ref that know nothing."""
+  toward = self_trained(bench)[-1]
+
+  def candidates() -> Iterator[Candidate]:
+    for draw in range(_SNAPSHOTS):
+      params = functools.partial(_random_like, bench, toward, draw)
+      snapshot = toward._replace(params=params)
+      yield from neon_candidates(bench, snapshot, {'direction': draw})
+
+  return bench.search('random_direction', candidates(), toward.training)
+
+
+# Guidance.
+
+
+def sims(bench: Bench) -> Played:
+  """θ_s as a guide: D + ω (D − D_s), two networks at every evaluation."""
+  bench.guided(0.0, bench.reference)  # which says whether it can be
+  found = self_trained(bench)
+
+  def candidates() -> Iterator[Candidate]:
+    for snapshot in found:
+      for weight in WEIGHTS:
+        yield Candidate(
+          settings={'images': snapshot.images, 'omega': weight},
+          params=lambda: bench.reference,
+          generator=bench.guided(weight, snapshot.params()),
+          training=snapshot.training,
+        )
+
+  return bench.search('sims', candidates(), found[-1].training)
+
+
+def _halved(config: likelihood.ModelConfig) -> likelihood.ModelConfig:
+  """Returns a model's settings at half its width.
+
+  Raises:
+    Unfit: it has no width that is known here.
+  """
+  for field in ('hidden', 'width', 'model_channels'):
+    if hasattr(config, field):
+      half = getattr(config, field) // 2
+      return dataclasses.replace(config, **{field: half})
+  raise Unfit('its model has no width to halve')
+
+
+def autoguidance(bench: Bench) -> Played:
+  """A guide of half the width and an eighth of the pretraining, on real data.
+
+  Its snapshots at a third, two thirds and the end of that are tried.
+  """
+  bench.guided(0.0, bench.reference)
+  run = bench.run
+  pretrain = config_lib.at_round(run.config.pretrain, 0)
+  small = _halved(run.config.model)
+  model = small.build(noise=pretrain.noise)
+  size = sum(leaf.size for leaf in jax.tree.leaves(bench.reference))
+  start = functools.partial(
+    run.executor.make_state, model.init, rng.stream(run.config.seed, 'guide')
+  )
+  ratio = sum(leaf.size for leaf in jax.tree.leaves(start())) / size
+  phase = dataclasses.replace(
+    pretrain,
+    optimizer=dataclasses.replace(
+      pretrain.optimizer, decay='none', decay_images=0
+    ),
+    averages=config_lib.Averages(width=(_WIDTH,)),
+  )
+  affordable = controls.MLE_STEP * pretrain.images / _SHORTER
+  budget = min(bench.budget / ratio, affordable)
+  phase = bench.sized(phase, _SNAPSHOTS, budget)
+  bench.train('autoguidance/guide', phase, model, start)
+  found = bench.snapshots('autoguidance/guide', phase, model)
+
+  def candidates() -> Iterator[Candidate]:
+    for snapshot in found:
+      for strength in (0.3, 0.7, 1.1, 1.5):
+        yield Candidate(
+          settings={'images': snapshot.images, 'strength': strength},
+          params=lambda: bench.reference,
+          generator=bench.guided(strength, snapshot.params(), model),
+          training=ratio * snapshot.training,
+        )
+
+  trained = ratio * found[-1].training
+  return bench.search('autoguidance', candidates(), trained)
+
+
+def cfg(bench: Bench) -> Played:
+  """Classifier-free guidance: the guide is the reference without labels."""
+
+  def candidates() -> Iterator[Candidate]:
+    for strength in STRENGTHS:
+      generator = bench.guided(strength)
+      settings = {'strength': strength}
+      yield Candidate(settings, lambda: bench.reference, generator, 0.0)
+
+  return bench.search('cfg', candidates())
+
+
+def cfg_interval(bench: Bench) -> Played:
+  """Guidance without labels at some of the noise levels alone.
+
+  They are the lower three quarters, the middle half, and the upper three
+  quarters of those that the sampler evaluates.
+  """
+  if bench.tokens:
+    raise Unfit('a model of tokens has no noise levels')
+  bench.guided(0.0)
+  sigma = np.unique(bench_lib.levels(bench.run.config.sampler))[::-1]
+  high = float(sigma[len(sigma) // 4])
+  low = float(sigma[3 * len(sigma) // 4])
+  intervals = ((0.0, high), (low, high), (low, 1e9))
+
+  def candidates() -> Iterator[Candidate]:
+    for least, most in intervals:
+      for strength in (0.5, 1.0, 1.5, 2.5):
+        yield Candidate(
+          settings={'strength': strength, 'low': least, 'high': most},
+          params=lambda: bench.reference,
+          generator=bench.guided(
+            strength, guidance_min=least, guidance_max=most
+          ),
+          training=0.0,
+        )
+
+  return bench.search('cfg_interval', candidates())
+
+
+METHODS: dict[str, tuple[str, Callable[[Bench], Played]]] = {
+  'reference': ('reference', reference),
+  'retuned': ('reference, its sampler tuned', retuned),
+  'mle': ('continued MLE', continued_mle),
+  'mle_pool': ('MLE on the pool (w = −1)', mle_on_pool),
+  'ddo': ('DDO (js)', _contrast('ddo', lambda given: given)),
+  'real_only': (
+    'DDO, real half alone (α = 0)',
+    _contrast(
+      'real_only',
+      lambda given: RealOnly(**_fields(given, 'alpha', 'beta', 'normalize')),
+    ),
+  ),
+  'fake_only': (
+    'DDO, fake half alone',
+    _contrast(
+      'fake_only',
+      lambda given: FakeOnly(**_fields(given, 'alpha', 'beta', 'normalize')),
+    ),
+  ),
+  'hellinger': ('f-divergence, Hellinger', _divergence('hellinger')),
+  'brier': ('f-divergence, Brier', _divergence('brier')),
+  'kl': ('f-divergence, KL', _divergence('kl')),
+  'reverse_kl': ('f-divergence, reverse KL', _divergence('reverse_kl')),
+  'pairwise': (
+    'pairwise (SPIN)',
+    _contrast('pairwise', lambda given: siblings.DPO(**_fields(given, 'beta'))),
+  ),
+  'cca': (
+    'CCA',
+    _contrast(
+      'cca',
+      lambda given: siblings.CCA(**_fields(given, 'alpha', 'beta')),
+      negatives=negatives.OtherLabels(),
+    ),
+  ),
+  'dpo': (
+    'DPO, other labels',
+    _contrast(
+      'dpo',
+      lambda given: siblings.DPO(**_fields(given, 'beta')),
+      negatives=negatives.OtherLabels(),
+    ),
+  ),
+  'unlearning': (
+    'unlearning',
+    _contrast(
+      'unlearning',
+      lambda given: siblings.Unlearning(**_fields(given, 'alpha')),
+      negatives=negatives.OtherLabels(),
+    ),
+  ),
+  'neon': ('Neon', neon),
+  'random_direction': ('a random direction as long', random_direction),
+  'sims': ('SIMS', sims),
+  'autoguidance': ('autoguidance', autoguidance),
+  'cfg': ('CFG', cfg),
+  'cfg_interval': ('CFG in an interval', cfg_interval),
+}

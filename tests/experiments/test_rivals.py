@@ -1,0 +1,179 @@
+"""The rivals: exact ends of their scales, equal compute, looks that resume."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from strangers import tiny
+
+from ddo_jax import config as config_lib
+from ddo_jax import rng
+from ddo_jax.method import ddo
+from ddo_jax.method import objective
+from ddo_jax.runtime import checkpoint
+from ddo_jax.training import loop as loop_lib
+from ddo_jax.training import workspace
+from experiments.rivals import bench as bench_lib
+from experiments.rivals import methods
+from experiments.rivals import show
+
+LOOKS = 12
+
+
+@pytest.fixture(scope='module')
+def bench(tmp_path_factory):
+  """A bench whose reference is drawn and not trained."""
+  folder = tmp_path_factory.mktemp('rivals')
+  config = tiny.get_config()
+  config.ddo.images = 300 * 16
+  run = workspace.Run(config, folder / 'base')
+  params = run.executor.make_state(run.model.init, rng.stream(0))
+  # The last layer of a fresh network is zero, and knows no weights.
+  params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+  checkpoint.save_params(folder / 'origin', params, {})
+  return bench_lib.Bench(run, folder / 'origin', folder, LOOKS)
+
+
+@pytest.fixture(scope='module')
+def other(bench):
+  """What stands for θ_s."""
+  noise = rng.stream(1)
+
+  def move(leaf):
+    return leaf + 0.01 * jax.random.normal(noise, leaf.shape)
+
+  return jax.tree.map(move, bench.reference)
+
+
+def test_neon_ends_at_the_reference_and_at_the_self_trained(bench, other):
+  def neon(weight):
+    return methods.extrapolated(bench, lambda: other, weight)
+
+  assert neon(0.0) is bench.reference
+  assert neon(-1.0) is other
+  wanted = jax.tree.map(lambda r, s: 1.5 * r - 0.5 * s, bench.reference, other)
+  chex.assert_trees_all_close(neon(0.5), wanted, atol=1e-6)
+
+
+def test_a_guide_of_no_strength_is_not_asked(bench, other):
+  def drawn(generator):
+    ids = np.arange(4)
+    labels = ids.astype(np.int32)
+    parts = generator.stream(bench.reference, rng.stream(2), ids, labels)
+    return np.concatenate(list(parts))
+
+  plain = drawn(bench.run.generator())
+  np.testing.assert_array_equal(drawn(bench.guided(0.0, other)), plain)
+  assert (drawn(bench.guided(30.0, other)) != plain).any()
+
+
+def test_all_spend_what_the_recipe_spends(bench):
+  draw = bench.forwards(bench.run.generator())
+  assert draw == pytest.approx(7, abs=0.1)  # 2·4 − 1 evaluations
+  assert bench.pool_cost == 64 * draw
+  assert bench.budget == 64 * draw + 8 * 300 * 16
+  third = LOOKS // len(methods.RATES)
+  mle = config_lib.Phase(objective=objective.MLE(), batch_size=16)
+  cases = {
+    'ddo': (bench.phase, LOOKS),
+    'mle': (mle, third),
+    'self': (methods._self_phase(bench, 1e-3), third),
+  }
+  for name, (phase, looks) in cases.items():
+    sized = bench.sized(phase, looks)
+    spent = bench.before(phase) + sized.images * bench.step_cost(phase)
+    step = 16 * bench.step_cost(phase)
+    assert bench.budget - step < spent <= bench.budget, name
+    # The reference's look, at step 0, is not the method's.
+    assert loop_lib.evaluations(sized) - 1 == looks, name
+  assert bench.sized(bench.phase, LOOKS).images == bench.phase.images
+  warmup = bench.sized(bench.phase, LOOKS, bench.budget / 2).optimizer
+  assert warmup.warmup_images < bench.phase.optimizer.warmup_images
+
+
+def test_two_networks_cost_two(bench, other):
+  plain = bench.forwards(bench.run.generator())
+  guided = bench.guided(0.5, other)
+  assert bench.forwards(guided) == pytest.approx(2 * plain, rel=0.01)
+  sampler = bench.run.config.sampler
+  sigma = bench_lib.levels(sampler)
+  wanted = sampler.sigmas()
+  np.testing.assert_allclose(sigma[::2], wanted[:-1], rtol=1e-6)
+  np.testing.assert_allclose(sigma[1::2], wanted[1:-1], rtol=1e-6)
+  half = bench.guided(0.5, other, guidance_max=float(sigma[3]))
+  share = np.mean(sigma <= sigma[3])
+  assert bench.forwards(half) == pytest.approx((1 + share) * plain, rel=0.01)
+  alike = bench._within(guided, plain)
+  assert alike.sampler == dataclasses.replace(guided.sampler, num_steps=2)
+
+
+def test_a_search_goes_on_where_it_stopped(bench, monkeypatch):
+  seen = []
+
+  def look(self, params, folder=None, generator=None):
+    seen.append(params)
+    if len(seen) == 3:
+      raise KeyboardInterrupt
+    return {'fd_train': float(abs(params - 2))}
+
+  monkeypatch.setattr(bench_lib.Bench, 'look', look)
+  generator = bench.run.generator()
+
+  def candidates():
+    for number in range(5):
+      yield bench_lib.Candidate({'n': number}, lambda: number, generator, 0.0)  # noqa: B023
+
+  with pytest.raises(KeyboardInterrupt):
+    bench.search('some', candidates())
+  played = bench.search('some', candidates())
+  assert seen == [0, 1, 2, 2, 3, 4]
+  assert played.best.settings == {'n': 2}
+  assert [one['selection'] for one in played.looks] == [2, 1, 0, 1, 2]
+  path = bench.folder / 'some' / 'looks.json'
+  assert json.loads(path.read_text())['looks'] == played.looks
+
+
+def test_the_halves_of_ddo_are_ddo():
+  whole = ddo.DDO(alpha=2.0, beta=0.5)
+  numbers = {'alpha': 2.0, 'beta': 0.5}
+  args = (
+    jnp.array([0.3, -1.0]),
+    jnp.array([2.0, 0.1]),
+    objective.Rows.plain(2),
+  )
+  real, fake = whole.loss(*args)
+  np.testing.assert_array_equal(
+    methods.RealOnly(**numbers).loss(*args), (real, jnp.zeros(2))
+  )
+  np.testing.assert_array_equal(
+    methods.FakeOnly(**numbers).loss(*args), (jnp.zeros(2), fake)
+  )
+
+
+def test_the_table():
+  def seed(score):
+    one = {
+      'title': 'a method',
+      'scores': {'fd_train': score},
+      'training': 100.0,
+      'trained': 300.0,
+      'selection': 1_000.0,
+      'sampling': 14.0,
+      'equal_sampling': {'scores': {'fd_train': 2 * score}},
+    }
+    none = {'title': 'another', 'unfit': 'no labels'}
+    return {'methods': {'one': one, 'none': none}}
+
+  text = show.table([seed(1.0), seed(2.0)], 'fd_train')
+  assert text.splitlines()[0] == (
+    '| | fd_train | training F | search F | sampling F an image'
+    ' | fd_train at equal sampling F |'
+  )
+  assert text.splitlines()[2:] == [
+    '| a method | 1.500 ± 0.707 | 100  | 1.2 k | 14.0 | 3.000 ± 1.414 |',
+    '| another | n/a: no labels |  |  |  |  |',
+  ]
