@@ -9,6 +9,7 @@ rows it learns by heart.
 import functools
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from ddo_jax.data import splits
 from ddo_jax.data import workers
 from ddo_jax.method import discriminator as discriminator_lib
 from ddo_jax.method import likelihood
+from ddo_jax.models import discriminator as models_lib
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import manifest as manifest_lib
@@ -71,11 +73,13 @@ def fit(
   folder: pathlib.Path,
   fake: sources.Source,
   phase: config_lib.Phase | None = None,
+  network: models_lib.DiscriminatorConfig | None = None,
 ) -> pathlib.Path:
   """Trains a discriminator of a pool, or returns the one that was trained.
 
   The folder's done.json says at which step its loss on held-out images was
-  lowest, and what it cost in forward passes of the generator (see `costs`).
+  lowest, and what all of its training cost, the choice of that step, and a
+  correction while one samples, in forward passes of the generator.
 
   Args:
     run: the run.
@@ -83,6 +87,7 @@ def fit(
       the order of rows depend on its name and its parent's.
     fake: the pool.
     phase: how it is trained; None: as `config.discriminator` says.
+    network: its size; None: `config.discriminator_network`.
 
   Returns:
     The folder of the params.
@@ -91,7 +96,7 @@ def fit(
     errors.UserError: the folder has one of other settings, or see `loop.run`.
   """
   phase = config_lib.at_round(phase or run.config.discriminator, 0)
-  network = run.config.discriminator_network
+  network = network or run.config.discriminator_network
   about = {
     'phase': settings.to_json(phase),
     'network': settings.to_json(network),
@@ -140,10 +145,15 @@ def fit(
   meta = {'stage': job.name, 'about': about, 'step': promotion.step}
   sha256 = checkpoint.save_params(folder / 'params', promotion.params, meta)
   manifest.add_params('params', sha256)
+  cost = costs(run, model)
   result = {
     'step': promotion.step,
     METRIC: promotion.selection,
-    'costs': costs(run, model, phase, judge.count * len(promotion.evaluations)),
+    'forwards': {
+      'training': phase.steps() * phase.batch_size * cost.pair,
+      'selection': len(promotion.evaluations) * judge.count * cost.row,
+      'gradient': cost.gradient,
+    },
     'environment': devices_lib.environment(),
   }
   manifest.write_json('done.json', result)
@@ -228,25 +238,22 @@ def _logits(weights: Any, rows: dict[str, jax.Array]) -> jax.Array:
   return logit
 
 
-def costs(
-  run: workspace.Run,
-  model: discriminator_lib.Discriminator,
-  phase: config_lib.Phase,
-  scored: int,
-) -> dict[str, float]:
-  """Counts a discriminator in forward passes of the generator for one image.
+class Costs(NamedTuple):
+  """A discriminator's work, in forward passes of the generator for one image.
 
-  Args:
-    run: the run; its model is the generator.
-    model: the discriminator.
-    phase: how it is trained; all of its steps count, not those alone that led
-      to the best one.
-    scored: the rows that it was scored on, in all evaluations.
-
-  Returns:
-    {'training', 'selection': of the training and of choosing the checkpoint;
-    'gradient': what it adds to a call of the denoiser while one samples}.
+  Attributes:
+    pair: of training on a real row and a drawn one.
+    row: of scoring a held-out row.
+    gradient: of a correction, beside the call of the denoiser.
   """
+
+  pair: float
+  row: float
+  gradient: float
+
+
+def costs(run: workspace.Run, model: discriminator_lib.Discriminator) -> Costs:
+  """Counts what a discriminator costs beside a run's model, the generator."""
   x = jnp.zeros((1, *model.example_shape))
   sigma = jnp.ones(1)
   label = jnp.zeros(1, jnp.int32)
@@ -254,15 +261,14 @@ def costs(
   denoiser: Any = run.model
   generator = jax.eval_shape(denoiser.init, rng.stream(0))
 
-  def loss(params, x):
+  def logit(params, x):
     return jnp.sum(model.logit(params, x, sigma, label))
 
   forward = work.of(denoiser.denoise, generator, x, sigma, label).total
-  once = work.of(loss, params, x).total / forward
-  step = work.of(jax.value_and_grad(loss), params, x).total / forward
-  gradient = work.of(jax.grad(loss, argnums=1), params, x).total / forward
-  return {
-    'training': 2 * phase.steps() * phase.batch_size * step,
-    'selection': scored * once,
-    'gradient': gradient,
-  }
+  step = work.of(jax.value_and_grad(logit), params, x).total
+  gradient = work.of(jax.grad(logit, argnums=1), params, x).total
+  return Costs(
+    pair=2 * step / forward,
+    row=work.of(logit, params, x).total / forward,
+    gradient=gradient / forward,
+  )

@@ -334,9 +334,7 @@ def test_what_the_sampler_asks_for():
   frozen = {'discriminator': {}}
   # A constant D is where Heun's method ends; the last call is at σ = 0.002.
   for weight, interval, moved in (
-    (0.0, (0.001, 80.0), 0.0),
     (5e4, (0.001, 80.0), 0.2),
-    (5e4, (0.002, 80.0), 0.0),
     (5e4, (0.001, 0.0019), 0.0),
   ):
     low, high = interval
@@ -348,6 +346,8 @@ def test_what_the_sampler_asks_for():
     )
     x = draw(corrected, frozen, sampler)
     np.testing.assert_allclose(x, [1 + moved, 2 + moved], rtol=1e-4)
+  # Without a weight nobody asks the discriminator, nor misses its params.
+  np.testing.assert_allclose(draw(corrected, {}, heun.Heun(4)), [1, 2])
 
 
 def test_a_discriminator_that_is_not_there_is_a_mistake():

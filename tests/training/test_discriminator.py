@@ -82,7 +82,7 @@ def test_what_it_costs(fitted):
   blocks = run.config.model.blocks
   forward = 32 * hidden + hidden**2 + 2 * 64 * hidden
   forward += blocks * 4 * hidden**2
-  costs = done['costs']
+  costs = done['forwards']
   rows = 16 * (20 + 140)  # every held-out image 16 times, about
   looks = STEPS // 10 + 1
   assert costs['selection'] == pytest.approx(
