@@ -70,6 +70,23 @@ def test_beta_is_one_over_the_spread_where_the_margin_ends():
   assert double.learning_rate == proposal.learning_rate
 
 
+def test_a_few_rows_that_are_far_out_do_not_move_beta():
+  points = line(4.0, 4.0, 8.0, 30.0)
+  few = np.arange(4000) % 50 == 0
+  moved = []
+  for point in points:
+    farther = np.where(few, 20 * (point.real - np.mean(point.real[few])), 0.0)
+    moved.append(
+      dataclasses.replace(
+        point, real=point.real + farther, fake=point.fake + farther
+      )
+    )
+  beta = signal.propose(points, PHASE).beta.centre
+  assert signal.propose(moved, PHASE).beta.centre == pytest.approx(
+    beta, rel=0.1
+  )
+
+
 def test_a_line_that_begins_too_far_out_wants_shorter_steps():
   points = line(4.0, 4.0, 8.0, 30.0)
   assert signal.propose(points[-8:], PHASE) is None
