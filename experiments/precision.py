@@ -1,18 +1,22 @@
-"""What the precision of products costs DDO, by simulated rounding on a CPU.
+r"""What the precision of products costs DDO, by simulated rounding on a CPU.
 
 python -m experiments.precision --workdir=runs/precision
+python -m experiments.precision --workdir=runs/precision_fashion \
+  --config=configs/fashion_small.py --nogradients \
+  --output=experiments/results/precision_fashion.json
 
 A CPU computes in float32 whatever is asked for, so the operands of every dot
 and convolution are rounded by hand: to TF32 or bfloat16, once or as three
 products.
 
 First the gradient of a DDO step is compared with that in float32, where θ is
-θ_ref and a little later, for a pretrained MLP and a pretrained U-Net. Then a
-round of the digits is played from one pretraining a seed: in training, and for
-the fakes of its pool. Scores are drawn in float32.
+θ_ref and a little later, for a pretrained MLP and a pretrained U-Net of the
+digits. Then a round of the recipe is played from one pretraining a seed, with
+its training rounded or the fakes of its pool. Scores are drawn in float32.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -23,6 +27,7 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 import jax
+from ml_collections import config_flags
 import numpy as np
 
 from configs import digits
@@ -42,6 +47,10 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/precision', 'The folder of all runs.'
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'The number of pretraining seeds.')
+_CONFIG = config_flags.DEFINE_config_file('config', 'configs/digits.py')
+_GRADIENTS = flags.DEFINE_bool(
+  'gradients', True, "Whether the digits' gradients are compared."
+)
 _OUTPUT = flags.DEFINE_string(
   'output', 'experiments/results/precision.json', 'The file to write.'
 )
@@ -92,11 +101,9 @@ def played_in(training: str, pool: str) -> Any:
     yield
 
 
-def recipe(seed: int, network: str = 'mlp') -> config_lib.Config:
-  """Returns the digits' recipe, of one round."""
+def digits_of(network: str) -> config_lib.Config:
+  """Returns the digits' recipe with a network of one kind."""
   config = digits.get_config()
-  config.seed = seed
-  config.rounds = 1
   if network == 'unet':
     config.model.network = 'unet'
     config.model.hidden = 16
@@ -114,7 +121,7 @@ def errors_of_gradients(network: str, folder: pathlib.Path) -> dict[str, Any]:
     {'start': {kind: error}, 'later': {kind: error}, 'delta': {kind: the largest
     |Δ| of a forward pass where θ = θ_ref}}.
   """
-  run = workspace.Run(recipe(0, network), folder)
+  run = workspace.Run(digits_of(network), folder)
   origin = run_lib.pretrain(run)
   phase = config_lib.at_round(run.config.ddo, 0)
   model = run.training_model(phase.noise)
@@ -175,14 +182,16 @@ def _flat(tree: Any) -> np.ndarray:
   return np.concatenate(leaves)
 
 
-def one_seed(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
+def one_seed(
+  recipe: config_lib.Config, seed: int, workdir: pathlib.Path
+) -> dict[str, Any]:
   """Plays all rounds of a seed; returns their scores, or why one stopped."""
-  start = workspace.Run(recipe(seed), workdir / 'start')
+  recipe = dataclasses.replace(recipe, seed=seed, rounds=1)
+  start = workspace.Run(recipe, workdir / 'start')
   origin = run_lib.pretrain(start)
   found: dict[str, Any] = {}
   for name, (training, pool) in ROUNDS.items():
-    config = recipe(seed)
-    config.init_from = str(origin)
+    config = dataclasses.replace(recipe, init_from=str(origin))
     # Every step is logged: the first loss tells of law 1.
     folder = workdir / name.replace(', ', '_').replace(' ', '_')
     try:
@@ -207,17 +216,19 @@ def _scores(scores: dict[str, Any]) -> dict[str, float]:
 def main(_) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)
   workdir = pathlib.Path(_WORKDIR.value)
+  networks = ('mlp', 'unet') if _GRADIENTS.value else ()
   result: dict[str, Any] = {
     'environment': devices_lib.environment(),
     'gradients': {
       network: errors_of_gradients(network, workdir / network)
-      for network in ('mlp', 'unet')
+      for network in networks
     },
     'rounds': [],
   }
   output = pathlib.Path(_OUTPUT.value)
   for seed in range(_SEEDS.value):
-    result['rounds'].append(one_seed(seed, workdir / f'seed_{seed}'))
+    played = one_seed(_CONFIG.value, seed, workdir / f'seed_{seed}')
+    result['rounds'].append(played)
     records.write_json(output, result)
   print(json.dumps(result, indent=1))
 
