@@ -111,19 +111,33 @@ def test_without_a_margin_there_is_no_first_order_signal():
   )
 
 
-@pytest.mark.parametrize('separates', [True, False])
-def test_p_std_widens_where_high_noise_separates(separates):
-  points = line(4.0, 4.0, 8.0, 30.0)
-  if not separates:
-    points = [
-      dataclasses.replace(
-        point,
-        fake=np.where(point.noise_bin == 7, point.real, point.fake),
-      )
-      for point in points
-    ]
+def test_p_std_widens_where_high_noise_separates():
+  proposal = signal.propose(line(4.0, 4.0, 8.0, 30.0), PHASE)
+  assert proposal.p_std == pytest.approx(1.2 * 1.25)
+
+
+def test_p_std_stays_where_the_highest_noise_tells_nothing():
+  points = [
+    dataclasses.replace(
+      point, fake=np.where(point.noise_bin == 7, point.real, point.fake)
+    )
+    for point in line(4.0, 4.0, 8.0, 30.0)
+  ]
+  assert signal.propose(points, PHASE).p_std == pytest.approx(1.2)
+
+
+def test_p_std_stays_where_the_highest_noise_may_tell_by_chance():
+  shaken = 15 * np.random.RandomState(2).permutation(NORMAL)
+  points = []
+  for point in line(4.0, 4.0, 8.0, 30.0):
+    high = point.noise_bin == 7
+    moved = np.where(high, shaken - np.mean(shaken[high]), 0.0)
+    points.append(dataclasses.replace(point, fake=point.fake + moved))
   proposal = signal.propose(points, PHASE)
-  assert proposal.p_std == pytest.approx(1.2 * 1.25 if separates else 1.2)
+  [*_, lower, highest] = proposal.measured['by_noise_level']
+  assert highest['separation'] > 0.5 * lower['separation']
+  assert 0 < highest['significance'] < 4
+  assert proposal.p_std == pytest.approx(1.2)
 
 
 def test_a_law_without_p_std_has_none_proposed():
