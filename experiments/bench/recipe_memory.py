@@ -6,11 +6,14 @@ python -m experiments.bench.recipe_memory --recipe=digits --recipe=fashion_edm
 Beside the count, by which `auto` chooses, there is what XLA plans for the whole
 step on as many simulated CPU devices; no array of the model is made. XLA is
 told to schedule for little memory, as it does on accelerators. It computes
-bfloat16 in float32 on a CPU, and so plans more for VAR than a GPU takes. What
-the result holds already is counted again, and not compiled again. (A CPU heeds
-no remat where blocks are not a loop, see docs/scaling.md.)
+bfloat16 in float32 on a CPU, and so plans more than a GPU takes; recipes with
+such products are measured once more with all of them in float32, where the two
+compare. What the result holds already is counted again, and not compiled again.
+(A CPU heeds no remat where blocks are not a loop, see docs/scaling.md.)
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 import importlib
 import os
 import pathlib
@@ -42,11 +45,26 @@ RECIPES = sorted(
 )
 
 
+_IN_FLOAT32 = ', in float32'  # after the name of a recipe
+
+
 def load(name: str) -> tuple[config_lib.Config, int]:
   """Returns a recipe, and the number of devices that it is stated for.
 
   Its executor may take what these devices are stated to hold.
+
+  Args:
+    name: the recipe's; with ', in float32' at its end its products are, and its
+      microbatches and remat are those of the recipe.
   """
+  if name.endswith(_IN_FLOAT32):
+    config, num_devices = load(name.removesuffix(_IN_FLOAT32))
+    layout = layout_lib.Layout(config.executor, num_devices)
+    fit = workspace.Run(config, None, layout).fit
+    config.executor.accumulate = fit.accumulate
+    config.executor.remat = fit.remat
+    config.model.dtype = 'float32'
+    return config, num_devices
   module = importlib.import_module(f'configs.{name}')
   config = module.get_config()
   stated = _STATED.search(module.__doc__)
@@ -143,6 +161,8 @@ def table(known: dict[str, Any], environment: dict[str, str]) -> str:
     'GiB of each device that a step takes on the devices that a recipe states,',
     'counted, and planned by XLA for as many simulated CPU devices, which',
     'compute bfloat16 in float32: `python -m experiments.bench.recipe_memory`.',
+    'Recipes with products in bfloat16 therefore stand here once more with all',
+    'of them in float32.',
     f'{environment["devices"]}, jax {environment["jax"]}.',
     '',
     '| recipe | phase | devices | executor | microbatches | remat | counted |'
@@ -168,6 +188,15 @@ def table(known: dict[str, Any], environment: dict[str, str]) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def _names(recipes: Sequence[str]) -> Iterator[str]:
+  """Yields the recipes, and those with products in bfloat16 once more."""
+  for name in recipes:
+    yield name
+    config, _ = load(name)
+    if getattr(config.model, 'dtype', '') == 'bfloat16':
+      yield name + _IN_FLOAT32
+
+
 def main(_) -> None:
   os.environ['XLA_FLAGS'] = ' '.join(
     [
@@ -178,7 +207,7 @@ def main(_) -> None:
   jax.config.update('jax_num_cpu_devices', 8)
   path = pathlib.Path(flags.FLAGS.output)
   known = records.read_json(path)['recipes'] if path.exists() else {}
-  for name in flags.FLAGS.recipe or RECIPES:
+  for name in _names(flags.FLAGS.recipe or RECIPES):
     known[name] = measure(name, known.get(name, {}))
     environment = devices_lib.environment()
     records.write_json(path, {'recipes': known, 'environment': environment})
