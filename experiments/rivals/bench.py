@@ -217,29 +217,37 @@ class Bench:
   def forwards(self, generator: generate.Generator) -> float:
     """Returns the forward-equivalents of drawing an image.
 
-    A guide that is asked within an interval only counts at the noise levels in
-    it.
+    A guide, or a discriminator, that is asked within an interval only counts at
+    the noise levels in it.
     """
     sampler = generator.sampler
-    guide = getattr(generator.model, 'guide', None)
-    key = (sampler, guide)
+    beside = {
+      name: getattr(generator.model, name, None)
+      for name in ('guide', 'discriminator')
+    }
+    key = (sampler, *beside.values())
     if key not in self._forwards:
-      self._forwards[key] = self._count(generator, sampler, guide)
+      self._forwards[key] = self._count(generator, sampler, beside)
     return self._forwards[key]
 
-  def _count(self, generator: Any, sampler: Any, guide: Any) -> float:
+  def _count(
+    self, generator: Any, sampler: Any, beside: dict[str, Any]
+  ) -> float:
     model = self.model
-    if guide is not None:
-      model = dataclasses.replace(model, guide=guide)
+    if any(beside.values()):
+      model = dataclasses.replace(model, **beside)
     stored, _ = self.run.real.read(np.arange(1))
     count = functools.partial(
       ledger.forwards_an_image, model, generator.frozen, stored
     )
     full = count(sampler)
-    if self.tokens or sampler.guidance == 1:
+    if self.tokens or sampler == sampler.unguided():
       return full
+    low, high = sampler.guidance_min, sampler.guidance_max
+    if sampler.discriminator:
+      low, high = sampler.discriminator_min, sampler.discriminator_max
     sigma = levels(sampler)
-    inside = (sampler.guidance_min < sigma) & (sigma <= sampler.guidance_max)
+    inside = (low < sigma) & (sigma <= high)
     plain = count(sampler.unguided())
     return plain + float(np.mean(inside)) * (full - plain)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,8 +21,13 @@ from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
+from ddo_jax.method import noise
 from ddo_jax.method import objective
 from ddo_jax.method import siblings
+from ddo_jax.models import discriminator as discriminator_lib
+from ddo_jax.runtime import checkpoint
+from ddo_jax.training import discriminator as training
+from ddo_jax.training import workspace
 from ddo_jax.tuning import candidates as candidates_lib
 from experiments import controls
 from experiments.rivals import bench as bench_lib
@@ -36,6 +42,13 @@ SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
 WEIGHTS = (0.25, 0.5, 1.0, 1.5)  # Neon's w and SIMS' ω
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 _SNAPSHOTS = 3  # of a training, of which merges and guides are made
+# Under which discriminators are trained: nearly the published one, and one of
+# the noise levels where a small image is made.
+LAWS = {
+  'wide': noise.LogUniform((0.05,), (80.0,)),
+  'middle': noise.LogUniform((0.1,), (10.0,)),
+}
+_SMALL = 0.25  # of a forward pass of the model: what a discriminator may cost
 _WIDTH = 0.1  # σ_rel of the average that a snapshot is
 _SHORTER = 8  # an autoguide sees this part of the images of pretraining
 
@@ -395,6 +408,92 @@ def cfg_interval(bench: Bench) -> Played:
   return bench.search('cfg_interval', candidates())
 
 
+def smaller(bench: Bench) -> discriminator_lib.DiscriminatorConfig:
+  """Returns the recipe's discriminator, halved until it is small beside θ_ref.
+
+  Small is a quarter of a forward pass.
+  """
+  run = bench.run
+  settings = run.config.discriminator_network
+  while settings.hidden > 1:
+    if training.costs(run, settings.beside(run.model)).row <= _SMALL:
+      break
+    settings = dataclasses.replace(settings, hidden=settings.hidden // 2)
+  return settings
+
+
+def discriminator_phases(
+  bench: Bench, pair: float
+) -> dict[str, config_lib.Phase]:
+  """Returns how discriminators are trained that share the budget equally.
+
+  Args:
+    bench: the seed's.
+    pair: the forward-equivalents of a real row and a drawn one.
+  """
+  given = bench.run.config.discriminator
+  each = (bench.budget - bench.pool_cost) / len(LAWS)
+  steps = max(1, int(each / pair) // given.batch_size)
+  rhythm = dataclasses.replace(
+    given.rhythm, eval_images=math.ceil(steps / 12) * given.batch_size
+  )
+  return {
+    name: dataclasses.replace(
+      given, noise=law, images=steps * given.batch_size, rhythm=rhythm
+    )
+    for name, law in LAWS.items()
+  }
+
+
+def discriminator_guidance(bench: Bench) -> Played:
+  """A network that tells real rows from the pool's corrects the sampler.
+
+  Two are trained, under two laws of σ; of each the step with the lowest loss on
+  held-out images is taken.
+  """
+  if bench.tokens:
+    raise Unfit('a model of tokens has no denoiser that could be corrected')
+  run = bench.run
+  sampler = run.generator().sampler
+  if sampler.drives == 'velocity':
+    raise Unfit('its sampler follows a velocity, which is not corrected')
+  settings = smaller(bench)
+  model = settings.beside(run.model)
+  pair = training.costs(run, model).pair
+  found = {}
+  trained = bench.pool_cost
+  for name, phase in discriminator_phases(bench, pair).items():
+    folder = training.fit(
+      run, bench.folder / 'dg' / name, bench.pool, phase, settings
+    )
+    target = workspace.params_target(model, run.executor)
+    params, _ = checkpoint.load_params(folder, target)
+    cost = phase.images * pair
+    found[name] = (params, bench.pool_cost + cost)
+    trained += cost
+
+  def candidates() -> Iterator[Candidate]:
+    for name, (params, cost) in found.items():
+      for weight in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
+        generator = run.generator()
+        generator.model = run.model.with_discriminator(model.network)
+        generator.frozen = run.frozen | {'discriminator': params}
+        generator.sampler = dataclasses.replace(
+          sampler,
+          discriminator=weight,
+          discriminator_min=LAWS[name].lowest[0],
+          discriminator_max=LAWS[name].highest[0],
+        )
+        yield Candidate(
+          settings={'law': name, 'w': weight},
+          params=lambda: bench.reference,
+          generator=generator,
+          training=cost,
+        )
+
+  return bench.search('dg', candidates(), trained)
+
+
 METHODS: dict[str, tuple[str, Callable[[Bench], Played]]] = {
   'reference': ('reference', reference),
   'retuned': ('reference, its sampler tuned', retuned),
@@ -453,4 +552,5 @@ METHODS: dict[str, tuple[str, Callable[[Bench], Played]]] = {
   'autoguidance': ('autoguidance', autoguidance),
   'cfg': ('CFG', cfg),
   'cfg_interval': ('CFG in an interval', cfg_interval),
+  'dg': ('discriminator guidance', discriminator_guidance),
 }

@@ -111,6 +111,40 @@ def test_two_networks_cost_two(bench, other):
   assert alike.sampler == dataclasses.replace(guided.sampler, num_steps=2)
 
 
+def test_discriminators_share_the_budget(bench):
+  settings = methods.smaller(bench)
+  model = settings.beside(bench.run.model)
+  cost = methods.training.costs(bench.run, model)
+  assert cost.row <= 0.25
+  phases = methods.discriminator_phases(bench, cost.pair)
+  left = bench.budget - bench.pool_cost
+  spent = cost.pair * sum(phase.images for phase in phases.values())
+  step = cost.pair * bench.run.config.discriminator.batch_size
+  assert 0 <= left - spent < step * len(phases)
+
+
+def test_a_correction_costs_where_it_is_made(bench):
+  settings = methods.smaller(bench)
+  model = settings.beside(bench.run.model)
+  cost = methods.training.costs(bench.run, model)
+  generator = bench.run.generator()
+  plain = bench.forwards(generator)
+  sigma = bench_lib.levels(generator.sampler)
+  generator.model = bench.run.model.with_discriminator(model.network)
+  shapes = jax.eval_shape(model.init, rng.stream(0))
+  generator.frozen = bench.run.frozen | {'discriminator': shapes}
+  generator.sampler = dataclasses.replace(
+    generator.sampler,
+    discriminator=1.0,
+    discriminator_min=float(sigma[4]),
+    discriminator_max=float(sigma[1]),
+  )
+  corrected = np.sum((sigma[4] < sigma) & (sigma <= sigma[1]))
+  assert 0 < corrected < len(sigma)
+  wanted = plain + corrected * cost.gradient
+  assert bench.forwards(generator) == pytest.approx(wanted, rel=0.02)
+
+
 def test_a_search_goes_on_where_it_stopped(bench, monkeypatch):
   seen = []
 
