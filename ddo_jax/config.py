@@ -411,6 +411,15 @@ def validate(config: Config) -> None:
   with problems.gather():
     config.discriminator_network.check('discriminator_network')
   with problems.gather():
+    phase = config.discriminator
+    errors.require(
+      phase.objective.contrastive and phase.negatives.needs_pool,
+      'discriminator.objective',
+      phase.objective,
+      f'one that compares real images with a pool, such as DDO(), and not with'
+      f' {phase.negatives}',
+    )
+  with problems.gather():
     config.tune.check('tune')
   with problems.gather():
     errors.require(

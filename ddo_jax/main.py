@@ -346,6 +346,7 @@ def discriminator(
     The folder of its params, for `config.discriminator_from`; see
     `training.discriminator.fit`.
   """
+  config_lib.validate(config)
   with workspace.claimed(config, workdir):
     return discriminator_lib.train(workspace.Run(config, workdir), index)
 

@@ -77,6 +77,9 @@ def test_each_config_has_its_own_knobs():
     ('ddo.trains_on', 'fakes'),
     ('ddo.trains_on', 'pool'),  # DDO takes both
     ('pretrain.trains_on', 'pool'),  # whose reference there is none of
+    ('discriminator.objective', objective.MLE()),
+    ('discriminator_network.network', 'cnn'),
+    ('discriminator_network.blocks', -1),
     ('evaluation.samples', -1),
     ('evaluation.seeds', -1),
     ('executor.kind', 'tpu'),

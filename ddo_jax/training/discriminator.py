@@ -7,6 +7,7 @@ rows it learns by heart.
 """
 
 import functools
+import math
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -215,8 +216,9 @@ class _Judge:
 
 
 def _read(source: sources.Source) -> dict[str, np.ndarray]:
-  """Returns the first held-out rows, each `_DRAWS` times."""
-  rows = np.arange(min(len(source), _MOST))
+  """Returns up to `_MOST` held-out rows of all parts, each `_DRAWS` times."""
+  # Sets may be in the order of their classes.
+  rows = np.arange(0, len(source), math.ceil(len(source) / _MOST))
   stored, label = source.read(rows)
   ids = np.arange(len(rows) * _DRAWS, dtype=np.uint32)
   return {

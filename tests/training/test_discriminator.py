@@ -1,5 +1,7 @@
 """A discriminator of a pool: what it learns, keeps and costs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from strangers import tiny
@@ -69,6 +71,15 @@ def test_a_tenth_of_each_class_is_held_out():
   assert np.bincount(held.labels()).tolist() == [2] * 10
   with pytest.raises(errors.UserError, match='ten or more images of a class'):
     discriminator._part(new_pool(30), True)
+
+
+def test_what_is_looked_at_is_of_all_parts(monkeypatch):
+  monkeypatch.setattr(discriminator, '_MOST', 60)
+  pool = new_pool(100)
+  ordered = dataclasses.replace(pool, classes=np.sort(pool.classes))
+  rows = discriminator._read(ordered)
+  assert np.bincount(rows['label']).tolist() == [16 * 5] * 10
+  assert len(set(rows['id'])) == 16 * 50
 
 
 def test_what_it_costs(fitted):
