@@ -171,6 +171,18 @@ def score(folder, params):
   print(f'read {count}', flush=True)
 
 
+def encode(folder, output):
+  """Encodes the images of a test, in its small shards."""
+  from training import test_encode
+
+  from ddo_jax import main
+  from ddo_jax.data import latent_set
+
+  latent_set.SHARD = test_encode.SHARD
+  config = test_encode.make_config(pathlib.Path(folder))
+  main.encode(config, pathlib.Path(output))
+
+
 def fail(process, line):
   """One process makes out a mistake while the others are busy."""
   from ddo_jax import errors

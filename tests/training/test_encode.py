@@ -8,6 +8,7 @@ from evaluation import test_fidelity
 import jax
 import numpy as np
 import pytest
+import several
 
 from ddo_jax import errors
 from ddo_jax import main
@@ -46,15 +47,19 @@ def images():
   return sets.make_images(COUNT, (8, 8, 3))[0]
 
 
+def make_config(folder):
+  """A config whose images and autoencoder are in a folder."""
+  config = tiny_latents.get_config()
+  config.vae_from = str(folder / 'vae.safetensors')
+  config.data.source = str(folder / 'images.npz')
+  return config
+
+
 @pytest.fixture
 def config(images, tmp_path):
-  """A config whose data are images, and an autoencoder."""
   write_autoencoder(tmp_path / 'vae.safetensors')
   np.savez(tmp_path / 'images.npz', image=images, label=np.arange(COUNT) % 3)
-  config = tiny_latents.get_config()
-  config.vae_from = str(tmp_path / 'vae.safetensors')
-  config.data.source = str(tmp_path / 'images.npz')
-  return config
+  return make_config(tmp_path)
 
 
 @jax.jit
@@ -152,6 +157,15 @@ def test_a_set_that_was_cut_off_goes_on_to_the_byte(
   assert files_of(tmp_path / 'set') == wanted
   main.encode(config, tmp_path / 'set')
   assert encoded == [1, 2, 0, 2]
+
+
+def test_two_processes_write_the_same_bytes(config, tmp_path):
+  """They take turns at three shards."""
+  whole = main.encode(config, tmp_path / 'whole')
+  scene = {'folder': str(tmp_path), 'output': str(tmp_path / 'set')}
+  for status, printed in several.play(2, 1, ('encode', scene)):
+    assert status == 0, printed
+  assert files_of(tmp_path / 'set') == files_of(whole)
 
 
 def refusal(config, output, **options):
@@ -253,20 +267,19 @@ def test_from_a_folder_of_images_to_a_round(tmp_path, monkeypatch):
     test_fidelity.save_png(folder / f'{label}' / f'{number}.png', image)
   write_autoencoder(tmp_path / 'vae.safetensors')
 
-  def make_config(source):
-    config = tiny_latents.get_config()
-    config.vae_from = str(tmp_path / 'vae.safetensors')
+  def on(source):
+    config = make_config(tmp_path)
     config.model.image_shape = (2, 2, 4)
     config.data.source = str(source)
     config.evaluation.inception = config.vae_from  # a file that is there
     return config
 
-  of_images = make_config(folder)
+  of_images = on(folder)
   of_images.data.resize = 4
   of_images.evaluation.samples = 48
   main.encode(of_images, tmp_path / 'latents', mirrored=True)
   main.fid_stats(of_images, tmp_path / 'stats')
-  config = make_config(tmp_path / 'latents')
+  config = on(tmp_path / 'latents')
   config.evaluation.protocol = str(tmp_path / 'stats')
   config.evaluation.metric = 'fid'
   main.selfplay(config, tmp_path / 'run')
