@@ -12,6 +12,7 @@ compares the two.
 
 import collections
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterator
 from concurrent import futures
 import functools
@@ -65,7 +66,7 @@ def read_ahead(
   workers: int,
   read_step: Callable[[workers_lib.Read, int], Rows],
   steps: range,
-) -> Iterator[Rows]:
+) -> Generator[Rows, None, None]:
   """Yields read_step(read, step) for each step in order, read ahead.
 
   Args:

@@ -2,10 +2,12 @@
 
 A row depends on its image and its number alone: `extract.by_blocks` gives every
 row its place in a call of `_ROWS` on one device. So the bytes are the same on
-any number of devices and processes, and in a set that was cut off and went on.
+any number of devices of a kind and of processes, and in a set that was cut off
+and went on; on a GPU, whose compiler may choose its convolutions by timing
+them, to rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import contextlib
 import functools
 import hashlib
@@ -117,7 +119,7 @@ def _fingerprint(source: sources.Source) -> str:
 
 def _read(
   source: sources.Source, blocks: list[np.ndarray], setting: settings.OrAuto
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
   """Yields the images [b,H,W,C] of blocks of rows, read ahead.
 
   Rows from the number of images on are the same images, mirrored.
@@ -216,7 +218,10 @@ def _fill(
   )
   shape = codec.stored_shape(run.model.example_shape)
   done = made.size - sum(len(made.rows(shard)) for shard in missing)
-  with progress.follow('encode', made.size, done=done) as bar:
+  with (
+    contextlib.closing(images),
+    progress.follow('encode', made.size, done=done) as bar,
+  ):
     for number, turn in enumerate(turns):
       latents = np.zeros((latent_set.SHARD, *shape), np.float32)
       left = len(made.rows(own[number])) if number < len(own) else 0
