@@ -339,4 +339,9 @@ class FidelityEvaluator:
         f'{num_blocks} set(s) of images, where protocol {protocol.name} prints'
         f' the minimum of {protocol.num_blocks}'
       )
+    if protocol.printed == 'single' and num_blocks != 1:
+      lines.append(
+        f'the mean of {num_blocks} sets of images, where protocol'
+        f' {protocol.name} prints the score of a single one'
+      )
     return lines

@@ -281,6 +281,15 @@ def test_scores_that_are_asked_for(settings):
   assert scores.keys() - plain.keys() == {'fid_inf', *asked}
 
 
+def test_more_blocks_than_are_printed_are_told_of(settings, monkeypatch):
+  single = dataclasses.replace(TINY, printed='single', num_blocks=1)
+  monkeypatch.setitem(protocols.PROTOCOLS, 'tiny', single)
+  evaluator = fidelity.FidelityEvaluator(settings.evaluation, 0)
+  (line,) = evaluator.notes(COUNT, 3)
+  assert line.startswith('the mean of 3 sets of images, where protocol tiny')
+  assert not evaluator.notes(COUNT, 1)
+
+
 @pytest.fixture
 def run_folder(settings, tmp_path):
   model = settings.model.build()
