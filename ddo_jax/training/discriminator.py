@@ -103,11 +103,13 @@ def fit(
     'network': settings.to_json(network),
   }
   manifest = manifest_lib.Manifest(folder, ('settings.json', 'params'))
-  begun = manifest.read_json('settings.json')
-  if begun not in (None, about):
+  begun = manifest.read_json('settings.json') or about
+  changes = settings.science_changes(phase, begun['phase'])
+  changes += settings.science_changes(network, begun['network'])
+  if changes:
     raise errors.UserError(
-      f'{folder} holds a discriminator of other settings: delete it to train'
-      ' another'
+      f'{folder} holds a discriminator of other settings'
+      f' ({"; ".join(changes)}): delete it to train another'
     )
   if manifest.lists('done.json') and manifest.holds('params'):
     return folder / 'params'

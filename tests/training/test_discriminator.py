@@ -59,7 +59,7 @@ def test_one_that_is_trained_is_kept(fitted, monkeypatch):
   assert discriminator.fit(run, params.parent, new_pool()) == params
   other = new_run(run.workdir)
   other.config.discriminator.images += 1
-  with pytest.raises(errors.UserError, match='of other settings: delete'):
+  with pytest.raises(errors.UserError, match=r'other settings \(images: 1920'):
     discriminator.fit(other, params.parent, new_pool())
 
 
