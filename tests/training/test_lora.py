@@ -309,6 +309,7 @@ def test_a_reduced_reference_is_merged_into_whole_types():
   theta = jax.jit(LORA.merge)(reduced, factors)
   chex.assert_trees_all_equal_shapes_and_dtypes(theta, reduced)
   found = merge(reduced, factors)
+  chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
   assert not np.array_equal(found['kernel'], rounded['kernel'])
   found = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), found)
   chex.assert_trees_all_equal(found, theta)
