@@ -64,9 +64,8 @@ class Lora:
     B is 0. The columns of A are orthogonal, of a length that makes A·Aᵀ the
     identity in expectation. So the first step of plain gradient descent is in
     expectation that of training W, whatever the rank, and it is that very step
-    where r = m; and a step of Adam changes the numbers of W about as much as
-    one that trains W. A learning rate holds for every rank, and no factor in
-    front of A·B is needed.
+    where r = m; and a first step of Adam changes the numbers of W about as
+    much as one that trains W. No factor in front of A·B is needed.
 
     Args:
       params: θ; of low rank, only its shapes are read.
