@@ -37,7 +37,7 @@ from experiments.rivals import show
 
 _LOGGER = logging.getLogger(__name__)
 # Those whose score is measured under shorter sampling, too.
-_CURVES = ('reference', 'ddo', 'neon', 'sims', 'autoguidance', 'cfg')
+_CURVES = ('reference', 'ddo', 'neon', 'sims', 'autoguidance', 'cfg', 'dg')
 
 
 def play(bench: bench_lib.Bench, name: str) -> dict[str, Any]:
@@ -110,6 +110,7 @@ def main(_) -> None:
   workdir = pathlib.Path(_WORKDIR.value)
   # The seeds share their programs.
   jax.config.update('jax_compilation_cache_dir', str(workdir / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   output = pathlib.Path(_OUTPUT.value)
   results = []
   for seed in range(_SEEDS.value):
@@ -129,7 +130,9 @@ if __name__ == '__main__':
     'workdir', 'runs/rivals_digits', 'The folder of all that is made.'
   )
   _SEEDS = flags.DEFINE_integer('seeds', 3, 'The number of pretraining seeds.')
-  _LOOKS = flags.DEFINE_integer('looks', 12, 'Of each method, by selection.')
+  _LOOKS = flags.DEFINE_integer(
+    'looks', 12, 'Of each method, by selection.', lower_bound=3
+  )
   _METHODS = flags.DEFINE_list(
     'methods', list(methods_lib.METHODS), 'Those to play, by name.'
   )

@@ -40,6 +40,7 @@ from experiments import controls
 
 SHOWN = 20  # images of a method on the sheet of all
 _STAGE = 'round_000'  # of which all take the noise and the order of rows
+_POOL_GUIDANCE = 0.5  # of a pool that is drawn for a model of tokens
 _SHORTER = (0.75, 0.5, 0.33, 0.2)  # of a sampler's steps, in the picture
 
 
@@ -173,7 +174,7 @@ class Bench:
       return round_lib.fake_pool(
         self.run, self.run.workdir / _STAGE, self.reference, self._meta
       )
-    generator = self.guided(1.0)
+    generator = self.guided(_POOL_GUIDANCE)
     pool = negatives.FakePool(
       folder=self.folder / 'fakes',
       size=self.pool_size,
@@ -203,7 +204,7 @@ class Bench:
     """The forward-equivalents of the pool."""
     generator = self.run.generator(guided=False)
     if not isinstance(self.phase.negatives, negatives.Pool):
-      generator = self.guided(1.0)
+      generator = self.guided(_POOL_GUIDANCE)
     return self.pool_size * self.forwards(generator)
 
   @functools.cached_property
@@ -404,43 +405,55 @@ class Bench:
     Args:
       name: the method's.
       phases: by what tells them from each other.
-      start: whether θ_ref may be preferred to all of them.
+      start: whether θ_ref may be preferred to all of them; where it may not,
+        the phases keep snapshots.
     """
     generator = self.run.generator()
     looks = []
     trained = 0.0
-    best: tuple[float, Candidate] | None = None
     ended = ''
+    found: list[tuple[float, Candidate]] = []
     for cell, phase in phases.items():
       promotion = self.train(f'{name}/{cell}', phase)
       ended = ended or promotion.ended
-      spent = self.before(phase)
-      for record in promotion.evaluations:
-        if record['step']:
-          spent = self.before(phase)
-          spent += record['images'] * self.step_cost(phase)
-          looks.append(
-            {
-              'settings': {'cell': cell, 'step': record['step']},
-              'training': spent,
-              'sampling': self.forwards(generator),
-              'selection': record['selection'],
-            }
-          )
-      trained += spent if not trained else spent - self.before(phase)
-      params = promotion.params
-      step = promotion.step
-      if not step and not start:
+      shared = self.before(phase)
+
+      def spent(record, shared=shared, phase=phase):
+        return shared + record['images'] * self.step_cost(phase)
+
+      later = [record for record in promotion.evaluations if record['step']]
+      looks += [
+        {
+          'settings': {'cell': cell, 'step': record['step']},
+          'training': spent(record),
+          'sampling': self.forwards(generator),
+          'selection': record['selection'],
+        }
+        for record in later
+      ]
+      last = spent(promotion.evaluations[-1])
+      trained += last - shared if trained else last
+      params = functools.partial(_same, promotion.params)
+      if start or promotion.step:
+        [best] = [
+          record
+          for record in promotion.evaluations
+          if record['step'] == promotion.step
+        ]
+      elif later:
+        best = min(later, key=lambda record: record['selection'])
+        [params] = [
+          snapshot.params
+          for snapshot in self.snapshots(f'{name}/{cell}', phase)
+          if snapshot.images == best['images']
+        ]
+      else:  # bad numbers ended it before its first look
         continue
-      candidate = Candidate(
-        {'cell': cell, 'step': step},
-        functools.partial(_same, params),
-        generator,
-        self.before(phase) + step * phase.batch_size * self.step_cost(phase),
-      )
-      if best is None or promotion.selection < best[0]:
-        best = (promotion.selection, candidate)
-    return Played(best[1], looks, trained, ended)
+      settings = {'cell': cell, 'step': best['step']}
+      candidate = Candidate(settings, params, generator, spent(best))
+      found.append((best['selection'], candidate))
+    _, candidate = min(found, key=lambda one: one[0])
+    return Played(candidate, looks, trained, ended)
 
   def search(
     self, name: str, candidates: Iterable[Candidate], trained: float = 0.0
@@ -535,7 +548,9 @@ class Bench:
       'ended': played.ended,
     }
     alike = self._within(generator, self.forwards(self.run.generator()))
-    if alike is not generator:
+    if alike is None:
+      found['equal_sampling'] = None
+    elif alike is not generator:
       found['equal_sampling'] = {
         'scores': full(alike),
         'sampling': self.forwards(alike),
@@ -565,11 +580,14 @@ class Bench:
 
   def _within(
     self, generator: generate.Generator, most: float
-  ) -> generate.Generator:
-    """Returns a generator of fewer steps that costs no more than `most`."""
-    if self.tokens:
-      return generator
+  ) -> generate.Generator | None:
+    """Returns a generator of fewer steps that costs no more than `most`.
+
+    None is returned where a single step costs more, or there are no steps.
+    """
     while self.forwards(generator) > most * (1 + 1e-6):
+      if self.tokens or generator.sampler.num_steps == 1:
+        return None
       generator = _with_steps(generator, generator.sampler.num_steps - 1)
     return generator
 

@@ -82,8 +82,12 @@ def table(results: Results, metric: str) -> str:
       cost.short(np.mean(searched)),
       f'{np.mean([seed["sampling"] for seed in found]):.1f}',
     ]
-    alike = [seed.get('equal_sampling', seed)['scores'] for seed in found]
-    cells.append(tables.mean_and_sd([seed[metric] for seed in alike]))
+    alike = [seed.get('equal_sampling', seed) for seed in found]
+    if None in alike:
+      cells.append('n/a')
+    else:
+      values = [seed['scores'][metric] for seed in alike]
+      cells.append(tables.mean_and_sd(values))
     rows[one['title']] = cells
   return tables.markdown(columns, rows)
 

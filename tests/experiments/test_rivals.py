@@ -143,6 +143,8 @@ def test_a_correction_costs_where_it_is_made(bench):
   assert 0 < corrected < len(sigma)
   wanted = plain + corrected * cost.gradient
   assert bench.forwards(generator) == pytest.approx(wanted, rel=0.02)
+  assert bench._within(generator, plain).sampler.num_steps < 4
+  assert bench._within(generator, 0.5) is None  # a single step costs more
 
 
 def test_a_search_goes_on_where_it_stopped(bench, monkeypatch):
@@ -169,6 +171,41 @@ def test_a_search_goes_on_where_it_stopped(bench, monkeypatch):
   assert [one['selection'] for one in played.looks] == [2, 1, 0, 1, 2]
   path = bench.folder / 'some' / 'looks.json'
   assert json.loads(path.read_text())['looks'] == played.looks
+
+
+def test_a_training_may_not_end_at_its_start_where_it_must_move(
+  bench, monkeypatch
+):
+  """θ_ref is the best of both trainings, and the second best is known."""
+  phase = bench.sized(methods._self_phase(bench, 1e-3), 2)
+  scores = {'a': (1.0, 4.0, 3.0), 'b': (1.0, 5.0, 2.0)}
+  period = phase.rhythm.eval_images
+
+  def train(self, name, phase):
+    del self, phase
+    evaluations = [
+      {'step': i * period // 16, 'images': i * period, 'selection': score}
+      for i, score in enumerate(scores[name[-1]])
+    ]
+    return loop_lib.Promotion('θ_ref', 0, 'params', 1.0, evaluations)
+
+  def snapshots(self, name, phase):
+    del self, phase
+    return [
+      bench_lib.Snapshot(i * period, lambda i=i: (name, i), 0.0) for i in (1, 2)
+    ]
+
+  monkeypatch.setattr(bench_lib.Bench, 'train', train)
+  monkeypatch.setattr(bench_lib.Bench, 'snapshots', snapshots)
+  cells = {'a': phase, 'b': phase}
+  assert bench.trained('some', cells).best.params() == 'θ_ref'
+  played = bench.trained('some', cells, start=False)
+  assert played.best.params() == ('some/b', 2)
+  assert played.best.settings == {'cell': 'b', 'step': 2 * period // 16}
+  assert len(played.looks) == 4
+  once = 2 * period * 3
+  assert played.best.training == bench.pool_cost + once
+  assert played.trained == bench.pool_cost + 2 * once
 
 
 def test_the_halves_of_ddo_are_ddo():
