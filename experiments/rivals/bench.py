@@ -219,9 +219,12 @@ class Bench:
     """Returns the forward-equivalents of drawing an image.
 
     A guide, or a discriminator, that is asked within an interval only counts at
-    the noise levels in it.
+    the noise levels in it. A model of tokens draws an image by one pass, under
+    guidance by two; its tokenizer is left out, here as in training.
     """
     sampler = generator.sampler
+    if self.tokens:
+      return 1.0 if sampler.guidance == sampler.unguided().guidance else 2.0
     beside = {
       name: getattr(generator.model, name, None)
       for name in ('guide', 'discriminator')
@@ -242,7 +245,7 @@ class Bench:
       ledger.forwards_an_image, model, generator.frozen, stored
     )
     full = count(sampler)
-    if self.tokens or sampler == sampler.unguided():
+    if sampler == sampler.unguided():
       return full
     low, high = sampler.guidance_min, sampler.guidance_max
     if sampler.discriminator:

@@ -39,7 +39,7 @@ Unfit = bench_lib.Unfit
 
 RATES = (1e-3, 3e-4, 1e-4)  # learning rates of maximum likelihood
 SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
-WEIGHTS = (0.25, 0.5, 1.0, 1.5)  # Neon's w and SIMS' ω
+WEIGHTS = (0.5, 1.0, 2.0, 3.0)  # Neon's w and SIMS' ω
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 _SNAPSHOTS = 3  # of a training, of which merges and guides are made
 # Under which discriminators are trained: nearly the published one, and one of

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use('Agg')
+from matplotlib import ticker
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -145,19 +146,24 @@ def picture(path: pathlib.Path, results: Results, metric: str) -> None:
       title='best look so far',
       xlabel='training, forward-equivalents, pool included',
       ylabel=f'{metric}, selection seed',
-      yscale='log',
     )
     right.set(
       title='shorter sampling',
       xlabel='sampling, forward-equivalents an image',
       ylabel=f'{metric}, reporting seed',
-      yscale='log',
     )
     for axes in (left, right):
-      if axes.lines:
-        axes.legend()
+      if not axes.lines:  # no sampler of theirs has steps to leave out
+        figure.delaxes(axes)
+        continue
+      axes.legend()
+      axes.xaxis.set_major_formatter(ticker.EngFormatter())
+      low, high = axes.dataLim.intervaly
+      if high > 3 * low:
+        axes.set_yscale('log')
+        axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
     figure.tight_layout()
-    figure.savefig(path, dpi=figures.DPI)
+    figure.savefig(path, dpi=figures.DPI, bbox_inches='tight')
     plt.close(figure)
 
 
@@ -185,7 +191,7 @@ def sheet(path: pathlib.Path, folder: pathlib.Path, results: Results) -> None:
     for spine in axes.spines.values():
       spine.set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=figures.DPI)
+    figure.savefig(path, dpi=figures.DPI, bbox_inches='tight')
     plt.close(figure)
 
 
