@@ -40,6 +40,7 @@ Unfit = bench_lib.Unfit
 RATES = (1e-3, 3e-4, 1e-4)  # learning rates of maximum likelihood
 SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
 WEIGHTS = (0.5, 1.0, 2.0, 3.0)  # Neon's w and SIMS' ω
+MERGES = (0.75, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5)  # of DDO with θ_ref
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 _SNAPSHOTS = 3  # of a training, of which merges and guides are made
 # Under which discriminators are trained: nearly the published one, and one of
@@ -185,6 +186,33 @@ def _contrast(
     return bench.trained(name, {'round': bench.sized(phase, bench.looks)})
 
   return play
+
+
+def ddo_merged(bench: Bench) -> Played:
+  """DDO, and then θ_ref + w (θ − θ_ref), a line search as Neon has one.
+
+  A quarter of the looks goes to the steps of the round, the rest to w.
+  """
+  name = 'ddo_merged'
+  looks = bench.looks // 4
+  played = bench.trained(name, {'round': bench.sized(bench.phase, looks)})
+  start = played.best
+  if not start.settings['step']:
+    return played
+
+  def candidates() -> Iterator[Candidate]:
+    for weight in MERGES[: bench.looks - looks]:
+      yield start._replace(
+        settings=start.settings | {'merge': weight},
+        params=functools.partial(extrapolated, bench, start.params, -weight),
+      )
+
+  def lowest(one: Played) -> float:
+    return min(look['selection'] for look in one.looks)
+
+  merged = bench.search(name, candidates(), played.trained)
+  best = min(played, merged, key=lowest).best
+  return merged._replace(best=best, looks=[*played.looks, *merged.looks])
 
 
 def _divergence(kind: str) -> Callable[[Bench], Played]:
@@ -500,6 +528,7 @@ METHODS: dict[str, tuple[str, Callable[[Bench], Played]]] = {
   'mle': ('continued MLE', continued_mle),
   'mle_pool': ('MLE on the pool (w = −1)', mle_on_pool),
   'ddo': ('DDO (js)', _contrast('ddo', lambda given: given)),
+  'ddo_merged': ('DDO (js), merged with θ_ref', ddo_merged),
   'real_only': (
     'DDO, real half alone (α = 0)',
     _contrast(

@@ -31,6 +31,7 @@ _COLOURS = {
   'reference': '#000000',
   'mle': '#999999',
   'ddo': '#d55e00',
+  'ddo_merged': '#f0a080',
   'neon': '#0072b2',
   'sims': '#56b4e9',
   'autoguidance': '#009e73',

@@ -208,6 +208,33 @@ def test_a_training_may_not_end_at_its_start_where_it_must_move(
   assert played.trained == bench.pool_cost + 2 * once
 
 
+def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
+  def train(self, name, phase):
+    del name
+    period = phase.rhythm.eval_images
+    evaluations = [
+      {'step': i * period // 16, 'images': i * period, 'selection': 9.0 - i}
+      for i in range(4)
+    ]
+    last = evaluations[-1]['step']
+    return loop_lib.Promotion(other, last, 'params', 6.0, evaluations)
+
+  wanted = jax.tree.map(lambda r, s: 2 * s - r, bench.reference, other)
+
+  def look(self, params, folder=None, generator=None):
+    del self, folder, generator
+    gaps = jax.tree.map(lambda p, w: jnp.sum((p - w) ** 2), params, wanted)
+    return {'fd_train': float(sum(jax.tree.leaves(gaps)))}
+
+  monkeypatch.setattr(bench_lib.Bench, 'train', train)
+  monkeypatch.setattr(bench_lib.Bench, 'look', look)
+  played = methods.ddo_merged(bench)
+  assert len(played.looks) == LOOKS
+  assert played.best.settings['merge'] == 2.0
+  chex.assert_trees_all_close(played.best.params(), wanted, atol=1e-6)
+  assert played.best.training == played.trained <= bench.budget
+
+
 def test_the_halves_of_ddo_are_ddo():
   whole = ddo.DDO(alpha=2.0, beta=0.5)
   numbers = {'alpha': 2.0, 'beta': 0.5}
