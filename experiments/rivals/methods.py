@@ -7,6 +7,7 @@ number of looks on the selection seed.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
@@ -341,21 +343,21 @@ def sims(bench: Bench) -> Played:
 
 
 def _halved(config: likelihood.ModelConfig) -> likelihood.ModelConfig:
-  """Returns a model's settings at half its width.
-
-  Raises:
-    Unfit: it has no width that is known here.
-  """
+  """Returns a model's settings at half its width, if it can be so narrow."""
   for field in ('hidden', 'width', 'model_channels'):
     if hasattr(config, field):
       half = getattr(config, field) // 2
-      return dataclasses.replace(config, **{field: half})
-  raise Unfit('its model has no width to halve')
+      narrow = dataclasses.replace(config, **{field: half})
+      with contextlib.suppress(errors.UserError):
+        narrow.build()
+        return narrow
+  return config
 
 
 def autoguidance(bench: Bench) -> Played:
   """A guide of half the width and an eighth of the pretraining, on real data.
 
+  One that cannot be narrower is less trained alone.
   Its snapshots at a third, two thirds and the end of that are tried.
   """
   bench.guided(0.0, bench.reference)

@@ -14,6 +14,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax.method import ddo
 from ddo_jax.method import objective
+from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
@@ -233,6 +234,13 @@ def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
   assert played.best.settings['merge'] == 2.0
   chex.assert_trees_all_close(played.best.params(), wanted, atol=1e-6)
   assert played.best.training == played.trained <= bench.budget
+
+
+def test_a_guide_is_as_narrow_as_can_be():
+  wide = toy.ToyConfig(network='unet', hidden=16)
+  assert methods._halved(wide).hidden == 8
+  assert methods._halved(methods._halved(wide)).hidden == 8  # of eight groups
+  assert methods._halved(toy.ToyConfig(hidden=8)).hidden == 4
 
 
 def test_the_halves_of_ddo_are_ddo():
