@@ -157,12 +157,21 @@ def picture(path: pathlib.Path, results: Results, metric: str) -> None:
       if not axes.lines:  # no sampler of theirs has steps to leave out
         figure.delaxes(axes)
         continue
-      axes.legend()
       axes.xaxis.set_major_formatter(ticker.EngFormatter())
       low, high = axes.dataLim.intervaly
       if high > 3 * low:
         axes.set_yscale('log')
-        axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter('{x:g}')
+    lines = {line.get_label(): line for line in (*left.lines, *right.lines)}
+    figure.legend(
+      lines.values(),
+      lines.keys(),
+      loc='upper center',
+      bbox_to_anchor=(0.5, 0),
+      ncols=4,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=figures.DPI, bbox_inches='tight')
     plt.close(figure)
