@@ -58,14 +58,27 @@ def _model(run: run_folder.Run) -> str:
   return about
 
 
+def _numbers(run: run_folder.Run) -> str:
+  """Returns ', alpha 2, beta 0.1 → 0.3': one number a round where they vary."""
+  rounds = [run.numbers(result['round']) for result in run.rounds]
+  rounds = rounds or [run.numbers(0)]
+  names = dict.fromkeys(name for numbers in rounds for name in numbers)
+  parts = ''
+  for name in names:
+    values = [
+      f'{numbers[name]:.4g}' if name in numbers else '–' for numbers in rounds
+    ]
+    if len(set(values)) == 1:
+      values = values[:1]
+    parts += f', {name} {" → ".join(values)}'
+  return parts
+
+
 def _facts(run: run_folder.Run) -> dict[str, str]:
   """Returns what the run was made of and on, by name; text."""
   config = run.config
   facts = {'data': config['data.source'], 'model': _model(run)}
-  numbers = run.numbers(0)
-  facts['objective'] = run.objective + ''.join(
-    f', {name} {value:g}' for name, value in numbers.items()
-  )
+  facts['objective'] = run.objective + _numbers(run)
   if 'sampler.type' in config:
     facts['sampler'] = config['sampler.type']
     if 'sampler.num_steps' in config:

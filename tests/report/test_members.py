@@ -110,3 +110,11 @@ def test_a_round_says_what_its_winner_was_played_with(tmp_path):
   note = page._round_note(run, run.rounds[0])
   assert 'power_0.100, merge_0.5' in note
   assert 'beta 0.2' in note and 'alpha 4' in note and '0.7' not in note
+
+
+def test_the_page_begins_with_the_numbers_of_every_round(tmp_path):
+  run = make_run(tmp_path, LEDGER)
+  assert page._numbers(run) == ', beta 0.2, alpha 4'
+  other = {'round': 1, 'promoted': {'settings': {'beta': 0.3, 'p_std': 1.5}}}
+  run.rounds.append(other)
+  assert page._numbers(run) == ', beta 0.2 → 0.3, alpha 4, p_std – → 1.5'
