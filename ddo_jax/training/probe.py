@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import functools
+import itertools
+import sys
 import time
 from typing import Any
 from typing import NamedTuple
@@ -12,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddo_jax import rng
+from ddo_jax.data import loader
+from ddo_jax.data import sources
 from ddo_jax.evaluation import evaluator as evaluator_lib
 from ddo_jax.evaluation import features
 from ddo_jax.evaluation import protocols
 from ddo_jax.evaluation.networks import extract
 from ddo_jax.method import generate
 from ddo_jax.runtime import devices as devices_lib
+from ddo_jax.runtime import processes
 from ddo_jax.training import fit as fit_lib
 from ddo_jax.training import state as state_lib
 from ddo_jax.training import step as step_lib
@@ -66,10 +71,42 @@ def _zeros(shapes: Any, executor: devices_lib.Executor) -> Any:
   return executor.make_state(make)
 
 
+def _batches(
+  stage: fit_lib.Stage, executor: devices_lib.Executor, rows: Any
+) -> Iterator[Any]:
+  """Yields batches of zeros, shuffled and placed as the loop does it.
+
+  Args:
+    stage: what is trained.
+    executor: the devices.
+    rows: the shapes of the rows as stored; None yields None.
+  """
+  if rows is None:
+    return itertools.repeat(None)
+  size = stage.phase.batch_size
+  shape = rows['stored']
+  source = sources.ArraySource(
+    name='rows of zeros',
+    stored=np.zeros((size, *shape.shape[1:]), shape.dtype),
+    classes=np.zeros(size, np.int64),
+  )
+  stream = loader.batches(
+    source,
+    seed=0,
+    batch_size=size,
+    start_step=0,
+    stop_step=sys.maxsize,
+    process_index=processes.index(),
+    process_count=processes.count(),
+    other_label=stage.phase.used_negatives.needs_other_label,
+  )
+  return map(executor.place_batch, stream)
+
+
 def step(
   stage: fit_lib.Stage, executor: devices_lib.Executor, fit: fit_lib.Fit
 ) -> Times:
-  """Times the training step of a phase.
+  """Times the training step of a phase, with reading and placing its rows.
 
   Args:
     stage: what is trained.
@@ -84,19 +121,9 @@ def step(
   def create(params):
     return state_lib.at_start(params, model.rules, stage.phase)
 
-  def placed(shapes):
-    if shapes is None:
-      return None
-    count = stage.phase.batch_size // jax.process_count()
-    return executor.place_batch(
-      jax.tree.map(
-        lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), shapes
-      )
-    )
-
   rows = fit_lib.make_rows(stage, model, 1)
-  real = placed(rows.real)
-  fake = placed(rows.fake)
+  reals = _batches(stage, executor, rows.real)
+  fakes = _batches(stage, executor, rows.fake)
   numbers = jax.tree.map(jnp.float32, (model, stage.phase))
   traced = executor.replicate((*numbers, rng.stream(0)))
   call = executor.compile_step(
@@ -107,6 +134,10 @@ def step(
 
   def train():
     nonlocal state
+    real = next(reals)
+    fake = next(fakes)
+    if fake is not None:
+      del fake['id']
     state, metrics = call(state, reference, frozen, real, fake, *traced)
     return metrics
 
