@@ -247,7 +247,8 @@ def play(
     again = workspace.Run(config, folder)
     again.evaluator = run.evaluator  # its classifier is fitted once
     workspace.claim_workdir(config, folder)
-    result = round_lib.play_round(again, 0, start, before)
+    known = {'after': before, 'labels': again.label_rule}
+    result = round_lib.play_round(again, 0, start, known)
     params = str(folder / 'round_000' / 'promoted')
     results.append({'rate': rate, 'params': params} | result['promoted'])
   return sorted(results, key=lambda result: result['selection'])
