@@ -98,7 +98,9 @@ class LogUniform(NoiseLaw):
 
   def sigma(self, z: jax.Array) -> jax.Array:
     """Returns lowest (highest/lowest)^Φ(z)."""
-    return self.lowest * jnp.exp(self._width() * stats.norm.cdf(z))
+    sigma = self.lowest * jnp.exp(self._width() * stats.norm.cdf(z))
+    # Rounded above, it would have no density, and an infinite weight.
+    return jnp.minimum(sigma, self.highest)
 
   def log_density(self, sigma: jax.Array) -> jax.Array:
     """Returns the constant log-density of ln σ, −∞ outside."""

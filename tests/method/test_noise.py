@@ -41,6 +41,7 @@ def test_log_uniform():
   assert stats.kstest(share, 'uniform').pvalue > 0.01
   ends = law.sigma(jnp.array([-40.0, 40.0]))
   np.testing.assert_allclose(ends, [0.05, 80.0], rtol=1e-5)
+  assert np.isfinite(law.log_density(ends)).all()
   outside = law.log_density(jnp.array([0.04, 81.0]))
   np.testing.assert_array_equal(outside, -np.inf)
   with pytest.raises(errors.UserError, match='above discriminator'):
