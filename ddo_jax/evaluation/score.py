@@ -181,13 +181,19 @@ def score_images(
     return {'scores': scores}
   first, _ = blocks[0]
   count = len(next(iter(first.values())))
+  notes = evaluator.notes(count, len(blocks), first)
+  if len(blocks) * count < len(source):
+    notes.append(
+      f'{len(blocks) * count} of {len(source)} images are measured, as many as'
+      ' config.evaluation.samples and config.evaluation.seeds state'
+    )
   result = evaluator.identity() | {
     'images': str(path),
     'samples': count,
     'seeds': len(blocks),
     'scores': measure.summarize(scores, evaluator.minima),
     'uncertainty': evaluator.uncertainty(first),
-    'notes': evaluator.notes(count, len(blocks), first),
+    'notes': notes,
     'environment': devices_lib.environment(),
   }
   records.write_json(output / 'eval.json', result)

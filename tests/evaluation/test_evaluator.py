@@ -447,6 +447,14 @@ def test_finished_images_without_a_protocol(evaluator, tmp_path, monkeypatch):
   assert scores('set') == from_arrays
   assert 'accuracy' not in scores('b.npz')
 
+  config.evaluation.samples = 150
+  config.evaluation.seeds = 2
+  result = score.score_images(
+    config.evaluation, config.seed, config.data, tmp_path / 'a.npz', tmp_path
+  )
+  assert (result['samples'], result['seeds']) == (150, 2)
+  assert result['notes'][-1].startswith('300 of 400 images are measured')
+
 
 def test_statistics_are_of_known_features(tmp_path):
   config = digits.get_config()
