@@ -84,8 +84,9 @@ def test_a_discriminator_of_a_round_corrects_its_samples(workdir, tmp_path):
   model = config.discriminator_network.beside(config.model.build())
   checkpoint.save_params(tmp_path / 'fresh', model.init(rng.stream(0)), {})
   assert draw('fresh', corrected(tmp_path / 'fresh')) == plain
-  with pytest.raises(errors.UserError, match='holds no params: --mode=discr'):
-    draw('none', corrected(tmp_path))
+  for other in (tmp_path, folder.parent):
+    with pytest.raises(errors.UserError, match='holds no params: --mode=discr'):
+      draw('none', corrected(other))
 
 
 def test_classes_and_seeds_are_chosen(workdir, tmp_path):

@@ -1,9 +1,10 @@
-"""Small networks that tell real rows from drawn ones, see the method's part.
+"""Small networks that tell real rows from drawn ones.
 
-They are networks of their own. The published discriminator stands on a frozen
-classifier, and others on the denoiser's own encoder; but a denoiser gives the
-method D(x; σ) and nothing from inside of it, and a gradient through the whole
-of it would cost three times a step of sampling.
+See `method.discriminator` for what they learn. They are networks of their own.
+The published discriminator stands on a frozen classifier, and others on the
+denoiser's own encoder; but a denoiser gives the method D(x; σ) and nothing from
+inside of it, and a gradient through the whole of it would make a step of
+sampling three times as long.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class DiscriminatorConfig:
     if 'denoise' not in model.offers:
       raise errors.UserError(
         'a discriminator corrects denoisers, and config.model draws tokens:'
-        ' unset config.discriminator_from and take rounds of DDO'
+        ' take rounds of DDO, and leave out config.discriminator_from'
       )
     kind = self.network
     if kind == 'auto':

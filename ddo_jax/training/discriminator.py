@@ -54,8 +54,17 @@ def train(run: workspace.Run, index: int = 0) -> pathlib.Path:
     The folder of the params, for `config.discriminator_from`.
 
   Raises:
-    errors.UserError: the round has no reference, or see `fit`.
+    errors.UserError: the model is no denoiser, the round has no pool or no
+      reference, or see `fit`.
   """
+  run.config.discriminator_network.beside(run.model)  # it refuses others
+  negatives = run.config.ddo.negatives
+  if not negatives.needs_pool:
+    raise errors.UserError(
+      f'config.ddo.negatives is {negatives}, whose rounds have no pool that a'
+      ' discriminator could be trained on: play one with'
+      ' --config.ddo.negatives=pool in another --workdir'
+    )
   stage = run.workdir / f'round_{index:03d}'
   if not (stage / 'reference').exists():
     raise errors.UserError(
@@ -167,12 +176,12 @@ def _part(source: sources.Source, held_out: bool) -> sources.Source:
   """Returns the tenth of a source that is held out, or the rest of it."""
   held = splits.held_out(source.labels(), _HELD_OUT)
   rows = np.flatnonzero(held == held_out)
-  errors.require(
-    len(rows) > 0,
-    'ddo.negatives.size',
-    len(source),
-    'ten or more images of a class, of which one is held out',
-  )
+  if not len(rows):
+    raise errors.UserError(
+      f'{source.name} has {len(source)} images; a discriminator wants ten or'
+      ' more images of a class, of which one is held out: give more images, or'
+      ' a larger --config.ddo.negatives.size'
+    )
   word = 'held out' if held_out else 'trained on'
   return selection.of_rows(source, rows, f'{source.name} ({word})')
 

@@ -205,7 +205,7 @@ def claimed(
 def build_model(
   config: config_lib.Config, noise: Any = None, remat: bool | str = False
 ) -> likelihood.LikelihoodModel:
-  """Returns a config's model, with what guides it if there is something.
+  """Returns a config's model, with its guide and its discriminator, if any.
 
   Args:
     config: the run's.
@@ -218,7 +218,7 @@ def build_model(
     model = model.guided_by(config.guide.build(noise=noise))
   if config.discriminator_from:
     discriminator = config.discriminator_network.beside(model)
-    denoiser = typing.cast(diffusion.Diffusion, model)  # it refuses others
+    denoiser = typing.cast(diffusion.Diffusion, model)  # others are refused
     model = denoiser.with_discriminator(discriminator.network)
   return model
 
@@ -551,7 +551,8 @@ class Run:
       return self.tokenizer_folder
     if name == 'discriminator':  # there are none of other programs
       folder = pathlib.Path(self.config.discriminator_from)
-      if not (folder / 'params').exists():
+      # Its parent, the discriminator's folder, has params in it, too.
+      if not (folder / 'meta').exists():
         raise errors.UserError(
           f'--config.discriminator_from={folder} holds no params:'
           ' --mode=discriminator trains a discriminator and says where it is'

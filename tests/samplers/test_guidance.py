@@ -375,5 +375,5 @@ def test_velocities_and_tokens_have_none():
       frozen,
     )
   tokens = types.SimpleNamespace(offers=('stages',))
-  with pytest.raises(errors.UserError, match='draws tokens: unset'):
+  with pytest.raises(errors.UserError, match='draws tokens: take'):
     discriminator_lib.DiscriminatorConfig().beside(tokens)

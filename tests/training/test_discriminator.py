@@ -8,6 +8,7 @@ from strangers import tiny
 
 from ddo_jax import errors
 from ddo_jax.data import sources
+from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.runtime import records
 from ddo_jax.training import discriminator
@@ -69,7 +70,7 @@ def test_a_tenth_of_each_class_is_held_out():
   rest = discriminator._part(pool, False)
   assert sorted([*held.rows, *rest.rows]) == [*range(200)]
   assert np.bincount(held.labels()).tolist() == [2] * 10
-  with pytest.raises(errors.UserError, match='ten or more images of a class'):
+  with pytest.raises(errors.UserError, match='grey has 30 images; a disc'):
     discriminator._part(new_pool(30), True)
 
 
@@ -107,3 +108,10 @@ def test_what_it_costs(fitted):
 def test_a_round_that_has_not_begun_has_no_pool(tmp_path):
   with pytest.raises(errors.UserError, match='round_003 has no reference'):
     discriminator.train(new_run(tmp_path), 3)
+
+
+def test_a_round_without_a_pool_has_nothing_to_train_it_on(tmp_path):
+  run = new_run(tmp_path)
+  run.config.ddo.negatives = negatives.Online()
+  with pytest.raises(errors.UserError, match='no pool that a discriminator'):
+    discriminator.train(run)
