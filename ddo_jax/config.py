@@ -108,8 +108,8 @@ class Phase:
     negatives: where the second rows come from; of no account to MLE on real
       images.
     trains_on: what MLE minimises its loss on, 'real' images, or the fake
-      'pool' in their place, by the same road. An objective of log-ratios has
-      need of both kinds, and 'real' there.
+      'pool' in their place, by the same road. An objective of log-ratios
+      needs both kinds, and takes 'real'.
     optimizer: Adam and its schedule.
     averages: the averages of the weights.
     lora: whether the weights themselves are trained, or a low-rank difference
@@ -187,7 +187,7 @@ class Config:
       images, a folder that --mode=discriminator left. It corrects samples where
       `sampler.discriminator` is not 0.
     discriminator_network: its size.
-    discriminator: how --mode=discriminator trains one.
+    discriminator: how --mode=discriminator trains one, on the pool of a round.
     vae_from: the autoencoder of latent models, 'sd-vae-ft-mse' or the path of
       its .safetensors or .bin. Only seeing or scoring their images needs it;
       training does not.

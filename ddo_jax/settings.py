@@ -50,7 +50,7 @@ def flatten(
 ) -> Iterator[tuple[str, Any, bool, Any]]:
   """Yields (dotted name, value, is science, default) of every leaf.
 
-  No leaf of a group that is no science is science.
+  In a group that is no science, no leaf is.
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)

@@ -42,7 +42,6 @@ class Discriminator:
     noise: the law of σ in training; None where it only guides.
     rules: what may be done to the weights.
     num_bins: the number of noise bins in the diagnostics.
-    precision: that of the network's products, see `precision`.
   """
 
   network: nn.Module = _static()
@@ -52,7 +51,6 @@ class Discriminator:
   noise: noise_lib.NoiseLaw | None = None
   rules: likelihood.WeightRules = _static(default=likelihood.WeightRules())
   num_bins: int = _static(default=8)
-  precision: str = _static(default='highest')
 
   def init(self, key: jax.Array) -> likelihood.Params:
     """Returns fresh parameters."""
@@ -68,7 +66,7 @@ class Discriminator:
     label: jax.Array,
   ) -> jax.Array:
     """Returns [B], high for rows x [B,H,W,C] that look real at sigma [B]."""
-    with precision_lib.of(self.precision):
+    with precision_lib.of('highest'):
       return self.network.apply({'params': params}, x, sigma, label)
 
   def log_ratio(
