@@ -1,7 +1,9 @@
-"""Speed and peak memory of VAR's sampling and of its step.
+r"""Speed and peak memory of a token model's sampling and of its step.
 
 python -m experiments.bench.var
 python -m experiments.bench.var --preset=var_d16 --rows=16  # an accelerator
+python -m experiments.bench.var --preset=c2i_B_256 --rows=1 --blocks=2 \
+  --output=experiments/results/llamagen.json
 
 Times are medians of alternating blocks, with random weights. DDO's step is
 measured with fakes of a pool, and with fakes drawn inside. The memory is what
@@ -27,6 +29,7 @@ from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax.method import negatives as negatives_lib
 from ddo_jax.method import objective as objective_lib
+from ddo_jax.models import llamagen_presets
 from ddo_jax.models import var_presets
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import memory
@@ -49,11 +52,16 @@ _OUTPUT = flags.DEFINE_string(
 
 
 def _measured(calls: dict[str, Call]) -> dict[str, dict[str, float]]:
-  """Returns each call's median seconds, after a first block, and its MiB."""
-  compiled = {
-    name: function.lower(*args).compile()
-    for name, (function, args) in calls.items()
-  }
+  """Returns each call's median seconds, those to compile it, and its MiB.
+
+  The first block of calls is left out.
+  """
+  compiled = {}
+  compiling = {}
+  for name, (function, args) in calls.items():
+    start = time.perf_counter()
+    compiled[name] = function.lower(*args).compile()
+    compiling[name] = time.perf_counter() - start
   seconds = {name: [] for name in calls}
   for block in range(_BLOCKS.value + 1):
     for name, (_, args) in calls.items():
@@ -64,6 +72,7 @@ def _measured(calls: dict[str, Call]) -> dict[str, dict[str, float]]:
   return {
     name: {
       'seconds': float(np.median(seconds[name])),
+      'compile seconds': compiling[name],
       'MiB': memory.allotted(program) / 2**20,
     }
     for name, program in compiled.items()
@@ -74,7 +83,10 @@ def _setting() -> config_lib.Config:
   """Returns the digits' recipe, with the released model that was asked for."""
   config = digits_var.get_config()
   if _PRESET.value:
-    config.model = var_presets.get(_PRESET.value)
+    presets = var_presets
+    if _PRESET.value in llamagen_presets.PRESETS:
+      presets = llamagen_presets
+    config.model = presets.get(_PRESET.value)
     config.model.dtype = 'bfloat16'
   return config
 
@@ -127,7 +139,7 @@ def _calls(config: config_lib.Config) -> dict[str, Call]:
 def main(_) -> None:
   config = _setting()
   rows = _ROWS.value
-  length = sum(n * n for n in config.model.tokenizer.patch_nums)
+  length = config.model.build().network.length
   results = _measured(_calls(config))
   for result in results.values():
     result['images/s'] = rows / result['seconds']
