@@ -26,6 +26,7 @@ import jax
 from ml_collections import config_flags
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import records
 from ddo_jax.training import check
@@ -41,10 +42,21 @@ _CURVES = ('reference', 'ddo', 'neon', 'sims', 'autoguidance', 'cfg', 'dg')
 
 
 def play(bench: bench_lib.Bench, name: str) -> dict[str, Any]:
-  """Plays a method, unless its result is there; returns that."""
+  """Plays a method, unless its result is there; returns that.
+
+  Raises:
+    errors.UserError: it is there, and was looked at another number of times.
+  """
   path = bench.folder / name / 'result.json'
   if path.exists():
-    return records.read_json(path)
+    known = records.read_json(path)
+    looks = known.get('looks', bench.looks)
+    if looks != bench.looks:
+      raise errors.UserError(
+        f'{path} was made with --looks={looks}, not {bench.looks}: choose'
+        ' another --workdir'
+      )
+    return known
   title, method = methods_lib.METHODS[name]
   begin = time.perf_counter()
   try:
@@ -58,6 +70,7 @@ def play(bench: bench_lib.Bench, name: str) -> dict[str, Any]:
   found = {
     'name': name,
     'title': title,
+    'looks': bench.looks,
     'seconds': time.perf_counter() - begin,
   } | found
   records.write_json(path, found)
@@ -116,7 +129,11 @@ def main(_) -> None:
   for seed in range(_SEEDS.value):
     config = dataclasses.replace(_CONFIG.value, seed=seed)
     folder = workdir / f'seed_{seed}'
-    results.append(one_seed(config, folder, _METHODS.value, _LOOKS.value))
+    try:
+      played = one_seed(config, folder, _METHODS.value, _LOOKS.value)
+    except errors.UserError as error:
+      raise SystemExit(f'error: {error}') from error
+    results.append(played)
     made = {'results': results, 'environment': devices_lib.environment()}
     records.write_json(output, made)
     metric = config.evaluation.metric
@@ -135,6 +152,11 @@ if __name__ == '__main__':
   )
   _METHODS = flags.DEFINE_list(
     'methods', list(methods_lib.METHODS), 'Those to play, by name.'
+  )
+  flags.register_validator(
+    'methods',
+    lambda names: set(names) <= methods_lib.METHODS.keys(),
+    f'wanted some of {", ".join(methods_lib.METHODS)}',
   )
   _OUTPUT = flags.DEFINE_string(
     'output', 'experiments/results/rivals_digits.json', 'The file to write.'

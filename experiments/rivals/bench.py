@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from ddo_jax import config as config_lib
+from ddo_jax import errors
 from ddo_jax import rng
 from ddo_jax.data import sources
 from ddo_jax.evaluation import measure
@@ -484,7 +485,7 @@ class Bench:
           'selection': scores[self.metric],
         }
       if look['settings'] != candidate.settings:
-        raise RuntimeError(f'{path} is of other candidates: delete it')
+        raise errors.UserError(f'{path} is of other candidates: delete it')
       looks.append(look)
       if len(looks) > len(known):
         records.write_json(path, {'looks': looks})

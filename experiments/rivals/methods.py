@@ -70,9 +70,9 @@ def retuned(bench: Bench) -> Played:
   sampler = bench.run.generator().sampler
   if hasattr(sampler, 'churn'):
     grid = [
-      {'churn': churn, 'churn_noise': noise}
+      {'churn': churn, 'churn_noise': factor}
       for churn in (1.0, 2.0, 4.0, 7.0, 12.0, 20.0)
-      for noise in (1.0, 1.01)
+      for factor in (1.0, 1.01)
     ]
   elif hasattr(sampler, 'temperature'):
     grid = [
