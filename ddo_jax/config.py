@@ -423,6 +423,16 @@ def validate(config: Config) -> None:
     config.tune.check('tune')
   with problems.gather():
     errors.require(
+      config.tune.members < 2
+      or hasattr(config.ddo.objective, 'beta')
+      or bool(config.tune.ranges()),
+      'tune.members',
+      config.tune.members,
+      'at most 1 where the objective has no β, and no range is given, such as'
+      " --config.tune.learning_rate='(1e-4, 1e-3)': nothing would vary",
+    )
+  with problems.gather():
+    errors.require(
       not config.tune.members or config.ddo.rhythm.eval_images > 0,
       'ddo.rhythm.eval_images',
       config.ddo.rhythm.eval_images,

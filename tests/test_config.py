@@ -95,6 +95,16 @@ def test_a_senseless_value_is_refused_by_name(name, value):
   assert '\n' not in str(caught.value)
 
 
+def test_a_sweep_in_which_nothing_would_vary_is_refused_at_once():
+  config = changed('ddo.objective', objective.MLE())
+  config.ddo.rhythm.eval_images = 10
+  config.tune.members = 4
+  with pytest.raises(errors.UserError, match=r'members is 4.*would vary'):
+    config_lib.validate(config)
+  config.tune.learning_rate = (1e-4, 1e-3)
+  config_lib.validate(config)
+
+
 def test_a_round_has_its_own_numbers():
   """The last value of a tuple repeats; a number holds in every round."""
   phase = config_lib.Phase(
