@@ -425,7 +425,7 @@ def validate(config: Config) -> None:
     errors.require(
       config.tune.members < 2
       or hasattr(config.ddo.objective, 'beta')
-      or any(getattr(config.tune, name) for name in tune_lib.RANGES),
+      or bool(config.tune.given()),
       'tune.members',
       config.tune.members,
       'at most 1 where the objective has no β, and no range is given, such as'
@@ -439,7 +439,7 @@ def validate(config: Config) -> None:
       'positive where config.tune.members is',
     )
   with problems.gather():
-    given = all(getattr(config.tune, name) for name in tune_lib.RANGES)
+    given = config.tune.given() == tuple(tune_lib.RANGES)
     errors.require(
       not config.tune.members or not config.ddo.lora.rank or given,
       'ddo.lora.rank',

@@ -27,6 +27,7 @@ from ddo_jax.runtime import records
 from ddo_jax.training import run as run_lib
 from ddo_jax.tuning import alarms
 from ddo_jax.tuning import tune as tune_lib
+from experiments import tables
 
 _METRICS = ('fd_train', 'fd_test', 'accuracy', 'precision', 'recall')
 _NO_ALARMS = alarms.Alarms(margin=0, mle_rise=0, recall_fall=0, saturated=0)
@@ -99,24 +100,20 @@ def one_seed(
 def table(results: list[dict[str, Any]]) -> str:
   """Returns Markdown: a row a way, mean ± sd over the pretraining seeds."""
   columns = (*_METRICS, 'real and pool images', 'forward-equivalents')
-  lines = [
-    '| | ' + ' | '.join(columns) + ' |',
-    '|---' * (len(columns) + 1) + '|',
-  ]
+  rows = {}
   for way in results[0]:
-    cells = []
-    for metric in _METRICS:
-      values = [result[way]['scores'][metric] for result in results]
-      sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-      cells.append(f'{np.mean(values):.3f} ± {sd:.3f}')
+    cells = [
+      tables.mean_and_sd([result[way]['scores'][metric] for result in results])
+      for metric in _METRICS
+    ]
     for amount in (images, forwards):
       if 'cost' not in results[0][way]:
         cells.append('')
         continue
       values = [amount(result[way]['cost']) for result in results]
       cells.append(f'{np.mean(values):,.0f}')
-    lines.append(f'| {way} | ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines)
+    rows[way] = cells
+  return tables.markdown(columns, rows)
 
 
 def images(cost: dict[str, float]) -> float:

@@ -127,10 +127,7 @@ class VectorNetwork(nn.Module):
     x = _scaled(x, sigma)
     h = nn.Dense(self.hidden)(x.reshape(x.shape[0], -1))
     for _ in range(self.blocks):
-      scale, shift = jnp.split(nn.Dense(2 * self.hidden)(condition), 2, -1)
-      y = nn.LayerNorm(use_bias=False, use_scale=False)(h)
-      y = nn.silu(nn.Dense(self.hidden)(y * (1 + scale) + shift))
-      h = h + nn.Dense(self.hidden)(y)
+      h = toy.residual(h, condition, nn.initializers.lecun_normal())
     return _logit(nn.silu(nn.LayerNorm()(h)))
 
 

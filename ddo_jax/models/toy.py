@@ -109,6 +109,25 @@ class Condition(nn.Module):
     return nn.silu(h + nn.Embed(self.num_classes + 1, self.features)(label))
 
 
+def residual(
+  h: jax.Array, condition: jax.Array, last_init: nn.initializers.Initializer
+) -> jax.Array:
+  """Adds a residual block to h; condition scales and shifts its norm.
+
+  It is called inside a compact module, whose layers its layers become.
+
+  Args:
+    h: [B,F].
+    condition: [B,E].
+    last_init: of the block's last layer; zeros leave h as it is at first.
+  """
+  width = h.shape[-1]
+  scale, shift = jnp.split(nn.Dense(2 * width)(condition), 2, -1)
+  y = nn.LayerNorm(use_bias=False, use_scale=False)(h)
+  y = nn.silu(nn.Dense(width)(y * (1 + scale) + shift))
+  return h + nn.Dense(width, kernel_init=last_init)(y)
+
+
 class ResidualMLP(nn.Module):
   """A residual MLP; noise level and label scale and shift its norms.
 
@@ -131,10 +150,7 @@ class ResidualMLP(nn.Module):
     flat = x.reshape(x.shape[0], -1)
     h = nn.Dense(self.hidden)(flat)
     for _ in range(self.blocks):
-      scale, shift = jnp.split(nn.Dense(2 * self.hidden)(condition), 2, -1)
-      y = nn.LayerNorm(use_bias=False, use_scale=False)(h)
-      y = nn.silu(nn.Dense(self.hidden)(y * (1 + scale) + shift))
-      h = h + nn.Dense(self.hidden, kernel_init=nn.initializers.zeros)(y)
+      h = residual(h, condition, nn.initializers.zeros)
     h = nn.LayerNorm()(h)
     out = nn.Dense(flat.shape[1], kernel_init=nn.initializers.zeros)(h)
     return out.reshape(x.shape)

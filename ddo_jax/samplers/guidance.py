@@ -12,6 +12,28 @@ from ddo_jax.samplers import contract
 Logit = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def _check_interval(setting: str, low: float, high: float, off: str) -> None:
+  """Raises UserError where an interval of noise levels is empty.
+
+  Args:
+    setting: the sampler's setting that holds inside.
+    low: noise levels up to this one are outside.
+    high: the largest noise level inside.
+    off: what the setting is set to for it to hold nowhere, and what that is.
+  """
+  if not low < high:
+    raise errors.UserError(
+      f'{setting}_min is {low}, {setting}_max {high}: no noise level lies above'
+      f' the one and up to the other; set {setting} to {off}'
+    )
+
+
+def _with_rest(moved: jax.Array, output: jax.Array) -> jax.Array:
+  """Returns moved [...,c] and the channels after them of output [...,C]."""
+  rest = output[..., moved.shape[-1] :]
+  return jnp.concatenate([moved, rest], axis=-1) if rest.shape[-1] else moved
+
+
 def guided(
   denoise: contract.Denoise,
   guide: contract.Denoise,
@@ -48,11 +70,7 @@ def guided(
   Raises:
     errors.UserError: the interval is empty.
   """
-  if not low < high:
-    raise errors.UserError(
-      f'guidance_min is {low}, guidance_max {high}: no noise level lies above'
-      ' the one and up to the other; set guidance to 1 for no guidance'
-    )
+  _check_interval('guidance', low, high, '1 for no guidance')
 
   def weaker(x, told, part):
     return guide(x, told)[..., : part.shape[-1]]
@@ -75,9 +93,7 @@ def guided(
     )
     inside = inside.reshape(-1, *[1] * (x.ndim - 1))
     moved = weak + scale * (part - weak)
-    moved = jnp.where(inside, moved, part)
-    rest = strong[..., part.shape[-1] :]
-    return jnp.concatenate([moved, rest], axis=-1) if rest.shape[-1] else moved
+    return _with_rest(jnp.where(inside, moved, part), strong)
 
   return call
 
@@ -114,12 +130,7 @@ def corrected(
   Raises:
     errors.UserError: the interval is empty.
   """
-  if not low < high:
-    raise errors.UserError(
-      f'discriminator_min is {low}, discriminator_max {high}: no noise level'
-      ' lies above the one and up to the other; set discriminator to 0 for no'
-      ' correction'
-    )
+  _check_interval('discriminator', low, high, '0 for no correction')
 
   def total(x, sigma):
     return jnp.sum(logit(x, sigma))
@@ -134,10 +145,6 @@ def corrected(
     slope = jax.lax.cond(jnp.any(inside), jax.grad(total), zero, x, sigma)
     scale = jnp.where(inside, weight * sigma**2, 0)
     step = scale.reshape(-1, *[1] * (x.ndim - 1)) * slope
-    rest = output[..., x.shape[-1] :]
-    if not rest.shape[-1]:
-      return output + step
-    moved = output[..., : x.shape[-1]] + step
-    return jnp.concatenate([moved, rest], axis=-1)
+    return _with_rest(output[..., : x.shape[-1]] + step, output)
 
   return call

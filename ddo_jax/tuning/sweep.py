@@ -169,7 +169,7 @@ class Sweep:
     self._proposal = None
     names = member_lib.names(job.phase)
     asked = [name for name in tune_lib.RANGES if name in names]
-    if 'beta' in names and not set(asked) <= run.config.tune.ranges().keys():
+    if 'beta' in names and not set(asked) <= set(run.config.tune.given()):
       self._proposal = _probed(job, manifest)
     plan = manifest.read_json(_PLAN)
     if plan is None:

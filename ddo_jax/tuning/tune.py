@@ -61,10 +61,14 @@ class Tune:
   max_rounds: int = dataclasses.field(default=12, metadata={'science': False})
   storage: str = _where('')
 
+  def given(self) -> tuple[str, ...]:
+    """Returns the names of the numbers whose range is given."""
+    return tuple(name for name in RANGES if getattr(self, name))
+
   def ranges(self) -> dict[str, tuple[float, float]]:
     """Returns (lowest, highest) of each number whose range is given."""
-    given = {name: getattr(self, name) for name in RANGES}
-    return {name: (r[0], r[1]) for name, r in given.items() if r}
+    given = {name: getattr(self, name) for name in self.given()}
+    return {name: (r[0], r[1]) for name, r in given.items()}
 
   def check(self, name: str) -> None:
     """Raises UserError, naming the field, where a value makes no sense."""
