@@ -19,6 +19,7 @@ from ddo_jax.method import ddo
 from ddo_jax.method import likelihood
 from ddo_jax.method import negatives
 from ddo_jax.method import siblings
+from ddo_jax.models import llamagen
 from ddo_jax.models import var
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.samplers import ancestral
@@ -27,8 +28,17 @@ from ddo_jax.training import step as step_lib
 
 BATCH = tiny_var.BATCH
 DROP = 0.3
-LENGTH = 5
 MODEL = tiny_var.MODEL
+RASTER = llamagen.PixelGptConfig(
+  image_shape=tiny_var.SHAPE,
+  pixel_values=17,
+  num_classes=tiny_var.CLASSES,
+  depth=1,
+  width=8,
+  heads=2,
+  hidden=8,
+  chunk=3,
+)
 ALPHA, BETA = 2.0, 0.05
 OBJECTIVES = {
   'ddo': ddo.DDO(alpha=ALPHA, beta=BETA, normalize=True),
@@ -46,12 +56,15 @@ class Case(NamedTuple):
   negatives: str = 'pool'
   round_trip: bool = True
   dtype: str = 'float32'
+  network: str = 'var'
 
 
 ONE = Case('pmap')
 ONLINE = Case('pmap', negatives='online')
 CCA = Case('pmap', objective='cca', negatives='other_labels')
 HALF = Case('pmap', dtype='bfloat16')
+PIXELS = Case('pmap', network='raster')
+PIXELS_ONLINE = Case('pmap', negatives='online', network='raster')
 MANY = {
   'pmap': (Case('pmap', 8), ONE),
   'fsdp-accumulate': (Case('fsdp', 8, accumulate=2), ONE),
@@ -61,7 +74,19 @@ MANY = {
     Case('pmap', 8, objective='cca', negatives='other_labels'),
     CCA,
   ),
+  'raster-fsdp': (Case('fsdp', 8, accumulate=2, network='raster'), PIXELS),
+  'raster-online-pmap': (PIXELS_ONLINE._replace(devices=8), PIXELS_ONLINE),
 }
+
+
+@functools.cache
+def build(network, dtype='float32'):
+  """A model of tokens, params without a zero, and the frozen ones."""
+  if network == 'var':
+    return tiny_var.with_dtype(dtype), *tiny_var.weights()
+  model = dataclasses.replace(RASTER, dtype=dtype).build()
+  shapes = jax.eval_shape(model.init, rng.stream(0))
+  return model, tiny_var.filled(shapes, 0), {}
 
 
 @functools.cache
@@ -99,8 +124,7 @@ def compiled(case):
 def run(case, steps=6):
   """The state after some steps from the reference, and all metrics."""
   executor, phase, step_fn = compiled(case)
-  params, frozen = tiny_var.weights()
-  model = tiny_var.with_dtype(case.dtype)
+  model, params, frozen = build(case.network, case.dtype)
   whole = model.rules.reduce(params)
   reference = placing.place_state(executor, whole)
   frozen = placing.place_state(executor, frozen)
@@ -140,28 +164,30 @@ def first_drop():
   return np.array(jax.vmap(jax.random.uniform)(keys)) < DROP
 
 
-def tokens(seed):
+def tokens(seed, network='var'):
   """Rows of step 0 as a batch of tokens, labels dropped."""
-  _, frozen = tiny_var.weights()
+  model, _, frozen = build(network)
   rows = tiny_var.make_rows(seed)
-  encode = jax.jit(MODEL.codec.encode)
+  encode = jax.jit(model.codec.encode)
   x = encode(frozen, jnp.asarray(rows['stored']), first_keys())
   label = np.where(first_drop(), tiny_var.CLASSES, rows['label'])
   return likelihood.Batch(x, jnp.asarray(label), jnp.arange(BATCH))
 
 
-def test_law_1_the_log_ratio_to_itself_is_exactly_0():
-  params, frozen = tiny_var.weights()
-  batch = tokens(0)
+@pytest.mark.parametrize('network', ['var', 'raster'])
+def test_law_1_the_log_ratio_to_itself_is_exactly_0(network):
+  model, params, frozen = build(network)
+  batch = tokens(0, network)
+  length = batch.x.shape[1]
   assert len(np.unique(batch.x)) > 2
-  log_ratio = jax.jit(MODEL.log_ratio)
+  log_ratio = jax.jit(model.log_ratio)
   same, info = log_ratio(params, params, frozen, batch, first_keys())
   np.testing.assert_array_equal(same, np.zeros(BATCH))
-  log_prob = jax.jit(MODEL.log_prob)
+  log_prob = jax.jit(model.log_prob)
   ours = log_prob(params, frozen, batch, first_keys())
-  np.testing.assert_allclose(info['mle_loss'], -ours / LENGTH, rtol=1e-6)
-  mean = jax.jit(MODEL.mle_loss)(params, frozen, batch, first_keys())
-  np.testing.assert_allclose(mean, -ours / LENGTH, rtol=1e-5)
+  np.testing.assert_allclose(info['mle_loss'], -ours / length, rtol=1e-6)
+  mean = jax.jit(model.mle_loss)(params, frozen, batch, first_keys())
+  np.testing.assert_allclose(mean, -ours / length, rtol=1e-5)
   # And to another it is the difference of two log-likelihoods.
   other = jax.tree.map(lambda p: 1.1 * p, params)
   ratio, _ = log_ratio(other, params, frozen, batch, first_keys())
@@ -245,23 +271,25 @@ def test_law_1_the_loss_at_the_reference_is_chance(case):
   assert metrics['grad_norm'] > 1e-3
 
 
-def test_law_2_the_gradient_at_the_reference():
+@pytest.mark.parametrize('case', [ONE, PIXELS], ids=['var', 'raster'])
+def test_law_2_the_gradient_at_the_reference(case):
   """−(β/2)[∇E w_real log p(real) − ∇E w_fake log p(fake)] / max(α, 1)."""
-  params, frozen = tiny_var.weights()
-  dropped, batches = first_drop(), (tokens(0), tokens(1))
+  model, params, frozen = build(case.network)
+  dropped = first_drop()
+  batches = [tokens(seed, case.network) for seed in (0, 1)]
 
   @jax.jit
   @jax.grad
   def gradient(params):
     real, fake = (
-      MODEL.log_prob(params, frozen, batch, first_keys()) for batch in batches
+      model.log_prob(params, frozen, batch, first_keys()) for batch in batches
     )
     real = jnp.mean(jnp.where(dropped, ALPHA, 1) * real)
     fake = jnp.mean(jnp.where(dropped, 0, ALPHA) * fake)
     return -BETA / 2 * (real - fake) / ALPHA
 
   expected = gradient(params)
-  state, _ = run(ONE, 1)
+  state, _ = run(case, 1)
   got = jax.tree.map(lambda m: m / (1 - 0.9), state.opt_state[1].mu)
   assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-3
   chex.assert_trees_all_close(got, jax.device_get(expected), atol=1e-6)

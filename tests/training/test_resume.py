@@ -22,12 +22,14 @@ from ddo_jax.method import ddo
 from ddo_jax.method import negatives
 from ddo_jax.method import noise
 from ddo_jax.method import objective
+from ddo_jax.models import llamagen
 from ddo_jax.models import toy
 from ddo_jax.report import page
 from ddo_jax.runtime import checkpoint
 from ddo_jax.runtime import devices as devices_lib
 from ddo_jax.runtime import interruption
 from ddo_jax.runtime import records
+from ddo_jax.samplers import ancestral
 from ddo_jax.samplers import heun
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import run as run_lib
@@ -283,6 +285,34 @@ def test_law_4_a_run_killed_anywhere_ends_as_the_whole_one(
   assert len(run_lib.play(two, tmp_path)['rounds']) == 2
   assert not list(tmp_path.glob('round_*/evaluation'))
   assert_same(tmp_path, whole)
+
+
+def test_law_4_a_raster_model_whose_fakes_are_drawn_in_the_step(
+  images, tmp_path
+):
+  """LlamaGen's transformer, killed in pretraining and in its round."""
+  config = make_config(images, rounds=1)
+  config.model = llamagen.PixelGptConfig(
+    image_shape=(4, 4, 1),
+    pixel_values=256,
+    num_classes=3,
+    depth=1,
+    width=8,
+    heads=2,
+    hidden=8,
+  )
+  config.sampler = ancestral.Ancestral()
+  config.ddo.negatives = negatives.Online()
+  config.ddo.noise = noise.LogNormal()
+  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+  run_lib.play(config, whole)
+  for place in (('pretraining', 7), ('round', 12)):
+    name, call = place
+    kill((name, loop_lib._Logger, 'push', call), config, cut, whole)
+  assert (cut / 'pretrain/params').exists()
+  assert not (cut / 'round_000/promoted').exists()
+  run_lib.play(config, cut)
+  assert_same(cut, whole)
 
 
 def test_a_finished_run_returns_at_once(images, whole, tmp_path, monkeypatch):
