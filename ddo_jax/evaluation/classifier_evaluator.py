@@ -288,11 +288,7 @@ class ClassifierEvaluator:
     if evaluator.MIND in self._extra:
       scores[evaluator.MIND] = mind.mind(self._fitted.features, features)
     if evaluator.FD_RATIO in self._extra:
-      scores[evaluator.FD_RATIO] = fd_ratio.fd_ratio(
-        fake=features,
-        held_out=self._fitted.held_out_features,
-        real=self._fitted.statistics['fd_train'],
-      )
+      scores[evaluator.FD_RATIO] = self._fd_ratio(features)
     asked = {evaluator.DENSITY, evaluator.COVERAGE}.intersection(self._extra)
     if asked:
       found = prdc.density_coverage(
@@ -300,6 +296,14 @@ class ClassifierEvaluator:
       )._asdict()
       scores |= {name: found[name] for name in sorted(asked)}
     return scores
+
+  @functools.cached_property
+  def _fd_ratio(self) -> fd_ratio.FdRatio:
+    """Divides a distance to the training images by the held-out images'."""
+    return fd_ratio.FdRatio(
+      held_out=self._fitted.held_out_features,
+      real=self._fitted.statistics['fd_train'],
+    )
 
   @functools.cached_property
   def _wide_radii(self) -> np.ndarray:

@@ -262,11 +262,8 @@ class FidelityEvaluator:
         )._asdict()
         scores |= {name: shares[name] for name in sorted(asked)}
     if self._test is not None:
-      scores[evaluator.FD_RATIO] = fd_ratio.mean_ratio(
-        fake=rows,
-        held_out=self._held_out,
-        real={kind: self._moments[kind] for kind in self._networks},
-      )
+      ratios = [ratio(rows[kind]) for kind, ratio in self._fd_ratios.items()]
+      scores[evaluator.FD_RATIO] = float(np.mean(ratios))
     return scores
 
   @functools.cached_property
@@ -280,10 +277,14 @@ class FidelityEvaluator:
     return prdc.radii(self._real['fid'], prdc.COVERED_BY)
 
   @functools.cached_property
-  def _held_out(self) -> rows_lib.Rows:
-    """The features of the held-out images."""
+  def _fd_ratios(self) -> dict[str, fd_ratio.FdRatio]:
+    """By network, what divides a distance by that of the held-out images."""
     chunks = features.of_source(self._test)
-    return self.extractor.rows(chunks, len(self._test), self._test.name)
+    rows = self.extractor.rows(chunks, len(self._test), self._test.name)
+    return {
+      kind: fd_ratio.FdRatio(rows[kind], self._moments[kind])
+      for kind in self._networks
+    }
 
   def uncertainty(self, rows: rows_lib.Rows) -> dict[str, Any]:
     """Returns the sampling errors of the Fréchet distances, where known."""

@@ -207,8 +207,8 @@ def test_scores_that_are_asked_for(evaluator, monkeypatch):
     assert scores['mind'] == mind.mind(features, rows['features'])
     real = evaluator._fitted.statistics['fd_train']
     held_out = evaluator._fitted.held_out_features
-    wanted = fd_ratio.fd_ratio(rows['features'], held_out, real)
-    assert scores['fd_ratio'] == wanted
+    ratio = fd_ratio.FdRatio(held_out, real)
+    assert scores['fd_ratio'] == ratio(rows['features'])
     shares = prdc.density_coverage(features, rows['features'], k=5)
     assert scores['density'] == shares.density
   assert 0 < scores['fd_test_inf'] < scores['fd_test']

@@ -272,10 +272,11 @@ def test_scores_that_are_asked_for(settings):
   assert scores['mind'] == mind.mind(real, rows['fid'])
   shares = prdc.density_coverage(real, rows['fid'], k=5)
   assert (scores['density'], scores['coverage']) == shares
-  held_out = evaluator._held_out['fid']
-  assert len(held_out) == 30
-  wanted = fd_ratio.fd_ratio(rows['fid'], held_out, evaluator._moments['fid'])
-  assert scores['fd_ratio'] == wanted
+  chunks = features.of_source(test)
+  held_out = evaluator.extractor.rows(chunks, len(test), test.name)
+  assert len(held_out['fid']) == 30
+  ratio = fd_ratio.FdRatio(held_out['fid'], evaluator._moments['fid'])
+  assert scores['fd_ratio'] == ratio(rows['fid'])
   evaluator._test = test
   assert 'fd_ratio: of fid, of 30 images a set' in evaluator.notes(90, 3)
   assert scores.keys() - plain.keys() == {'fid_inf', *asked}

@@ -275,19 +275,18 @@ def test_a_ratio_of_distances_is_taken_at_equal_numbers():
   order = np.random.RandomState(0).permutation(1_000).reshape(5, 200)
   parts = [frechet.Statistics.of(fake[index]) for index in order]
   wanted = np.mean([frechet.distance(part, real) for part in parts]) / unit
-  got = fd_ratio.fd_ratio(fake, held_out, real)
+  ratio = fd_ratio.FdRatio(held_out, real)
+  got = ratio(fake)
   assert got == pytest.approx(wanted, rel=1e-12)
   whole = frechet.distance(frechet.Statistics.of(fake), real) / unit
   assert got > 1.1 * whole  # for 1,000 images stand better than 200
-  assert fd_ratio.fd_ratio(held_out, held_out, real) == 1
-  nets = {'a': real, 'b': real}
-  mean = fd_ratio.mean_ratio(
-    {'a': fake, 'b': held_out}, dict.fromkeys(nets, held_out), nets
-  )
-  assert mean == pytest.approx((got + 1) / 2)
+  assert ratio(held_out) == 1
+  few = ratio(fake[:50])  # in a unit of its own, of four parts
+  assert few == fd_ratio.FdRatio(held_out, real)(fake[:50])
+  assert ratio(fake) == got
   with pytest.raises(errors.UserError, match='they are the same ones'):
     one = np.eye(2, dtype=np.float32)
-    fd_ratio.fd_ratio(one, one, frechet.Statistics.of(one))
+    fd_ratio.FdRatio(one, frechet.Statistics.of(one))(one)
 
 
 def test_precision_recall_of_known_cases():

@@ -9,8 +9,6 @@ Its authors take six networks, as many held-out images as samples, and
 ImageNet. Here it is over the networks at hand, which a score's notes name.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from ddo_jax import errors
@@ -34,40 +32,46 @@ def _mean_distance(
   return float(np.mean(distances))
 
 
-def fd_ratio(
-  fake: np.ndarray, held_out: np.ndarray, real: frechet.HasMoments
-) -> float:
-  """Returns FD(samples, real) / FD(held-out images, real) at equal numbers.
+class FdRatio:
+  """FD(samples, real) / FD(held-out images, real) at equal numbers of images.
 
   A Fréchet distance is the larger the fewer images there are. So the larger set
   is cut into disjoint parts of the smaller one's size, whose distances are
   averaged. 1 is as good as held-out images.
-
-  Args:
-    fake: [N, D] features of samples.
-    held_out: [M, D] features of real images that `real` is not made of.
-    real: the moments of the training images' features.
-
-  Raises:
-    UserError: a set has fewer than two rows, or the held-out images are at no
-      distance, so that they are those that `real` is made of.
   """
-  size = min(len(fake), len(held_out))
-  unit = _mean_distance(held_out, size, real)
-  if unit <= _ROUNDING * np.trace(real.covariance):
-    raise errors.UserError(
-      f'the held-out images are at a Fréchet distance of {unit:.3g} from the'
-      ' training images: they are the same ones; name others with'
-      ' --config.data.test_source, or cut them with --config.data.holdout=0.1'
-    )
-  return _mean_distance(fake, size, real) / unit
 
+  def __init__(self, held_out: np.ndarray, real: frechet.HasMoments):
+    """Keeps the features; the distances of held-out images are found when due.
 
-def mean_ratio(
-  fake: Mapping[str, np.ndarray],
-  held_out: Mapping[str, np.ndarray],
-  real: Mapping[str, frechet.HasMoments],
-) -> float:
-  """Returns the mean of `fd_ratio` over networks, all arguments by network."""
-  ratios = [fd_ratio(fake[kind], held_out[kind], real[kind]) for kind in real]
-  return float(np.mean(ratios))
+    Args:
+      held_out: [M, D] features of real images that `real` is not made of.
+      real: the moments of the training images' features.
+    """
+    self._held_out = held_out
+    self._real = real
+    self._units: dict[int, float] = {}  # by the number of images
+
+  def __call__(self, fake: np.ndarray) -> float:
+    """Returns the ratio of samples' features [N, D].
+
+    Raises:
+      UserError: a set has fewer than two rows, or the held-out images are at no
+        distance, so that they are those that `real` is made of.
+    """
+    size = min(len(fake), len(self._held_out))
+    unit = self._unit(size)
+    return _mean_distance(fake, size, self._real) / unit
+
+  def _unit(self, size: int) -> float:
+    """Returns the distance of held-out images, `size` at a time."""
+    if size not in self._units:
+      unit = _mean_distance(self._held_out, size, self._real)
+      if unit <= _ROUNDING * np.trace(self._real.covariance):
+        raise errors.UserError(
+          f'the held-out images are at a Fréchet distance of {unit:.3g} from'
+          ' the training images: they are the same ones; name others with'
+          ' --config.data.test_source, or cut them with'
+          ' --config.data.holdout=0.1'
+        )
+      self._units[size] = unit
+    return self._units[size]
