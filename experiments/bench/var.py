@@ -2,8 +2,8 @@ r"""Speed and peak memory of a token model's sampling and of its step.
 
 python -m experiments.bench.var
 python -m experiments.bench.var --preset=var_d16 --rows=16  # an accelerator
-python -m experiments.bench.var --preset=c2i_B_256 --rows=1 --blocks=2 \
-  --output=experiments/results/llamagen.json
+python -m experiments.bench.var --preset=c2i_B_256 --dtype=float32 --rows=1 \
+  --blocks=2 --output=experiments/results/llamagen.json
 
 Times are medians of alternating blocks, with random weights. DDO's step is
 measured with fakes of a pool, and with fakes drawn inside. The memory is what
@@ -43,6 +43,12 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 _PRESET = flags.DEFINE_string(
   'preset', '', "A released model; '' is that of configs/digits_var.py."
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  'bfloat16',
+  ['bfloat16', 'float32'],
+  "Of a released model's products; a CPU has to emulate bfloat16.",
 )
 _ROWS = flags.DEFINE_integer('rows', 64, 'Real rows of a step, and of samples.')
 _BLOCKS = flags.DEFINE_integer('blocks', 5, 'Timed blocks; median reported.')
@@ -87,7 +93,7 @@ def _setting() -> config_lib.Config:
     if _PRESET.value in llamagen_presets.PRESETS:
       presets = llamagen_presets
     config.model = presets.get(_PRESET.value)
-    config.model.dtype = 'bfloat16'
+    config.model.dtype = _DTYPE.value
   return config
 
 
@@ -146,6 +152,7 @@ def main(_) -> None:
     result['tokens/s'] = length * result['images/s']
   made = {
     'model': _PRESET.value or config.name,
+    'dtype': config.model.dtype,
     'rows': rows,
     'blocks': _BLOCKS.value,
     'calls': results,
