@@ -84,7 +84,7 @@ def held(folder: pathlib.Path, shared: bool = False) -> Iterator[None]:
   how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
   with _open(path) as file:
     if not _take(file, how | fcntl.LOCK_NB):
-      remedy = 'let it finish or end it, or choose another --workdir'
+      remedy = 'let it finish or end it, or choose another folder'
       if shared:
         remedy += '; of --mode=tune any number may work in one'
       raise errors.UserError(

@@ -6,6 +6,7 @@ a tenth of the real images and of the pool, which it is not trained on; its own
 rows it learns by heart.
 """
 
+from collections.abc import Callable
 import functools
 import math
 import pathlib
@@ -74,14 +75,14 @@ def train(run: workspace.Run, index: int = 0) -> pathlib.Path:
   reference, meta = workspace.load_params(
     stage / 'reference', run.model, run.executor
   )
-  fake = round_lib.fake_pool(run, stage, reference, meta)
-  return fit(run, stage / 'discriminator', fake)
+  pool = functools.partial(round_lib.fake_pool, run, stage, reference, meta)
+  return fit(run, stage / 'discriminator', pool)
 
 
 def fit(
   run: workspace.Run,
   folder: pathlib.Path,
-  fake: sources.Source,
+  pool: Callable[[], sources.Source],
   phase: config_lib.Phase | None = None,
   network: models_lib.DiscriminatorConfig | None = None,
 ) -> pathlib.Path:
@@ -95,7 +96,7 @@ def fit(
     run: the run.
     folder: where it is kept; a call that was cut off goes on there. Noise and
       the order of rows depend on its name and its parent's.
-    fake: the pool.
+    pool: returns the pool; it is not asked for where training is done.
     phase: how it is trained; None: as `config.discriminator` says.
     network: its size; None: `config.discriminator_network`.
 
@@ -127,6 +128,7 @@ def fit(
   # It has as much of a model as the loop asks for.
   model: Any = network.beside(run.model, phase.noise)
   real = run.real
+  fake = pool()
   seed = run.config.seed
   init = functools.partial(model.init, rng.stream(seed, 'discriminator'))
 

@@ -494,7 +494,7 @@ def discriminator_guidance(bench: Bench) -> Played:
   trained = bench.pool_cost
   for name, phase in discriminator_phases(bench, pair).items():
     folder = training.fit(
-      run, bench.folder / 'dg' / name, bench.pool, phase, settings
+      run, bench.folder / 'dg' / name, lambda: bench.pool, phase, settings
     )
     target = workspace.params_target(model, run.executor)
     params, _ = checkpoint.load_params(folder, target)

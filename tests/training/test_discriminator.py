@@ -40,7 +40,7 @@ def new_pool(count=200):
 def fitted(tmp_path_factory):
   run = new_run(tmp_path_factory.mktemp('run'))
   folder = run.workdir / 'round_000' / 'discriminator'
-  params = discriminator.fit(run, folder, new_pool())
+  params = discriminator.fit(run, folder, new_pool)
   return run, params, records.read_json(folder / 'done.json')
 
 
@@ -57,11 +57,11 @@ def test_it_tells_images_apart_that_it_has_not_seen(fitted):
 def test_one_that_is_trained_is_kept(fitted, monkeypatch):
   run, params, _ = fitted
   monkeypatch.setattr(discriminator.loop_lib, 'run', None)
-  assert discriminator.fit(run, params.parent, new_pool()) == params
+  assert discriminator.fit(run, params.parent, None) == params  # no pool drawn
   other = new_run(run.workdir)
   other.config.discriminator.images += 1
   with pytest.raises(errors.UserError, match=r'other settings \(images: 1920'):
-    discriminator.fit(other, params.parent, new_pool())
+    discriminator.fit(other, params.parent, new_pool)
 
 
 def test_a_tenth_of_each_class_is_held_out():
