@@ -120,43 +120,48 @@ def _against_training(axes: Any, results: Results, name: str) -> None:
   )
 
 
+def _against_sampling(axes: Any, results: Results, name: str) -> None:
+  """Draws the score against the compute of an image, on the mean."""
+  curves = [one['curve'] for one in _of(results, name) if 'curve' in one]
+  if not curves:
+    return
+  points = [
+    [[point['sampling'], point['score']] for point in curve] for curve in curves
+  ]
+  spent, score = np.mean(points, axis=0).T
+  title = results[0]['methods'][name]['title']
+  axes.plot(spent, score, marker='.', color=_COLOURS[name], label=title)
+
+
 def picture(path: pathlib.Path, results: Results, metric: str) -> None:
-  """Draws score against training compute, and against sampling compute."""
+  """Draws score against training compute, and against sampling compute.
+
+  The second is left out where no sampler has steps to leave out.
+  """
+  methods = results[0]['methods']
+  names = [name for name in _COLOURS if name in methods]
+  count = 1 + any('curve' in methods[name] for name in names)
   with plt.rc_context(figures.STYLE):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    for name in _COLOURS:
-      if name not in results[0]['methods']:
-        continue
+    figure, panels = plt.subplots(
+      1, count, figsize=(4.5 * count, 3.6), squeeze=False
+    )
+    left, right = panels[0, 0], panels[0, -1]
+    for name in names:
       _against_training(left, results, name)
-      found = [one for one in _of(results, name) if 'curve' in one]
-      if found:
-        points = np.array(
-          [
-            [[point['sampling'], point['score']] for point in one['curve']]
-            for one in found
-          ]
-        ).mean(axis=0)
-        right.plot(
-          points[:, 0],
-          points[:, 1],
-          marker='.',
-          color=_COLOURS[name],
-          label=found[0]['title'],
-        )
+      if count == 2:
+        _against_sampling(right, results, name)
+    if count == 2:
+      right.set(
+        title='shorter sampling',
+        xlabel='sampling, forward-equivalents an image',
+        ylabel=f'{metric}, reporting seed',
+      )
     left.set(
       title='best look so far',
       xlabel='training, forward-equivalents, pool included',
       ylabel=f'{metric}, selection seed',
     )
-    right.set(
-      title='shorter sampling',
-      xlabel='sampling, forward-equivalents an image',
-      ylabel=f'{metric}, reporting seed',
-    )
-    for axes in (left, right):
-      if not axes.lines:  # no sampler of theirs has steps to leave out
-        figure.delaxes(axes)
-        continue
+    for axes in panels[0]:
       axes.xaxis.set_major_formatter(ticker.EngFormatter())
       low, high = axes.dataLim.intervaly
       if high > 3 * low:
@@ -170,7 +175,7 @@ def picture(path: pathlib.Path, results: Results, metric: str) -> None:
       lines.keys(),
       loc='upper center',
       bbox_to_anchor=(0.5, 0),
-      ncols=4,
+      ncols=2 * count,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=figures.DPI, bbox_inches='tight')
