@@ -22,11 +22,10 @@ def get_config() -> config_lib.Config:
     image_shape=(8, 8, 1),
     pixel_values=17,
     num_classes=10,
-    depth=1,
-    width=16,  # too small to fit
-    heads=2,
-    hidden=48,
+    depth=2,
+    width=48,
+    heads=4,
+    hidden=128,
   )
-  config.pretrain.images = 1_000 * 64
-  config.pretrain.optimizer.decay_images = 500 * 64
+  config.pretrain.images = 3_000 * 64
   return config

@@ -338,8 +338,6 @@ def play_round(
       fake=fake,
       score=score,
     )
-    if phase.trains_on == config_lib.POOL:
-      job = dataclasses.replace(job, real=fake, fake=None)
     if not tuned:
       promotion = loop_lib.run(job)
     else:

@@ -730,8 +730,15 @@ class Run:
     fake: sources.Source | None,
     score: Callable[..., evaluator_lib.Scores] | None = None,
   ) -> loop_lib.Job:
-    """Returns the training job of a stage; see `loop.Job`."""
+    """Returns the training job of a stage; see `loop.Job`.
+
+    A phase that trains on the pool has `fake` in the place of real images.
+    """
     self.keep_fit()
+    real: sources.Source = self.real
+    if phase.trains_on == config_lib.POOL:
+      real = fake
+      fake = None
     return loop_lib.Job(
       name=folder.name,
       folder=folder,
@@ -741,7 +748,7 @@ class Run:
       start=start,
       reference=reference,
       frozen=frozen,
-      real=self.real,
+      real=real,
       fake=fake,
       sampler=self._sampler_of(phase),
       executor=self.executor,

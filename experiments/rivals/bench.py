@@ -352,8 +352,6 @@ class Bench:
       fake=fake,
       score=self.look if own else self._unseen,
     )
-    if phase.trains_on == config_lib.POOL:
-      job = dataclasses.replace(job, real=fake, fake=None)
     job = dataclasses.replace(
       job,
       name=name,
