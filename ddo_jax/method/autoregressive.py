@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ddo_jax import errors
 from ddo_jax.method import likelihood
+from ddo_jax.samplers import guidance
 
 Batch = likelihood.Batch
 Frozen = likelihood.Frozen
@@ -65,6 +66,8 @@ class Autoregressive:
     num_classes: the number of classes.
     rules: what may be done to the weights.
     num_bins: 1, for a token has no noise level.
+    guide: the guide's transformer; None where the guide is built as this one
+      is.
   """
 
   offers: ClassVar[tuple[str, ...]] = ('stages',)
@@ -74,6 +77,7 @@ class Autoregressive:
   num_classes: int
   rules: likelihood.WeightRules = likelihood.WeightRules()
   num_bins: int = 1
+  guide: TokenNetwork | None = None
 
   @property
   def example_shape(self) -> tuple[int]:
@@ -134,15 +138,24 @@ class Autoregressive:
     keys: jax.Array,
     sampler: Any,
   ) -> tuple[jax.Array, Any]:
-    """Returns tokens [B,L] and the sampler's canvas."""
+    """Returns tokens [B,L] and the sampler's canvas.
+
+    Where the sampler guides, the guide is `frozen['guide']`, weights of the
+    transformer `guide`, under the same labels. Without such weights it is the
+    model itself without labels (classifier-free guidance).
+    """
     likelihood.check_sampler(self, sampler)
-    if 'guide' in frozen:
-      raise errors.UserError(
-        'this model is guided by itself without labels: unset config.guide_from'
-      )
     chex.assert_equal_shape([label, keys])
     stages = self.network.stages(params, frozen)
-    return sampler(stages, label, keys)
+    unguided = sampler.guidance == sampler.unguided().guidance
+    if unguided or 'guide' not in frozen:
+      return sampler(stages, label, keys)
+    network = self.network if self.guide is None else self.guide
+    stages = guidance.with_guide(
+      stages, network.stages(frozen['guide'], frozen)
+    )
+    tokens, (canvas, _) = sampler(stages, label, keys)
+    return tokens, canvas
 
   def sample(
     self,
@@ -155,8 +168,8 @@ class Autoregressive:
     """Returns tokens [B,L].
 
     Raises:
-      errors.UserError: the sampler drives no stages; it mixes vectors, which
-        tokens cannot say; or there is a guide.
+      errors.UserError: the sampler drives no stages, or it mixes vectors, which
+        tokens cannot say.
     """
     if getattr(sampler, 'smooth', False):
       raise errors.UserError(
@@ -177,7 +190,7 @@ class Autoregressive:
     """Returns uint8 images [B,H,W,C], smooth ones too.
 
     Raises:
-      errors.UserError: the sampler drives no stages, or there is a guide.
+      errors.UserError: the sampler drives no stages.
     """
     tokens, canvas = self._sampled(params, frozen, label, keys, sampler)
     if canvas is None:
@@ -185,8 +198,14 @@ class Autoregressive:
     return self.codec.decode_canvas(frozen, canvas)
 
   def guided_by(self, guide: Any) -> 'Autoregressive':
-    """Refuses: a model of tokens is guided by itself without labels."""
-    raise errors.UserError(
-      'config.guide goes with denoisers, not with models of tokens: unset it'
-      ' and config.guide_from'
-    )
+    """Returns this model with another transformer as its guide.
+
+    Raises:
+      errors.UserError: the guide is of another family, or of other tokens.
+    """
+    if 'stages' not in guide.offers or guide.codec != self.codec:
+      raise errors.UserError(
+        'config.guide is of other tokens than config.model: a model of tokens'
+        ' is guided by one of the same tokenizer'
+      )
+    return dataclasses.replace(self, guide=guide.network)

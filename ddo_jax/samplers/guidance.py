@@ -1,4 +1,4 @@
-"""Guidance of a denoiser: by a second, weaker one, or by a discriminator."""
+"""Guidance by a second, weaker network, or by a discriminator."""
 
 from collections.abc import Callable
 
@@ -148,3 +148,57 @@ def corrected(
     return _with_rest(output[..., : x.shape[-1]] + step, output)
 
   return call
+
+
+def with_guide(
+  stages: contract.Stages, guide: contract.Stages
+) -> contract.Stages:
+  """Gives a model of tokens a second network as its guide.
+
+  A sampler that guides asks for every row twice, with its label and without,
+  and takes logits of (1 + t) times the one less t times the other. Here the
+  second half of the rows is the guide's, under the same labels as the first:
+  autoguidance, or SIMS where the guide was trained on samples of the model.
+
+  Args:
+    stages: the model.
+    guide: the guide, whose tokens are the model's.
+
+  Returns:
+    Stages for a sampler that guides. Their canvas is that of both.
+  """
+  channels = stages.codebook.shape[1]
+
+  def halves(tree):
+    first = jax.tree.map(lambda leaf: leaf[: len(leaf) // 2], tree)
+    second = jax.tree.map(lambda leaf: leaf[len(leaf) // 2 :], tree)
+    return first, second
+
+  def begin(rows):
+    inputs, _, canvas = stages.begin(rows)
+    guide_inputs, _, guide_canvas = guide.begin(rows)
+    _, past, _ = stages.begin(rows // 2)
+    _, guide_past, _ = guide.begin(rows // 2)
+    return (inputs, guide_inputs), (past, guide_past), (canvas, guide_canvas)
+
+  def predict(stage, label, inputs, past):
+    label, _ = halves(label)
+    strong, _ = halves(inputs[0])
+    _, weak = halves(inputs[1])
+    logits, own_past = stages.predict(stage, label, strong, past[0])
+    guide_logits, guide_past = guide.predict(stage, label, weak, past[1])
+    return jnp.concatenate([logits, guide_logits]), (own_past, guide_past)
+
+  def advance(stage, vectors, canvas):
+    own = vectors[..., :channels]
+    others = vectors[..., channels:]
+    own_canvas, inputs = stages.advance(stage, own, canvas[0])
+    guide_canvas, guide_inputs = guide.advance(stage, others, canvas[1])
+    return (own_canvas, guide_canvas), (inputs, guide_inputs)
+
+  return stages._replace(
+    codebook=jnp.concatenate([stages.codebook, guide.codebook], axis=1),
+    begin=begin,
+    predict=predict,
+    advance=advance,
+  )

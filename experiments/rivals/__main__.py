@@ -42,21 +42,10 @@ _CURVES = ('reference', 'ddo', 'neon', 'sims', 'autoguidance', 'cfg', 'dg')
 
 
 def play(bench: bench_lib.Bench, name: str) -> dict[str, Any]:
-  """Plays a method, unless its result is there; returns that.
-
-  Raises:
-    errors.UserError: it is there, and was looked at another number of times.
-  """
+  """Plays a method, unless its result is there; returns that."""
   path = bench.folder / name / 'result.json'
   if path.exists():
-    known = records.read_json(path)
-    looks = known.get('looks', bench.looks)
-    if looks != bench.looks:
-      raise errors.UserError(
-        f'{path} was made with --looks={looks}, not {bench.looks}: choose'
-        ' another --workdir'
-      )
-    return known
+    return records.read_json(path)
   title, method = methods_lib.METHODS[name]
   begin = time.perf_counter()
   try:
@@ -70,7 +59,6 @@ def play(bench: bench_lib.Bench, name: str) -> dict[str, Any]:
   found = {
     'name': name,
     'title': title,
-    'looks': bench.looks,
     'seconds': time.perf_counter() - begin,
   } | found
   records.write_json(path, found)
@@ -83,7 +71,6 @@ def one_seed(
   config: config_lib.Config,
   folder: pathlib.Path,
   names: list[str],
-  looks: int,
 ) -> dict[str, Any]:
   """Plays methods from one pretraining seed.
 
@@ -91,7 +78,6 @@ def one_seed(
     config: the recipe, under its seed.
     folder: the seed's.
     names: of the methods.
-    looks: of each method, on the selection seed.
 
   Returns:
     {'seed', 'budget', 'pool', 'parameters', 'pixel_values', 'first_look': the
@@ -102,7 +88,7 @@ def one_seed(
   run_lib.play(dataclasses.replace(config, rounds=0), base)
   run = workspace.Run(config, base)
   origin = run.start_folder if config.init_from else base / 'pretrain/params'
-  bench = bench_lib.Bench(run, origin, folder, looks)
+  bench = bench_lib.Bench(run, origin, folder)
   played = [play(bench, name) for name in names]
   leaves = jax.tree.leaves(bench.reference)
   return {
@@ -130,7 +116,7 @@ def main(_) -> None:
     config = dataclasses.replace(_CONFIG.value, seed=seed)
     folder = workdir / f'seed_{seed}'
     try:
-      played = one_seed(config, folder, _METHODS.value, _LOOKS.value)
+      played = one_seed(config, folder, _METHODS.value)
     except errors.UserError as error:
       raise SystemExit(f'error: {error}') from error
     results.append(played)
@@ -147,9 +133,6 @@ if __name__ == '__main__':
     'workdir', 'runs/rivals_digits', 'The folder of all that is made.'
   )
   _SEEDS = flags.DEFINE_integer('seeds', 3, 'The number of pretraining seeds.')
-  _LOOKS = flags.DEFINE_integer(
-    'looks', 12, 'Of each method, by selection.', lower_bound=3
-  )
   _METHODS = flags.DEFINE_list(
     'methods', list(methods_lib.METHODS), 'Those to play, by name.'
   )

@@ -39,6 +39,7 @@ from ddo_jax.training import workspace
 from ddo_jax.tuning import ledger
 from experiments import controls
 
+LOOKS = 12  # of each method, on the selection seed
 SHOWN = 20  # images of a method on the sheet of all
 _STAGE = 'round_000'  # of which all take the noise and the order of rows
 _POOL_GUIDANCE = 0.5  # of a pool that is drawn for a model of tokens
@@ -126,7 +127,6 @@ class Bench:
   Attributes:
     run: the recipe's, whose pretraining is done.
     folder: where the methods leave what they make.
-    looks: how many looks on the selection seed each method has.
     phase: the recipe's round, with its numbers.
     model: the model as it is trained.
     reference: θ_ref.
@@ -137,12 +137,10 @@ class Bench:
     run: workspace.Run,
     origin: pathlib.Path,
     folder: pathlib.Path,
-    looks: int,
   ):
     """Takes the reference from the folder of params `origin`."""
     self.run = run
     self.folder = folder
-    self.looks = looks
     self.phase = config_lib.at_round(run.config.ddo, 0)
     self.model = run.training_model(self.phase.noise)
     self._origin = origin
@@ -220,12 +218,14 @@ class Bench:
     """Returns the forward-equivalents of drawing an image.
 
     A guide, or a discriminator, that is asked within an interval only counts at
-    the noise levels in it. A model of tokens draws an image by one pass, under
-    guidance by two; its tokenizer is left out, here as in training.
+    the noise levels in it. A model of tokens draws an image by one pass, and
+    its guide by another; the tokenizer is left out, here as in training.
     """
     sampler = generator.sampler
     if self.tokens:
-      return 1.0 if sampler.guidance == sampler.unguided().guidance else 2.0
+      if sampler.guidance == sampler.unguided().guidance:
+        return 1.0
+      return 1.0 + self.share(generator.frozen.get('guide', self.reference))
     beside = {
       name: getattr(generator.model, name, None)
       for name in ('guide', 'discriminator')
@@ -255,6 +255,10 @@ class Bench:
     inside = (low < sigma) & (sigma <= high)
     plain = count(sampler.unguided())
     return plain + float(np.mean(inside)) * (full - plain)
+
+  def share(self, params: likelihood.Params) -> float:
+    """Returns the number of parameters, in units of the reference's."""
+    return _count_of(params) / _count_of(self.reference)
 
   def step_cost(self, phase: config_lib.Phase) -> float:
     """Returns the forward-equivalents of training on a row of real images."""
@@ -512,19 +516,20 @@ class Bench:
       Unfit: the model cannot be guided so.
     """
     generator = self.run.generator()
-    neutral = generator.sampler.unguided().guidance
-    if generator.sampler.guidance != neutral:
+    sampler = generator.sampler
+    if sampler.guidance != sampler.unguided().guidance:
       raise Unfit('the recipe is guided already')
     if guide is None and not self.model.num_classes:
       raise Unfit('the model has no labels to leave out')
     if guide is not None:
-      if self.tokens:
-        raise Unfit('no second network guides a model of tokens')
       generator.frozen = generator.frozen | {'guide': guide}
+      if self.tokens:  # a strength is that of all stages, as of all σ
+        sampler = dataclasses.replace(sampler, convention='constant')
     if model is not None:
       generator.model = generator.model.guided_by(model)
+    neutral = sampler.unguided().guidance
     generator.sampler = dataclasses.replace(
-      generator.sampler, guidance=neutral + strength, **interval
+      sampler, guidance=neutral + strength, **interval
     )
     return generator
 
@@ -624,6 +629,11 @@ class Bench:
     images = generator.render(np.concatenate(list(parts)))
     grid.save(self.folder / name / 'samples.png', images, run.real.pixel_values)
     np.save(self.folder / name / 'first.npy', images[:SHOWN])
+
+
+def _count_of(params: likelihood.Params) -> int:
+  """Returns the number of parameters."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _same(params: likelihood.Params) -> likelihood.Params:

@@ -42,6 +42,7 @@ Unfit = bench_lib.Unfit
 RATES = (1e-3, 3e-4, 1e-4)  # learning rates of maximum likelihood
 SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
 WEIGHTS = (0.5, 1.0, 2.0, 3.0)  # Neon's w and SIMS' ω
+_LEFT = 9  # of twelve looks, where a search follows the round of DDO
 MERGES = (0.75, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5)  # of DDO with θ_ref
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 _SNAPSHOTS = 3  # of a training, of which merges and guides are made
@@ -53,7 +54,8 @@ LAWS = {
 }
 _SMALL = 0.25  # of a forward pass of the model: what a discriminator may cost
 _WIDTH = 0.1  # σ_rel of the average that a snapshot is
-_SHORTER = 8  # an autoguide sees this part of the images of pretraining
+_GUIDE_PART = 8  # an autoguide sees this part of the images of pretraining
+_DISCRIMINATOR_LOOKS = 12  # at the loss on held-out images
 
 
 # The reference.
@@ -69,9 +71,10 @@ def retuned(bench: Bench) -> Played:
   """θ_ref under other settings of its own sampler."""
   sampler = bench.run.generator().sampler
   if hasattr(sampler, 'churn'):
+    most = (math.sqrt(2) - 1) * sampler.num_steps  # more changes nothing
     grid = [
-      {'churn': churn, 'churn_noise': factor}
-      for churn in (1.0, 2.0, 4.0, 7.0, 12.0, 20.0)
+      {'churn': round(share * most, 3), 'churn_noise': factor}
+      for share in (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
       for factor in (1.0, 1.01)
     ]
   elif hasattr(sampler, 'temperature'):
@@ -97,7 +100,7 @@ def retuned(bench: Bench) -> Played:
 
 def continued_mle(bench: Bench) -> Played:
   """Pretraining goes on, on real images, at the best of some rates."""
-  looks = bench.looks // len(RATES)
+  looks = bench_lib.LOOKS // len(RATES)
   phases = {
     f'{rate:g}': bench.sized(
       config_lib.at_round(controls.continued(bench.run.config, rate), 0), looks
@@ -119,7 +122,7 @@ def _self_phase(bench: Bench, rate: float) -> config_lib.Phase:
     negatives=second,
     averages=config_lib.Averages(width=(_WIDTH,)),
   )
-  return bench.sized(phase, bench.looks // len(RATES))
+  return bench.sized(phase, bench_lib.LOOKS // len(RATES))
 
 
 def mle_on_pool(bench: Bench) -> Played:
@@ -185,7 +188,7 @@ def _contrast(
     )
     if phase.used_negatives.needs_other_label and not bench.model.num_classes:
       raise Unfit('the data has no labels')
-    return bench.trained(name, {'round': bench.sized(phase, bench.looks)})
+    return bench.trained(name, {'round': bench.sized(phase, bench_lib.LOOKS)})
 
   return play
 
@@ -195,26 +198,64 @@ def ddo_merged(bench: Bench) -> Played:
 
   A quarter of the looks goes to the steps of the round, the rest to w.
   """
-  name = 'ddo_merged'
-  looks = bench.looks // 4
-  played = bench.trained(name, {'round': bench.sized(bench.phase, looks)})
+  played = _short_of_looks(bench, 'ddo_merged')
   start = played.best
   if not start.settings['step']:
     return played
 
   def candidates() -> Iterator[Candidate]:
-    for weight in MERGES[: bench.looks - looks]:
+    for weight in MERGES:
       yield start._replace(
         settings=start.settings | {'merge': weight},
         params=functools.partial(extrapolated, bench, start.params, -weight),
       )
 
+  return _gone_on(bench, 'ddo_merged', played, candidates())
+
+
+def ddo_guided(bench: Bench) -> Played:
+  """DDO, and then guidance of what it came to, by itself without labels.
+
+  A quarter of the looks goes to the steps of the round, the rest to strengths.
+  """
+  bench.guided(0.0)  # which says whether it can be
+  played = _short_of_looks(bench, 'ddo_guided')
+  start = played.best
+
+  def candidates() -> Iterator[Candidate]:
+    for strength in STRENGTHS[:_LEFT]:
+      yield start._replace(
+        settings=start.settings | {'strength': strength},
+        generator=bench.guided(strength),
+      )
+
+  return _gone_on(bench, 'ddo_guided', played, candidates())
+
+
+def _short_of_looks(bench: Bench, name: str) -> Played:
+  """Plays the recipe's round, and leaves `_LEFT` looks."""
+  phase = bench.sized(bench.phase, bench_lib.LOOKS - _LEFT)
+  return bench.trained(name, {'round': phase})
+
+
+def _gone_on(
+  bench: Bench, name: str, played: Played, candidates: Iterator[Candidate]
+) -> Played:
+  """Looks at what is made of a round, and takes the best of it and the round.
+
+  Args:
+    bench: the seed's.
+    name: the method's.
+    played: the round.
+    candidates: as many as there are looks left.
+  """
+
   def lowest(one: Played) -> float:
     return min(look['selection'] for look in one.looks)
 
-  merged = bench.search(name, candidates(), played.trained)
-  best = min(played, merged, key=lowest).best
-  return merged._replace(best=best, looks=[*played.looks, *merged.looks])
+  searched = bench.search(name, candidates, played.trained)
+  best = min(played, searched, key=lowest).best
+  return searched._replace(best=best, looks=[*played.looks, *searched.looks])
 
 
 def _divergence(kind: str) -> Callable[[Bench], Played]:
@@ -344,7 +385,7 @@ def sims(bench: Bench) -> Played:
 
 def _halved(config: likelihood.ModelConfig) -> likelihood.ModelConfig:
   """Returns a model's settings at half its width, if it can be so narrow."""
-  for field in ('hidden', 'width', 'model_channels'):
+  for field in ('width', 'hidden', 'model_channels'):
     if hasattr(config, field):
       half = getattr(config, field) // 2
       narrow = dataclasses.replace(config, **{field: half})
@@ -365,11 +406,10 @@ def autoguidance(bench: Bench) -> Played:
   pretrain = config_lib.at_round(run.config.pretrain, 0)
   small = _halved(run.config.model)
   model = small.build(noise=pretrain.noise)
-  size = sum(leaf.size for leaf in jax.tree.leaves(bench.reference))
   start = functools.partial(
     run.executor.make_state, model.init, rng.stream(run.config.seed, 'guide')
   )
-  ratio = sum(leaf.size for leaf in jax.tree.leaves(start())) / size
+  ratio = bench.share(start())
   phase = dataclasses.replace(
     pretrain,
     optimizer=dataclasses.replace(
@@ -377,7 +417,7 @@ def autoguidance(bench: Bench) -> Played:
     ),
     averages=config_lib.Averages(width=(_WIDTH,)),
   )
-  affordable = controls.MLE_STEP * pretrain.images / _SHORTER
+  affordable = controls.MLE_STEP * pretrain.images / _GUIDE_PART
   budget = min(bench.budget / ratio, affordable)
   phase = bench.sized(phase, _SNAPSHOTS, budget)
   bench.train('autoguidance/guide', phase, model, start)
@@ -425,7 +465,7 @@ def cfg_interval(bench: Bench) -> Played:
 
   def candidates() -> Iterator[Candidate]:
     for least, most in intervals:
-      for strength in (0.5, 1.0, 1.5, 2.5):
+      for strength in (0.2, 0.4, 0.8, 1.5):
         yield Candidate(
           settings={'strength': strength, 'low': least, 'high': most},
           params=lambda: bench.reference,
@@ -465,7 +505,8 @@ def discriminator_phases(
   each = (bench.budget - bench.pool_cost) / len(LAWS)
   steps = max(1, int(each / pair) // given.batch_size)
   rhythm = dataclasses.replace(
-    given.rhythm, eval_images=math.ceil(steps / 12) * given.batch_size
+    given.rhythm,
+    eval_images=math.ceil(steps / _DISCRIMINATOR_LOOKS) * given.batch_size,
   )
   return {
     name: dataclasses.replace(
@@ -531,6 +572,7 @@ METHODS: dict[str, tuple[str, Callable[[Bench], Played]]] = {
   'mle_pool': ('MLE on the pool (w = −1)', mle_on_pool),
   'ddo': ('DDO (js)', _contrast('ddo', lambda given: given)),
   'ddo_merged': ('DDO (js), merged with θ_ref', ddo_merged),
+  'ddo_guided': ('DDO (js), guided', ddo_guided),
   'real_only': (
     'DDO, real half alone (α = 0)',
     _contrast(

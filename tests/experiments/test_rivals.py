@@ -13,16 +13,20 @@ from strangers import tiny
 from ddo_jax import config as config_lib
 from ddo_jax import rng
 from ddo_jax.method import ddo
+from ddo_jax.method import negatives
 from ddo_jax.method import objective
+from ddo_jax.models import llamagen
 from ddo_jax.models import toy
 from ddo_jax.runtime import checkpoint
+from ddo_jax.samplers import ancestral
 from ddo_jax.training import loop as loop_lib
 from ddo_jax.training import workspace
+from experiments.rivals import __main__ as driver
 from experiments.rivals import bench as bench_lib
 from experiments.rivals import methods
 from experiments.rivals import show
 
-LOOKS = 12
+LOOKS = bench_lib.LOOKS
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +40,7 @@ def bench(tmp_path_factory):
   # The last layer of a fresh network is zero, and knows no weights.
   params = jax.tree.map(lambda leaf: leaf + 0.1, params)
   checkpoint.save_params(folder / 'origin', params, {})
-  return bench_lib.Bench(run, folder / 'origin', folder, LOOKS)
+  return bench_lib.Bench(run, folder / 'origin', folder)
 
 
 @pytest.fixture(scope='module')
@@ -234,6 +238,62 @@ def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
   assert played.best.settings['merge'] == 2.0
   chex.assert_trees_all_close(played.best.params(), wanted, atol=1e-6)
   assert played.best.training == played.trained <= bench.budget
+
+
+def test_guidance_after_ddo_shares_its_looks(bench, other, monkeypatch):
+  def train(self, name, phase):
+    del self, name
+    step = phase.rhythm.eval_images // 16
+    evaluations = [
+      {'step': i * step, 'images': 16 * i * step, 'selection': 9.0 - i}
+      for i in range(4)
+    ]
+    return loop_lib.Promotion(other, 3 * step, 'params', 6.0, evaluations)
+
+  def look(self, params, folder=None, generator=None):
+    del self, folder
+    assert params is other
+    return {'fd_train': abs(generator.sampler.guidance - 1.6)}
+
+  monkeypatch.setattr(bench_lib.Bench, 'train', train)
+  monkeypatch.setattr(bench_lib.Bench, 'look', look)
+  played = methods.ddo_guided(bench)
+  assert len(played.looks) == LOOKS
+  assert played.best.settings['strength'] == 0.6
+  assert played.best.generator.sampler.guidance == 1.6
+  assert bench.forwards(played.best.generator) == pytest.approx(14, abs=0.2)
+
+
+def test_a_result_that_is_there_is_not_made_again(bench, monkeypatch):
+  found = {'title': 'some', 'looks': [], 'scores': {'fd_train': 1.0}}
+  path = bench.folder / 'ddo' / 'result.json'
+  path.parent.mkdir()
+  path.write_text(json.dumps(found))
+  monkeypatch.setattr(bench_lib.Bench, 'trained', None)
+  assert driver.play(bench, 'ddo') == found
+
+
+def test_guides_of_tokens_cost_what_they_are_large(tmp_path):
+  model = llamagen.PixelGptConfig(width=16, heads=2, depth=1, hidden=16)
+  config = config_lib.Config(
+    model=model,
+    sampler=ancestral.Ancestral(),
+    data=config_lib.Data(source='digits'),
+    ddo=config_lib.Phase(negatives=negatives.Online()),
+  )
+  run = workspace.Run(config, tmp_path / 'base')
+  params = run.executor.make_state(run.model.init, rng.stream(0))
+  checkpoint.save_params(tmp_path / 'origin', params, {})
+  tokens = bench_lib.Bench(run, tmp_path / 'origin', tmp_path)
+  assert tokens.forwards(run.generator()) == 1
+  assert tokens.forwards(tokens.guided(0.5)) == 2
+  assert tokens.forwards(tokens.guided(0.5, tokens.reference)) == 2
+  small = methods._halved(model).build()
+  weights = jax.eval_shape(small.init, rng.stream(0))
+  guided = tokens.guided(0.5, weights, small)
+  assert 1.1 < tokens.forwards(guided) < 1.6
+  # Of one strength at all stages, whatever the recipe's convention.
+  assert guided.sampler.strength(0.0) == guided.sampler.strength(1.0) == 0.5
 
 
 def test_a_guide_is_as_narrow_as_can_be():

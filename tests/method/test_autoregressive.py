@@ -348,6 +348,44 @@ def test_online_fakes_are_the_references_own():
   assert np.any(again != x)
 
 
+@pytest.mark.parametrize('network', ['var', 'raster'])
+def test_a_guide_has_the_labels_that_the_model_has(network):
+  """The likeliest token of (1 + t) logits − t the guide's; t = 2."""
+  model, params, frozen = build(network)
+  if network == 'var':
+    guide = model
+  else:
+    guide = dataclasses.replace(RASTER, width=16, hidden=4).build()
+  guide_params = tiny_var.filled(jax.eval_shape(guide.init, rng.stream(0)), 7)
+  label = jnp.arange(6, dtype=jnp.int32) % tiny_var.CLASSES
+  keys = rng.per_example(rng.stream(4), jnp.arange(6, dtype=jnp.uint32))
+  drawn = jax.jit(model.guided_by(guide).sample, static_argnums=4)
+  sampler = ancestral.Ancestral(3.0, 'constant', top_k=1)
+  with_guide = frozen | {'guide': guide_params}
+  tokens = drawn(params, with_guide, label, keys, sampler)
+  assert np.any(tokens != drawn(params, frozen, label, keys, sampler))
+  plain = sampler.unguided()
+  np.testing.assert_array_equal(
+    drawn(params, with_guide, label, keys, plain),
+    drawn(params, frozen, label, keys, plain),
+  )
+  vocab = model.network.stages(params, frozen).codebook.shape[0]
+
+  @jax.jit
+  def score(token, index):
+    """What a token has at a position, given those that were drawn before."""
+    other = tokens.at[:, index].set(token)
+
+    def log_prob(net, weights):
+      return net.network.token_log_prob(weights, frozen, label, other)[:, index]
+
+    return 3 * log_prob(model, params) - 2 * log_prob(guide, guide_params)
+
+  for index in range(tokens.shape[1]):
+    scores = jax.vmap(score, (0, None))(jnp.arange(vocab), index)
+    np.testing.assert_array_equal(jnp.argmax(scores, 0), tokens[:, index])
+
+
 def test_ccas_second_labels_are_dropped_in_the_same_rows():
   _, frozen = tiny_var.weights()
   rows = tiny_var.make_rows(0)

@@ -15,6 +15,7 @@ from ddo_jax import models
 from ddo_jax import rng
 from ddo_jax import settings
 from ddo_jax.method import likelihood
+from ddo_jax.models import toy
 from ddo_jax.samplers import ancestral
 from ddo_jax.training import workspace
 
@@ -74,17 +75,19 @@ def test_mistakes():
     draw({}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='smooth=False'):
     draw(frozen, ancestral.Ancestral(smooth=True))
-  with pytest.raises(errors.UserError, match='guide_from'):
-    draw(frozen | {'guide': {}}, ancestral.Ancestral())
   with pytest.raises(errors.UserError, match='and the model takes 0'):
     likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 256)
   likelihood.check_source(MODEL, 's', tiny_var.SHAPE, tiny_var.CLASSES, 17)
-  guide = config_lib.Config(
-    model=tiny_var.CONFIG,
-    guide=tiny_var.CONFIG,
-    sampler=ancestral.Ancestral(),
-  )
-  with pytest.raises(errors.UserError, match='goes with denoisers'):
-    workspace.build_model(guide)
+  tokenizer = dataclasses.replace(tiny_var.TOKENIZER, vocab=7)
+  others = [
+    dataclasses.replace(tiny_var.CONFIG, tokenizer=tokenizer),
+    toy.ToyConfig(),
+  ]
+  for other in others:
+    guided = config_lib.Config(
+      model=tiny_var.CONFIG, guide=other, sampler=ancestral.Ancestral()
+    )
+    with pytest.raises(errors.UserError, match='of the same tokenizer'):
+      workspace.build_model(guided)
   minus = ancestral.Ancestral(2.0, 'minus_one', 5, 0.9)
   assert minus.unguided() == ancestral.Ancestral(1.0, 'minus_one')
