@@ -277,7 +277,10 @@ def _fields(given: Any, *names: str) -> dict[str, Any]:
 
 
 def neon_candidates(
-  bench: Bench, toward: bench_lib.Snapshot, about: dict[str, Any]
+  bench: Bench,
+  toward: bench_lib.Snapshot,
+  about: dict[str, Any],
+  weights: tuple[float, ...] = WEIGHTS,
 ) -> Iterator[Candidate]:
   """Yields (1 + w) θ_ref − w θ_s, for each w of the grid.
 
@@ -285,8 +288,9 @@ def neon_candidates(
     bench: the seed's.
     toward: θ_s.
     about: its settings.
+    weights: the w.
   """
-  for weight in WEIGHTS:
+  for weight in weights:
     yield Candidate(
       settings=about | {'w': weight},
       params=functools.partial(extrapolated, bench, toward.params, weight),
@@ -323,9 +327,10 @@ def neon(bench: Bench) -> Played:
         about = {'images': snapshot.images}
         yield from neon_candidates(bench, snapshot, about)
       return
-    for strength in (0.0, 0.25, 0.5):
+    for strength in (0.0, 0.5, 0.75, 1.0):
       about = {'images': found[1].images, 'guidance': strength}
-      for candidate in neon_candidates(bench, found[1], about):
+      weights = (0.25, 0.5, 1.0)
+      for candidate in neon_candidates(bench, found[1], about, weights):
         yield candidate._replace(generator=bench.guided(strength))
 
   return bench.search('neon', candidates(), trained)
