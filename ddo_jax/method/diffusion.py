@@ -181,7 +181,8 @@ class Diffusion:
     guide (classifier-free guidance).
 
     Where the sampler asks for a discriminator, what its logit (of the weights
-    `frozen['discriminator']`) says of real against drawn is added to D.
+    `frozen['discriminator']`) says of real against drawn corrects D, or the
+    velocity.
 
     Raises:
       errors.UserError: guidance is asked for and there is nothing to guide, or
@@ -202,7 +203,9 @@ class Diffusion:
         level=sampler.level,
       )
     if sampler.discriminator:
-      denoise = guidance.corrected(
+      flows = sampler.drives == 'velocity'
+      correct = guidance.corrected_velocity if flows else guidance.corrected
+      denoise = correct(
         denoise,
         model._logit(frozen, label, sampler),
         sampler.discriminator,
@@ -256,13 +259,6 @@ class Diffusion:
         f'config.sampler.discriminator is {sampler.discriminator} and no'
         ' discriminator was given: train one with --mode=discriminator and name'
         ' its params with --config.discriminator_from, or set'
-        ' config.sampler.discriminator=0'
-      )
-    if sampler.drives == 'velocity':
-      raise errors.UserError(
-        f'config.sampler is {sampler}, which drives a velocity, and a'
-        ' discriminator corrects a denoiser: set config.sampler to one that'
-        ' follows noise levels, such as samplers.heun.Heun, or'
         ' config.sampler.discriminator=0'
       )
     params = {'params': frozen['discriminator']}

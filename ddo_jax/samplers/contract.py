@@ -161,7 +161,7 @@ class DenoiseSampler(Sampler, abc.ABC):
     guidance_channels: how many channels are guided; 0 for all. DiT's and SiT's
       programs guide the first 3 of 4.
     discriminator: the weight w of a discriminator's gradient, see
-      `guidance.corrected`; 0 is none.
+      `guidance.corrected` and `guidance.corrected_velocity`; 0 is none.
     discriminator_min: noise levels up to this one are not corrected.
     discriminator_max: the largest noise level that is corrected.
     precision: that of the network's products while it draws, 'highest', 'high'
@@ -197,13 +197,15 @@ class DenoiseSampler(Sampler, abc.ABC):
 class VelocitySampler(DenoiseSampler):
   """The base class of samplers that drive a velocity.
 
-  One is called as `sampler(velocity, shape, keys)`. Its intervals of guidance
-  are in noise levels σ = (1 − t)/t, as those of all samplers.
+  One is called as `sampler(velocity, shape, keys)`. Its intervals of guidance,
+  and of a discriminator, are in noise levels σ = (1 − t)/t, as those of all
+  samplers.
   """
 
   drives: ClassVar[str] = 'velocity'
 
-  def level(self, told: jax.Array) -> jax.Array:
+  @staticmethod
+  def level(told: jax.Array) -> jax.Array:
     """Returns the noise levels of times [B].
 
     That of t = 0 is none and that of t = 1 is 0; they count as within the

@@ -34,6 +34,11 @@ def _with_rest(moved: jax.Array, output: jax.Array) -> jax.Array:
   return jnp.concatenate([moved, rest], axis=-1) if rest.shape[-1] else moved
 
 
+def _column(values: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns values [B] as [B,1,...], of as many axes as x [B,...] has."""
+  return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
 def guided(
   denoise: contract.Denoise,
   guide: contract.Denoise,
@@ -91,9 +96,30 @@ def guided(
       told,
       part,
     )
-    inside = inside.reshape(-1, *[1] * (x.ndim - 1))
     moved = weak + scale * (part - weak)
-    return _with_rest(jnp.where(inside, moved, part), strong)
+    return _with_rest(jnp.where(_column(inside, x), moved, part), strong)
+
+  return call
+
+
+def _correction(
+  logit: Logit, weight: float, low: float, high: float
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Returns (x [B,...], σ [B]) -> w σ² ∇ₓ logit(x, σ), and 0 outside."""
+  _check_interval('discriminator', low, high, '0 for no correction')
+
+  def total(x, sigma):
+    return jnp.sum(logit(x, sigma))
+
+  def zero(x, sigma):
+    del sigma
+    return jnp.zeros_like(x)
+
+  def call(x, sigma):
+    inside = (low < sigma) & (sigma <= high)
+    slope = jax.lax.cond(jnp.any(inside), jax.grad(total), zero, x, sigma)
+    inside = _column(inside, x)
+    return _column(weight * sigma**2, x) * jnp.where(inside, slope, 0)
 
   return call
 
@@ -130,22 +156,49 @@ def corrected(
   Raises:
     errors.UserError: the interval is empty.
   """
-  _check_interval('discriminator', low, high, '0 for no correction')
-
-  def total(x, sigma):
-    return jnp.sum(logit(x, sigma))
-
-  def zero(x, sigma):
-    del sigma
-    return jnp.zeros_like(x)
+  correction = _correction(logit, weight, low, high)
 
   def call(x, sigma):
     output = denoise(x, sigma)
-    inside = (low < sigma) & (sigma <= high)
-    slope = jax.lax.cond(jnp.any(inside), jax.grad(total), zero, x, sigma)
-    scale = jnp.where(inside, weight * sigma**2, 0)
-    step = scale.reshape(-1, *[1] * (x.ndim - 1)) * slope
-    return _with_rest(output[..., : x.shape[-1]] + step, output)
+    moved = output[..., : x.shape[-1]] + correction(x, sigma)
+    return _with_rest(moved, output)
+
+  return call
+
+
+def corrected_velocity(
+  velocity: contract.Velocity,
+  logit: Logit,
+  weight: float,
+  low: float,
+  high: float,
+) -> contract.Velocity:
+  """Corrects a velocity as `corrected` does the denoiser that it stands for.
+
+  x = t x₀ + (1 − t) n is t times u = x₀ + σ n, with σ = (1 − t)/t, and
+  v = (D(u; σ) − x)/(1 − t). So v = v_model + weight (1 − t)/t² ∇ᵤ logit(u, σ).
+
+  Args:
+    velocity: the model's.
+    logit: the discriminator's logit of u at σ, high for real rows.
+    weight: w; 1 corrects in full, 0 not at all.
+    low: noise levels up to this one are not corrected, and there the gradient
+      is not computed.
+    high: the largest noise level that is corrected.
+
+  Returns:
+    A velocity.
+
+  Raises:
+    errors.UserError: the interval is empty.
+  """
+  correction = _correction(logit, weight, low, high)
+
+  def call(x, t):
+    sigma = contract.VelocitySampler.level(t)
+    # In σ nothing is divided by 0: 1/t is 1 + σ, and 1 − t is σ/(1 + σ).
+    s = _column(sigma, x)
+    return velocity(x, t) + (1 + s) / s * correction((1 + s) * x, sigma)
 
   return call
 

@@ -531,8 +531,6 @@ def discriminator_guidance(bench: Bench) -> Played:
     raise Unfit('a model of tokens has no denoiser that could be corrected')
   run = bench.run
   sampler = run.generator().sampler
-  if sampler.drives == 'velocity':
-    raise Unfit('its sampler follows a velocity, which is not corrected')
   settings = smaller(bench)
   model = settings.beside(run.model)
   pair = training.costs(run, model).pair

@@ -199,6 +199,19 @@ def gaussian_denoiser(of):
   return denoise
 
 
+def gaussian_velocity(of):
+  """Returns E[x₀ − n] given t x₀ + (1 − t) n."""
+  mean, deviation = of
+
+  def velocity(x, t):
+    t = t[:, None, None, None]
+    variance = (t * deviation) ** 2 + (1 - t) ** 2
+    slope = (t * deviation**2 - (1 - t)) / variance
+    return mean + slope * (x - t * mean)
+
+  return velocity
+
+
 def best_logit(x, sigma):
   """Returns the log-ratio of the two at noise levels."""
 
@@ -226,12 +239,31 @@ def test_the_best_discriminator_gives_the_denoiser_of_the_data():
     assert jnp.abs(apart).min(axis=(1, 2, 3)).min() > 1e-3
 
 
-def test_its_samples_are_of_the_data():
-  denoise = guidance.corrected(
-    gaussian_denoiser(MODEL), best_logit, 1.0, 0.0, 80.0
-  )
-  sampler = heun.Heun(32, sigma_max=80.0)
-  drawn = np.asarray(sampler(denoise, SHAPE, keys(2_000)), np.float64)
+def test_the_best_discriminator_gives_the_velocity_of_the_data():
+  with jax.enable_x64(True):
+    t = jnp.array([0.02, 0.2, 0.5, 0.9, 0.95])
+    x = jnp.linspace(-2, 2, 20).reshape(5, *SHAPE)
+    got = guidance.corrected_velocity(
+      gaussian_velocity(MODEL), best_logit, 1.0, 0.05, 80.0
+    )(x, t)
+    wanted = gaussian_velocity(DATA)(x, t)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+    apart = gaussian_velocity(MODEL)(x, t) - wanted
+    assert jnp.abs(apart).min(axis=(1, 2, 3)).min() > 1e-3
+
+
+CORRECTED = [
+  (heun.Heun(32), guidance.corrected, gaussian_denoiser),
+  (flow_ode.FlowODE(64), guidance.corrected_velocity, gaussian_velocity),
+]
+
+
+@pytest.mark.parametrize(
+  'sampler, correct, model_of', CORRECTED, ids=['Heun', 'FlowODE']
+)
+def test_its_samples_are_of_the_data(sampler, correct, model_of):
+  corrected = correct(model_of(MODEL), best_logit, 1.0, 0.0, 80.0)
+  drawn = np.asarray(sampler(corrected, SHAPE, keys(2_000)), np.float64)
   # Five standard errors of 8,000 numbers.
   mean, deviation = DATA
   assert abs(drawn.mean() - mean) < 5 * deviation / 8_000**0.5
@@ -250,6 +282,27 @@ def test_rows_are_corrected_for_sigma_in_the_interval():
   assert float(jnp.abs(wanted - plain)[1:4].min()) > 0.01
   with pytest.raises(errors.UserError, match='discriminator_min is 2'):
     guidance.corrected(model, best_logit, 1.0, 2.0, 2.0)
+
+
+def test_velocities_are_corrected_for_sigma_in_the_interval():
+  def slope(sigma):
+    return jnp.log((2.2 - sigma) * (sigma - 0.45))  # NaN outside
+
+  def logit(x, sigma):
+    return jnp.sum(x, axis=(1, 2, 3)) * slope(sigma)
+
+  # At these times σ is none, 2.3, 1.5, 0.7, 0.4 and 0.
+  t = jnp.array([0.0, 0.3, 0.4, 0.6, 0.7, 1.0])
+  x = jnp.arange(24.0).reshape(6, *SHAPE)
+  velocity = gaussian_velocity(MODEL)
+  got = guidance.corrected_velocity(velocity, logit, 1.7, 0.5, 2.0)(x, t)
+  plain = velocity(x, t)
+  outside = jnp.array([0, 1, 4, 5])
+  np.testing.assert_array_equal(got[outside], plain[outside])
+  now = t[2:4, None, None, None]
+  moved = 1.7 * (1 - now) / now**2 * slope((1 - now) / now)
+  np.testing.assert_allclose(got[2:4], plain[2:4] + moved, rtol=1e-5)
+  assert float(jnp.abs(moved).min()) > 0.01
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: type(s).__name__)
@@ -356,24 +409,35 @@ def test_a_discriminator_that_is_not_there_is_a_mistake():
     draw(guided_model(), {}, sampler)
 
 
-def test_velocities_and_tokens_have_none():
+def test_the_velocity_of_a_model_is_corrected():
   config = sit.SitConfig(
     image_shape=(4, 4, 1), patch=2, width=8, depth=1, heads=1, num_classes=3
   )
   model = config.build()
-  fresh = discriminator_lib.DiscriminatorConfig(hidden=8, blocks=0).beside(
-    model
-  )
-  frozen = {'discriminator': jax.eval_shape(fresh.init, rng.stream(0))}
-  sampler = flow_ode.FlowODE(discriminator=1.0)
-  with pytest.raises(errors.UserError, match='drives a velocity'):
-    jax.eval_shape(
-      lambda params, frozen: model.with_discriminator(fresh.network).sample(
-        params, frozen, jnp.zeros(2, jnp.int32), keys(2), sampler
-      ),
-      jax.eval_shape(model.init, rng.stream(0)),
-      frozen,
+  # The last layer of a fresh network is zero.
+  params = jax.jit(model.init)(rng.stream(0))
+  params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+  def draw(network, weights, weight):
+    return model.with_discriminator(network).sample(
+      params,
+      {'discriminator': weights},
+      jnp.zeros(2, jnp.int32),
+      keys(2),
+      flow_ode.FlowODE(2, 'euler', discriminator=weight),
     )
+
+  plain = draw(None, {}, 0.0)
+  # Of the steps from t = 0 and t = ½ the second is longer by ½ w (1 − t)/t².
+  np.testing.assert_allclose(draw(Sum(), {}, 3.0), plain + 3, atol=1e-5)
+  settings = discriminator_lib.DiscriminatorConfig('mlp', 8, 0)
+  fresh = settings.beside(model)
+  weights = jax.jit(fresh.init)(rng.stream(0))
+  got = draw(fresh.network, weights, 3.0)
+  np.testing.assert_allclose(got, plain, atol=1e-6)
+
+
+def test_tokens_have_none():
   tokens = types.SimpleNamespace(offers=('stages',))
   with pytest.raises(errors.UserError, match='draws tokens: take'):
     discriminator_lib.DiscriminatorConfig().beside(tokens)
