@@ -42,6 +42,8 @@ Unfit = bench_lib.Unfit
 RATES = (1e-3, 3e-4, 1e-4)  # learning rates of maximum likelihood
 SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
 WEIGHTS = (0.5, 1.0, 2.0, 3.0)  # Neon's w and SIMS' ω
+# Of logits as much is too much.
+TOKEN_WEIGHTS = (0.1, 0.25, 0.5, 1.0)
 _LEFT = 9  # of twelve looks, where a search follows the round of DDO
 MERGES = (0.75, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5)  # of DDO with θ_ref
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -329,7 +331,7 @@ def neon(bench: Bench) -> Played:
       return
     for strength in (0.0, 0.5, 0.75, 1.0):
       about = {'images': found[1].images, 'guidance': strength}
-      weights = (0.25, 0.5, 1.0)
+      weights = TOKEN_WEIGHTS[1:]
       for candidate in neon_candidates(bench, found[1], about, weights):
         yield candidate._replace(generator=bench.guided(strength))
 
@@ -374,10 +376,11 @@ def sims(bench: Bench) -> Played:
   """θ_s as a guide: D + ω (D − D_s), two networks at every evaluation."""
   bench.guided(0.0, bench.reference)  # which says whether it can be
   found = self_trained(bench)
+  weights = TOKEN_WEIGHTS if bench.tokens else WEIGHTS
 
   def candidates() -> Iterator[Candidate]:
     for snapshot in found:
-      for weight in WEIGHTS:
+      for weight in weights:
         yield Candidate(
           settings={'images': snapshot.images, 'omega': weight},
           params=lambda: bench.reference,
@@ -427,10 +430,11 @@ def autoguidance(bench: Bench) -> Played:
   phase = bench.sized(phase, _SNAPSHOTS, budget)
   bench.train('autoguidance/guide', phase, model, start)
   found = bench.snapshots('autoguidance/guide', phase, model)
+  strengths = TOKEN_WEIGHTS if bench.tokens else (0.3, 0.7, 1.1, 1.5)
 
   def candidates() -> Iterator[Candidate]:
     for snapshot in found:
-      for strength in (0.3, 0.7, 1.1, 1.5):
+      for strength in strengths:
         yield Candidate(
           settings={'images': snapshot.images, 'strength': strength},
           params=lambda: bench.reference,
