@@ -494,11 +494,12 @@ def smaller(bench: Bench) -> discriminator_lib.DiscriminatorConfig:
   """
   run = bench.run
   settings = run.config.discriminator_network
-  while settings.hidden > 1:
-    if training.costs(run, settings.beside(run.model)).row <= _SMALL:
-      break
-    settings = dataclasses.replace(settings, hidden=settings.hidden // 2)
-  return settings
+  with contextlib.suppress(errors.UserError):  # it cannot be so narrow
+    while settings.hidden:
+      if training.costs(run, settings.beside(run.model)).row <= _SMALL:
+        return settings
+      settings = dataclasses.replace(settings, hidden=settings.hidden // 2)
+  raise Unfit('however narrow, its discriminator is not small beside the model')
 
 
 def discriminator_phases(

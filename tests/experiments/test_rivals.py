@@ -128,6 +128,12 @@ def test_discriminators_share_the_budget(bench):
   assert 0 <= left - spent < step * len(phases)
 
 
+def test_a_discriminator_that_is_never_small_does_not_play(bench, monkeypatch):
+  monkeypatch.setattr(methods, '_SMALL', 0.0)
+  with pytest.raises(bench_lib.Unfit, match='however narrow'):
+    methods.smaller(bench)
+
+
 def test_a_correction_costs_where_it_is_made(bench):
   settings = methods.smaller(bench)
   model = settings.beside(bench.run.model)
