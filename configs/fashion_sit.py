@@ -7,7 +7,7 @@ Devices: 1 with 1 GiB; two CPU cores do.
 
 It is the sibling of fashion_small for comparisons of many methods
 (experiments/rivals): a SiT of two blocks over the sixteen patches of an image.
-Its round's β and learning rate were the best of eight pairs on seed 9.
+Its round's β and learning rate are near the best of a sweep's eight on seed 9.
 """
 
 from ddo_jax import config as config_lib

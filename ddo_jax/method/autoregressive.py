@@ -147,8 +147,7 @@ class Autoregressive:
     likelihood.check_sampler(self, sampler)
     chex.assert_equal_shape([label, keys])
     stages = self.network.stages(params, frozen)
-    unguided = sampler.guidance == sampler.unguided().guidance
-    if unguided or 'guide' not in frozen:
+    if not sampler.guides or 'guide' not in frozen:
       return sampler(stages, label, keys)
     network = self.network if self.guide is None else self.guide
     stages = guidance.with_guide(

@@ -192,7 +192,7 @@ class Diffusion:
     precision_lib.check('sampler.precision', sampler.precision)
     model = dataclasses.replace(self, precision=sampler.precision)
     denoise = model.driven(params, label, sampler)
-    if sampler.guidance != 1:
+    if sampler.guides:
       denoise = guidance.guided(
         denoise,
         model._guide(params, frozen, label, sampler),

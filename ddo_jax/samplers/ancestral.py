@@ -164,7 +164,7 @@ class Ancestral(contract.Sampler):
     self._check()
     rows = label.shape[0]
     inputs, past, canvas = stages.begin(rows)
-    if self._guided():
+    if self.guides:
       # The past has both halves; inputs and canvas are the same for both.
       _, past, _ = stages.begin(2 * rows)
       label = jnp.concatenate([label, jnp.full_like(label, stages.none)])
@@ -201,9 +201,6 @@ class Ancestral(contract.Sampler):
         f' {tuple(_NEUTRAL)}'
       )
     return _NEUTRAL[self.convention]
-
-  def _guided(self) -> bool:
-    return self.strength(1.0) > 0
 
   def _check(self) -> None:
     self.strength(1.0)
@@ -243,10 +240,10 @@ class Ancestral(contract.Sampler):
 
   def _predict(self, stages, now, label, inputs, past):
     """Returns a stage's guided and filtered logits [B,n,V], and the past."""
-    if self._guided():
+    if self.guides:
       inputs = jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
     logits, past = stages.predict(now['stage'], label, inputs, past)
-    if self._guided():
+    if self.guides:
       with_label, without = jnp.split(logits, 2)
       with_label = jnp.asarray(now['with_label'], logits.dtype) * with_label
       without = jnp.asarray(now['without'], logits.dtype) * without

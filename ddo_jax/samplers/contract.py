@@ -136,9 +136,16 @@ class Sampler:
 
   Attributes:
     drives: the name of the interface that the sampler drives.
+    guidance: the setting of guidance; what means none is the sampler's own.
   """
 
   drives: ClassVar[str]
+  guidance: float
+
+  @property
+  def guides(self) -> bool:
+    """Whether guidance is asked for, at some noise level or stage."""
+    return self.guidance != self.unguided().guidance
 
   def unguided(self) -> 'Sampler':
     """Returns the sampler of p_ref itself: no guidance and no filter."""

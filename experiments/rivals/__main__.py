@@ -90,12 +90,11 @@ def one_seed(
   origin = run.start_folder if config.init_from else base / 'pretrain/params'
   bench = bench_lib.Bench(run, origin, folder)
   played = [play(bench, name) for name in names]
-  leaves = jax.tree.leaves(bench.reference)
   return {
     'seed': config.seed,
     'budget': bench.budget,
     'pool': bench.pool_cost,
-    'parameters': sum(leaf.size for leaf in leaves),
+    'parameters': bench_lib.count_of(bench.reference),
     'pixel_values': run.real.pixel_values,
     'first_look': bench.first_look[bench.metric],
     'methods': {found['name']: found for found in played},

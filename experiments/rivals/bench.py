@@ -223,7 +223,7 @@ class Bench:
     """
     sampler = generator.sampler
     if self.tokens:
-      if sampler.guidance == sampler.unguided().guidance:
+      if not sampler.guides:
         return 1.0
       return 1.0 + self.share(generator.frozen.get('guide', self.reference))
     beside = {
@@ -258,7 +258,7 @@ class Bench:
 
   def share(self, params: likelihood.Params) -> float:
     """Returns the number of parameters, in units of the reference's."""
-    return _count_of(params) / _count_of(self.reference)
+    return count_of(params) / count_of(self.reference)
 
   def step_cost(self, phase: config_lib.Phase) -> float:
     """Returns the forward-equivalents of training on a row of real images."""
@@ -517,7 +517,7 @@ class Bench:
     """
     generator = self.run.generator()
     sampler = generator.sampler
-    if sampler.guidance != sampler.unguided().guidance:
+    if sampler.guides:
       raise Unfit('the recipe is guided already')
     if guide is None and not self.model.num_classes:
       raise Unfit('the model has no labels to leave out')
@@ -631,7 +631,7 @@ class Bench:
     np.save(self.folder / name / 'first.npy', images[:SHOWN])
 
 
-def _count_of(params: likelihood.Params) -> int:
+def count_of(params: likelihood.Params) -> int:
   """Returns the number of parameters."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 

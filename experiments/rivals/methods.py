@@ -44,8 +44,8 @@ SELF_RATE = 3e-4  # that of θ_s, the model that was trained on the pool
 WEIGHTS = (0.5, 1.0, 2.0, 3.0)  # Neon's w and SIMS' ω
 # Of logits as much is too much.
 TOKEN_WEIGHTS = (0.1, 0.25, 0.5, 1.0)
-_LEFT = 9  # of twelve looks, where a search follows the round of DDO
 MERGES = (0.75, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5)  # of DDO with θ_ref
+_LEFT = len(MERGES)  # looks, where a search follows the round of DDO
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 _SNAPSHOTS = 3  # of a training, of which merges and guides are made
 # Under which discriminators are trained: nearly the published one, and one of
@@ -200,7 +200,7 @@ def ddo_merged(bench: Bench) -> Played:
 
   A quarter of the looks goes to the steps of the round, the rest to w.
   """
-  played = _short_of_looks(bench, 'ddo_merged')
+  played = _short_of_looks(bench)
   start = played.best
   if not start.settings['step']:
     return played
@@ -221,7 +221,7 @@ def ddo_guided(bench: Bench) -> Played:
   A quarter of the looks goes to the steps of the round, the rest to strengths.
   """
   bench.guided(0.0)  # which says whether it can be
-  played = _short_of_looks(bench, 'ddo_guided')
+  played = _short_of_looks(bench)
   start = played.best
 
   def candidates() -> Iterator[Candidate]:
@@ -234,10 +234,10 @@ def ddo_guided(bench: Bench) -> Played:
   return _gone_on(bench, 'ddo_guided', played, candidates())
 
 
-def _short_of_looks(bench: Bench, name: str) -> Played:
-  """Plays the recipe's round, and leaves `_LEFT` looks."""
+def _short_of_looks(bench: Bench) -> Played:
+  """Plays the recipe's round, once for all, and leaves `_LEFT` looks."""
   phase = bench.sized(bench.phase, bench_lib.LOOKS - _LEFT)
-  return bench.trained(name, {'round': phase})
+  return bench.trained('ddo_short', {'round': phase})
 
 
 def _gone_on(

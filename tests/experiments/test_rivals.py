@@ -219,9 +219,12 @@ def test_a_training_may_not_end_at_its_start_where_it_must_move(
   assert played.trained == bench.pool_cost + 2 * once
 
 
-def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
+@pytest.fixture
+def ends_at_other(other, monkeypatch):
+  """Every training ends at what `other` says, and its last look is best."""
+
   def train(self, name, phase):
-    del name
+    del self, name
     period = phase.rhythm.eval_images
     evaluations = [
       {'step': i * period // 16, 'images': i * period, 'selection': 9.0 - i}
@@ -230,6 +233,11 @@ def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
     last = evaluations[-1]['step']
     return loop_lib.Promotion(other, last, 'params', 6.0, evaluations)
 
+  monkeypatch.setattr(bench_lib.Bench, 'train', train)
+
+
+@pytest.mark.usefixtures('ends_at_other')
+def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
   wanted = jax.tree.map(lambda r, s: 2 * s - r, bench.reference, other)
 
   def look(self, params, folder=None, generator=None):
@@ -237,7 +245,6 @@ def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
     gaps = jax.tree.map(lambda p, w: jnp.sum((p - w) ** 2), params, wanted)
     return {'fd_train': float(sum(jax.tree.leaves(gaps)))}
 
-  monkeypatch.setattr(bench_lib.Bench, 'train', train)
   monkeypatch.setattr(bench_lib.Bench, 'look', look)
   played = methods.ddo_merged(bench)
   assert len(played.looks) == LOOKS
@@ -246,22 +253,13 @@ def test_a_merge_of_ddo_shares_its_looks(bench, other, monkeypatch):
   assert played.best.training == played.trained <= bench.budget
 
 
+@pytest.mark.usefixtures('ends_at_other')
 def test_guidance_after_ddo_shares_its_looks(bench, other, monkeypatch):
-  def train(self, name, phase):
-    del self, name
-    step = phase.rhythm.eval_images // 16
-    evaluations = [
-      {'step': i * step, 'images': 16 * i * step, 'selection': 9.0 - i}
-      for i in range(4)
-    ]
-    return loop_lib.Promotion(other, 3 * step, 'params', 6.0, evaluations)
-
   def look(self, params, folder=None, generator=None):
     del self, folder
     assert params is other
     return {'fd_train': abs(generator.sampler.guidance - 1.6)}
 
-  monkeypatch.setattr(bench_lib.Bench, 'train', train)
   monkeypatch.setattr(bench_lib.Bench, 'look', look)
   played = methods.ddo_guided(bench)
   assert len(played.looks) == LOOKS
